@@ -1,0 +1,1 @@
+"""Soonest needed, soonest sent."""

@@ -1,0 +1,242 @@
+"""The plan: which pieces of the flat buffers are sent, how, and in which order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+FORMAT = 1
+ALIGN_BYTES = 64
+"""Parameters start at multiples of this, as in torch's own allocator: kernels round alike."""
+
+METHODS: dict[str, tuple[str, ...]] = {"allreduce": ("all_reduce",)}
+"""Every method with the ops that carry it out, in the order in which they follow each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one parameter lives in a flat buffer.
+
+    The element behind its last one, at ``start + numel``, belongs to it too. In the gradient buffer it
+    counts the ranks that used the parameter, so that this knowledge travels with the gradient.
+
+    Args:
+        name: of the parameter, as in ``model.named_parameters()``.
+        layer: of the module that owns it.
+        start: first element, a multiple of the alignment.
+        numel: elements of the parameter.
+    """
+
+    name: str
+    layer: str
+    start: int
+    numel: int
+
+    @property
+    def count_at(self) -> int:
+        """Element that counts the ranks that used the parameter."""
+        return self.start + self.numel
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A flat buffer: the slots of all parameters of one dtype, in order of first use.
+
+    Args:
+        dtype: as torch names it, for example ``float32``.
+        itemsize: bytes of one element.
+        numel: elements of the buffer, gaps included.
+        slots: by ``start``.
+    """
+
+    dtype: str
+    itemsize: int
+    numel: int
+    slots: tuple[Slot, ...]
+
+    @property
+    def align(self) -> int:
+        """Alignment in elements."""
+        return max(1, ALIGN_BYTES // self.itemsize)
+
+    @classmethod
+    def lay_out(cls, dtype: str, itemsize: int, parameters: Iterable[tuple[str, str, int]]) -> Flat:
+        """Places parameters one behind the other.
+
+        Args:
+            dtype: as torch names it.
+            itemsize: bytes of one element.
+            parameters: ``(name, layer, numel)`` in order of first use.
+        """
+        align = max(1, ALIGN_BYTES // itemsize)
+        slots: list[Slot] = []
+        start = 0
+        for name, layer, numel in parameters:
+            slots.append(Slot(name, layer, start, numel))
+            start += -(-(numel + 1) // align) * align
+        return cls(dtype, itemsize, start, tuple(slots))
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A contiguous slice of a flat buffer, sent as one piece.
+
+    Args:
+        flat: index of the flat buffer.
+        start, stop: elements, half open.
+        method: a key of ``METHODS``.
+        layers: whose parameters it carries, whole or in part.
+    """
+
+    flat: int
+    start: int
+    stop: int
+    method: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One collective of one bucket.
+
+    Args:
+        bucket: index of the bucket.
+        kind: one of the bucket's method's ops.
+    """
+
+    bucket: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every rank sends, how, and in which order; the same on every rank.
+
+    Args:
+        ranks: for how many ranks it was made.
+        flats: the flat buffers.
+        buckets: by flat buffer and start; they cover the flat buffers without gap or overlap.
+        ops: every op of every bucket once, in the order in which they are issued.
+        window: how many ops may be in flight at once.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+    """
+
+    ranks: int
+    flats: tuple[Flat, ...]
+    buckets: tuple[Bucket, ...]
+    ops: tuple[Op, ...]
+    window: int = 2
+
+    def __post_init__(self) -> None:
+        reached = [0] * len(self.flats)
+        for index, bucket in enumerate(self.buckets):
+            if bucket.method not in METHODS:
+                raise ValueError(
+                    f"bucket {index} has method {bucket.method!r}: "
+                    f"the methods are {', '.join(METHODS)}"
+                )
+            if not 0 <= bucket.flat < len(self.flats):
+                raise ValueError(f"bucket {index} lies in flat buffer {bucket.flat}, there is none")
+            if bucket.start != reached[bucket.flat] or bucket.stop <= bucket.start:
+                raise ValueError(
+                    f"bucket {index} covers elements {bucket.start} to {bucket.stop} of flat buffer "
+                    f"{bucket.flat}, but must start at {reached[bucket.flat]} and not be empty"
+                )
+            reached[bucket.flat] = bucket.stop
+        for index, flat in enumerate(self.flats):
+            if reached[index] != flat.numel:
+                raise ValueError(
+                    f"the buckets cover {reached[index]} of flat buffer {index}'s {flat.numel} elements"
+                )
+        expected = {(i, k) for i, b in enumerate(self.buckets) for k in METHODS[b.method]}
+        if len(self.ops) != len(expected) or {(o.bucket, o.kind) for o in self.ops} != expected:
+            raise ValueError("the ops of a plan are those of its buckets' methods, each once")
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}, but at least one op must be in flight")
+
+    def bucket_bytes(self, index: int) -> int:
+        bucket = self.buckets[index]
+        return (bucket.stop - bucket.start) * self.flats[bucket.flat].itemsize
+
+    @cached_property
+    def slots_of(self) -> tuple[tuple[int, ...], ...]:
+        """Per bucket, the indices of the slots (of its flat buffer) that it carries."""
+        carried: list[tuple[int, ...]] = []
+        for bucket in self.buckets:
+            slots = self.flats[bucket.flat].slots
+            carried.append(
+                tuple(
+                    index
+                    for index, slot in enumerate(slots)
+                    if slot.start < bucket.stop and bucket.start <= slot.count_at
+                )
+            )
+        return tuple(carried)
+
+    def describe(self, index: int) -> str:
+        """One bucket in words, for messages: its index, size and layers."""
+        layers = self.buckets[index].layers
+        shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+        return f"bucket {index} ({self.bucket_bytes(index) / 1e6:.2f} MB of {shown})"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            ValueError: it is of another format, or a field is missing or unknown.
+        """
+        if data.get("format") != FORMAT:
+            raise ValueError(f"plan of format {data.get('format')!r}, this version reads {FORMAT}")
+        try:
+            return cls(
+                ranks=data["ranks"],
+                flats=tuple(
+                    Flat(**{**flat, "slots": tuple(Slot(**slot) for slot in flat["slots"])})
+                    for flat in data["flats"]
+                ),
+                buckets=tuple(
+                    Bucket(**{**bucket, "layers": tuple(bucket["layers"])})
+                    for bucket in data["buckets"]
+                ),
+                ops=tuple(Op(**op) for op in data["ops"]),
+                window=data["window"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no plan: {error}") from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that the ranks must agree on."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def difference(self, other: Plan) -> str | None:
+        """The first thing in which two plans differ, ``path: mine / theirs``; None if in nothing."""
+        return first_difference(self.to_json(), other.to_json())
+
+
+def first_difference(mine: Any, theirs: Any, path: str = "") -> str | None:
+    """The first place where two JSON values differ, in words; None if they are equal."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        keys = [*mine, *(key for key in theirs if key not in mine)]
+        pairs = [(f"{path}.{k}" if path else str(k), mine.get(k), theirs.get(k)) for k in keys]
+    elif isinstance(mine, list | tuple) and isinstance(theirs, list | tuple):
+        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(mine, theirs, strict=False))]
+        if len(mine) != len(theirs):
+            pairs.append((f"number of {path}", len(mine), len(theirs)))
+    else:
+        return None if mine == theirs else f"{path}: {mine!r} / {theirs!r}"
+    for where, a, b in pairs:
+        if a != b:
+            return first_difference(a, b, where)
+    return None
