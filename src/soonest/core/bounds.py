@@ -1,0 +1,38 @@
+"""What no schedule can beat."""
+
+from __future__ import annotations
+
+from soonest.core.network import Network
+from soonest.core.trace import Trace
+
+
+def lower_bound_s(trace: Trace, network: Network) -> float:
+    """Seconds that no step is shorter than, whatever is cut, fused, reordered or preempted.
+
+    A step runs from the start of a backward pass to the end of the forward pass after it, so it
+    takes at least F + B, the computation alone. Layer i has a *head* r_i = sum of b_j over j >= i
+    before its gradient is ready, a *body* p_i of transfer on the one network, and a *tail*
+    q_i = sum of f_j over j >= i of forward computation that needs its parameters. This is the
+    one-machine problem 1 | r_i, q_i, pmtn | Cmax. Any set S of layers needs
+
+        min r over S  +  sum of p over S  +  min q over S
+
+    because its transfers start after the first of its gradients is ready, cannot overlap, and the
+    layer that lands last still has its tail before it. The maximum over all S is attained by
+    Jackson's preemptive schedule, so no better bound exists for preemptive transfers (J. Carlier,
+    "The one-machine sequencing problem", European Journal of Operational Research 11, 1982).
+
+    Here heads and tails agree: both fall from layer to layer. If k is the last layer in S, both
+    minima belong to k, and S = {1..k} has the largest sum. So the maximum over all sets is
+
+        max over k of  C(1..k) + sum over i >= k of (f_i + b_i)
+
+    Latency, updates and padding are left out: they only make a step longer.
+    """
+    bound = trace.forward_s + trace.backward_s
+    transfer = 0.0
+    for layer, head, tail in zip(trace.layers, trace.ready_s(), trace.tail_s(), strict=True):
+        transfer += network.transfer_s("allreduce", layer.bytes)
+        if layer.bytes:
+            bound = max(bound, head + transfer + tail)
+    return bound

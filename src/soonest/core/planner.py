@@ -1,0 +1,204 @@
+"""Chooses what is sent in one piece, and in which order.
+
+The cut depends on sizes, layers and the number of ranks only, never on measured times: with more
+than two ranks the cut points decide how sums are rounded, and results must be equal from run to
+run. The order may depend on times, for it changes no number.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from soonest.core.network import Network
+from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan
+from soonest.core.simulate import Run, Workload, run
+from soonest.core.trace import Trace
+
+# Buckets at the front are small, because the first layer's gradient is the last to be ready and the
+# first to be needed: nothing hides it. Each bucket may be as large as all before it together, so
+# sizes double, up to one that does not keep others waiting for long.
+PARTS = 32
+FRONT_PARTS = 1024
+SMALLEST_BYTES = 4 << 10
+TARGET_FLOOR_BYTES = 64 << 10
+# A bucket may be this much smaller or larger than its limit to end at a border of a layer.
+LOW, HIGH = 0.4, 1.5
+
+MAX_WORK = 40_000
+"""Ops that the improvement of an order may simulate."""
+
+
+def flats_of(trace: Trace, itemsize: int = 4) -> tuple[Flat, ...]:
+    """The flat buffer of a model of which only the trace is known: one parameter per layer."""
+    sizes = [(layer.name, layer.name, -(-layer.bytes // itemsize)) for layer in trace.layers]
+    dtype = {8: "float64", 4: "float32", 2: "bfloat16"}.get(itemsize, f"{itemsize} bytes")
+    return (Flat.lay_out(dtype, itemsize, [entry for entry in sizes if entry[2]]),)
+
+
+def cut(flats: Sequence[Flat], *, ranks: int, method: str = "allreduce") -> tuple[Bucket, ...]:
+    """Cuts flat buffers into buckets: small parameters are fused, large ones are sliced."""
+    total = sum(flat.numel * flat.itemsize for flat in flats)
+    target = max(total / PARTS, TARGET_FLOOR_BYTES)
+    smallest = min(target, max(total / FRONT_PARTS, SMALLEST_BYTES))
+    return tuple(
+        Bucket(index, start, stop, method, _layers_between(flat, start, stop))
+        for index, flat in enumerate(flats)
+        for start, stop in pairwise(_cut_points(flat, smallest, target))
+    )
+
+
+def _cut_points(flat: Flat, smallest: float, target: float) -> Iterator[int]:
+    """Where a flat buffer is cut, both ends included, in elements."""
+    slot_ends = [slot.start for slot in flat.slots[1:]] + [flat.numel]
+    layers = [slot.layer for slot in flat.slots] + [None]
+    changes = [a != b for a, b in pairwise(layers)]
+    layer_ends = [end for end, change in zip(slot_ends, changes, strict=True) if change]
+    at = 0
+    yield at
+    while at < flat.numel:
+        size = min(max(at * flat.itemsize, smallest), target) / flat.itemsize
+        at = _next_cut(flat, at, size, layer_ends, slot_ends)
+        yield at
+
+
+def _next_cut(flat: Flat, at: int, size: float, layer_ends: list[int], slot_ends: list[int]) -> int:
+    """The end of the bucket that starts at ``at`` and should have ``size`` elements."""
+    rest = layer_ends[bisect_right(layer_ends, at)] - at
+    if rest > HIGH * size:
+        size = rest / round(rest / size)  # Slices of one layer come out near equal.
+    for ends in (layer_ends, slot_ends):
+        low = bisect_left(ends, at + LOW * size)
+        high = bisect_right(ends, at + HIGH * size)
+        if low < high:
+            return min(ends[low:high], key=lambda end: abs(end - at - size))
+    if at + size > flat.numel:
+        return flat.numel
+    # No border is near, so a parameter as large as a whole bucket lies here: slice it.
+    return at + max(1, round(size / flat.align)) * flat.align
+
+
+def _layers_between(flat: Flat, start: int, stop: int) -> tuple[str, ...]:
+    first = bisect_right(flat.slots, start, key=lambda slot: slot.start) - 1
+    last = bisect_left(flat.slots, stop, key=lambda slot: slot.start)
+    return tuple(dict.fromkeys(slot.layer for slot in flat.slots[max(first, 0) : last]))
+
+
+def order(
+    trace: Trace,
+    flats: Sequence[Flat],
+    buckets: Sequence[Bucket],
+    network: Network,
+    *,
+    window: int = 2,
+) -> tuple[Op, ...]:
+    """The order in which the buckets are sent, from the profile of a model.
+
+    The transfers are jobs on one machine with heads and tails, 1 | r_i, q_i | Cmax: Schrage's
+    heuristic gives an order, and Carlier's critical blocks show what to improve in it.
+    """
+    work = Workload.of(trace, flats, buckets, network)
+    return _ops(buckets, _improve(work, _schrage(work, window), window))
+
+
+def _ops(buckets: Sequence[Bucket], sequence: Sequence[int]) -> tuple[Op, ...]:
+    return tuple(Op(index, kind) for index in sequence for kind in METHODS[buckets[index].method])
+
+
+def _schrage(work: Workload, window: int) -> list[int]:
+    """Whenever the network gets free, sends the bucket with the longest tail among those ready."""
+    coming = sorted(range(len(work.ready_s)), key=lambda i: (work.ready_s[i], i))
+    waiting: list[tuple[float, int]] = []
+    sequence: list[int] = []
+    ends: list[float] = []
+    issued = end = 0.0
+    arrived = 0
+    while len(sequence) < len(coming):
+        slot_free = ends[-window] if len(ends) >= window else 0.0
+        # All that are ready by now can start their transfer at the same time.
+        now = max(issued, slot_free, end - work.latency_s)
+        if not waiting and work.ready_s[coming[arrived]] > now:
+            now = work.ready_s[coming[arrived]]
+        while arrived < len(coming) and work.ready_s[coming[arrived]] <= now:
+            heapq.heappush(waiting, (-work.tail_s[coming[arrived]], coming[arrived]))
+            arrived += 1
+        chosen = heapq.heappop(waiting)[1]
+        issued = max(issued, slot_free, work.ready_s[chosen])
+        end = max(issued + work.latency_s, end) + work.transfer_s[chosen]
+        sequence.append(chosen)
+        ends.append(end)
+    return sequence
+
+
+def _improve(work: Workload, sequence: list[int], window: int) -> list[int]:
+    """Moves ops that hold up a more urgent one behind it, as long as that shortens the step."""
+    best = run(work, sequence, window)
+    budget = MAX_WORK
+    improved = True
+    while improved:
+        improved = False
+        for candidate in _moves(work, sequence, best):
+            budget -= len(sequence)
+            if budget < 0:
+                return sequence
+            tried = run(work, candidate, window)
+            if tried.step_s < best.step_s * (1 - 1e-9):
+                sequence, best, improved = candidate, tried, True
+                break
+    return sequence
+
+
+def _moves(work: Workload, sequence: list[int], result: Run) -> Iterator[list[int]]:
+    """Orders in which an op that delays the critical one comes after it.
+
+    The critical op is the one for which the forward pass last stood still; its block is what was
+    sent before it without a pause.
+    """
+    waits = [
+        layer
+        for layer, (start, _) in enumerate(result.forwards)
+        if start > (result.forwards[layer - 1][1] if layer else work.backward_s)
+    ]
+    if not waits:
+        return
+    critical = max(i for i, bucket in enumerate(sequence) if waits[-1] in work.layers_of[bucket])
+    tail = work.tail_s[sequence[critical]]
+    for position in range(critical - 1, -1, -1):
+        if result.transfers[position + 1][0] > result.transfers[position][1]:
+            return
+        if work.tail_s[sequence[position]] < tail:
+            moved = sequence[position + 1 : critical + 1]
+            rest = sequence[critical + 1 :]
+            yield [*sequence[:position], *moved, sequence[position], *rest]
+
+
+def make_plan(
+    trace: Trace, flats: Sequence[Flat], network: Network, *, ranks: int, window: int = 2
+) -> Plan:
+    """The plan for a model whose layers and network have been measured.
+
+    Args:
+        trace: its layers have the names of ``Slot.layer``.
+        flats: the flat buffers.
+        network: cost of an all-reduce.
+        ranks: how many.
+        window: how many ops may be in flight at once.
+    """
+    buckets = cut(flats, ranks=ranks)
+    ops = order(trace, flats, buckets, network, window=window)
+    return Plan(ranks, tuple(flats), buckets, ops, window)
+
+
+def first_plan(flats: Sequence[Flat], *, ranks: int, window: int = 2) -> Plan:
+    """The plan before anything was measured: the order in which a backward pass makes gradients.
+
+    Flat buffers side by side are walked at the same relative pace.
+    """
+    buckets = cut(flats, ranks=ranks)
+    sequence = sorted(
+        range(len(buckets)),
+        key=lambda i: (-buckets[i].stop / flats[buckets[i].flat].numel, buckets[i].flat),
+    )
+    return Plan(ranks, tuple(flats), buckets, _ops(buckets, sequence), window)

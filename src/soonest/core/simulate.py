@@ -1,0 +1,179 @@
+"""One steady-state step under a plan, simulated.
+
+The model of the network: an op first waits out its latency and then transfers. The latency of an
+op in flight passes while others transfer, but transfers are serial, in the order of issue, because
+they share the same links. So a window of two hides the latency of every op whose predecessor
+transfers for at least as long, and a window of one hides none.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from soonest.core.network import Network
+from soonest.core.plan import Bucket, Flat, Plan
+from soonest.core.timeline import Span, Timeline
+from soonest.core.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A trace, its buckets and a network in numbers, to be run under any order of the buckets.
+
+    Args:
+        latency_s: of every op.
+        transfer_s: per bucket, how long it keeps the network to itself.
+        ready_s: per bucket, when the gradients of all layers that it carries are ready.
+        tail_s: per bucket, the forward computation that cannot start before it landed.
+        layers_of: per bucket, the indices of the layers that it carries.
+        backward_s: length of the backward pass.
+        forward_s, update_s: per layer.
+    """
+
+    latency_s: float
+    transfer_s: list[float]
+    ready_s: list[float]
+    tail_s: list[float]
+    layers_of: list[list[int]]
+    backward_s: float
+    forward_s: list[float]
+    update_s: list[float]
+
+    @classmethod
+    def of(
+        cls, trace: Trace, flats: Sequence[Flat], buckets: Sequence[Bucket], network: Network
+    ) -> Workload:
+        """Raises ``ValueError`` where a bucket carries a layer that the trace does not have."""
+        index = {layer.name: i for i, layer in enumerate(trace.layers)}
+        try:
+            layers_of = [[index[name] for name in bucket.layers] for bucket in buckets]
+        except KeyError as missing:
+            raise ValueError(
+                f"the plan sends layer {missing}, but trace {trace.model!r} has no such layer"
+            ) from None
+        ready, tail = trace.ready_s(), trace.tail_s()
+        update_per_byte = trace.update_us * 1e-6 / max(1, trace.total_bytes)
+        return cls(
+            latency_s=network.latency_s,
+            transfer_s=[
+                network.transfer_s(b.method, (b.stop - b.start) * flats[b.flat].itemsize)
+                for b in buckets
+            ],
+            ready_s=[max((ready[i] for i in layers), default=0.0) for layers in layers_of],
+            tail_s=[max((tail[i] for i in layers), default=0.0) for layers in layers_of],
+            layers_of=layers_of,
+            backward_s=ready[0],
+            forward_s=[layer.fwd_us * 1e-6 for layer in trace.layers],
+            update_s=[layer.bytes * update_per_byte for layer in trace.layers],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """When everything happened; seconds since the backward pass began.
+
+    Args:
+        transfers: per op, start and end of its transfer; its latency is just before.
+        updates: per layer, start and end of its update; None if it has nothing to send.
+        forwards: per layer, start and end of its forward computation.
+    """
+
+    transfers: list[tuple[float, float]]
+    updates: list[tuple[float, float] | None]
+    forwards: list[tuple[float, float]]
+
+    @property
+    def step_s(self) -> float:
+        return self.forwards[-1][1]
+
+
+def run(work: Workload, order: Sequence[int], window: int) -> Run:
+    """Runs one step.
+
+    Args:
+        work: what to run.
+        order: the bucket of each op, in the order of issue.
+        window: how many ops may be in flight.
+    """
+    transfers: list[tuple[float, float]] = []
+    combined: list[float | None] = [None] * len(work.forward_s)
+    issued = end = 0.0
+    for position, bucket in enumerate(order):
+        slot_free = transfers[position - window][1] if position >= window else 0.0
+        issued = max(issued, work.ready_s[bucket], slot_free)
+        start = max(issued + work.latency_s, end)
+        end = start + work.transfer_s[bucket]
+        transfers.append((start, end))
+        for layer in work.layers_of[bucket]:
+            combined[layer] = end
+    updates = _updates(work, combined)
+    forwards: list[tuple[float, float]] = []
+    now = work.backward_s
+    for duration, update in zip(work.forward_s, updates, strict=True):
+        start = max(now, update[1]) if update else now
+        now = start + duration
+        forwards.append((start, now))
+    return Run(transfers, updates, forwards)
+
+
+def _updates(work: Workload, combined: Sequence[float | None]) -> list[tuple[float, float] | None]:
+    """Updates one layer at a time, the one needed first among those whose gradients are combined.
+
+    None starts before the backward pass ended, because ``optimizer.step()`` is called after it.
+    """
+    updates: list[tuple[float, float] | None] = [None] * len(combined)
+    coming = sorted(
+        (max(at, work.backward_s), i) for i, at in enumerate(combined) if at is not None
+    )
+    waiting: list[int] = []
+    now, arrived = 0.0, 0
+    while arrived < len(coming) or waiting:
+        if not waiting:
+            now = max(now, coming[arrived][0])
+        while arrived < len(coming) and coming[arrived][0] <= now:
+            heapq.heappush(waiting, coming[arrived][1])
+            arrived += 1
+        layer = heapq.heappop(waiting)
+        updates[layer] = (now, now + work.update_s[layer])
+        now += work.update_s[layer]
+    return updates
+
+
+def _run_plan(trace: Trace, plan: Plan, network: Network) -> Run:
+    work = Workload.of(trace, plan.flats, plan.buckets, network)
+    return run(work, [op.bucket for op in plan.ops], plan.window)
+
+
+def step_time_s(trace: Trace, plan: Plan, network: Network) -> float:
+    """Seconds of one steady-state step; see ``simulate``."""
+    return _run_plan(trace, plan, network).step_s
+
+
+def simulate(trace: Trace, plan: Plan, network: Network, *, title: str = "soonest") -> Timeline:
+    """One steady-state step, from the start of a backward pass to the start of the next one.
+
+    A bucket is ready when the gradients of all its layers are. Ops are issued strictly in the
+    order of the plan, at most ``plan.window`` in flight. A layer is updated when all its buckets
+    are combined, and its forward computation waits for that.
+    """
+    result = _run_plan(trace, plan, network)
+    spans: list[Span] = []
+    backward_at = 0.0
+    for layer, ready in zip(reversed(trace.layers), reversed(trace.ready_s()), strict=True):
+        spans.append(Span("compute", "backward", layer.name, backward_at, ready))
+        backward_at = ready
+    now = backward_at
+    for layer, (start, end) in zip(trace.layers, result.forwards, strict=True):
+        if start > now:
+            spans.append(Span("compute", "wait", layer.name, now, start))
+        spans.append(Span("compute", "forward", layer.name, start, end))
+        now = end
+    for op, (start, end) in zip(plan.ops, result.transfers, strict=True):
+        name = plan.describe(op.bucket)
+        spans.append(Span("network", "send", name, start - network.latency_s, end))
+    for layer, update in zip(trace.layers, result.updates, strict=True):
+        if update:
+            spans.append(Span("update", "update", layer.name, *update))
+    return Timeline(title, result.step_s, tuple(spans))
