@@ -1,1 +1,1 @@
-"""."""
+"""Timelines to look at, as a picture and as text."""

@@ -1,0 +1,61 @@
+"""The parser of the whole command line, and what its exit codes mean."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import NoReturn
+
+from soonest.cli import demo, lab
+from soonest.cli.request import FailedError, WrongRequestError
+from soonest.errors import SoonestError
+
+COMMANDS = (demo, lab)
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise WrongRequestError(f"{message} (see '{self.prog} --help')")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(prog="soonest", description="Soonest needed, soonest sent.")
+    top.add_argument(
+        "--version", action="version", version=f"soonest {metadata.version('soonest')}"
+    )
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_to(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: its words; by default those of this process.
+
+    Returns:
+        The exit code: 0 done, 1 it failed, 2 the request was wrong, 130 interrupted.
+    """
+    try:
+        args = parser().parse_args(argv)
+        return args.run(args)
+    except WrongRequestError as wrong:
+        return _say(wrong, WRONG)
+    except (FailedError, SoonestError) as failed:
+        return _say(failed, FAILED)
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
+
+
+def _say(why: Exception | str, code: int) -> int:
+    line = " ".join(str(why).split())
+    print(f"soonest: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,50 @@
+"""What several commands read from their arguments, and how they say that it was wrong."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+
+class WrongRequestError(Exception):
+    """The request cannot be carried out as it stands; the message says how to mend it."""
+
+
+class FailedError(Exception):
+    """The request was right, but carrying it out failed; the message says why."""
+
+
+def rate(text: str) -> float:
+    """A link's rate, such as ``200mbit``, in bits per second."""
+    from soonest.core.network import parse_rate
+
+    try:
+        return parse_rate(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A type for ``add_argument``: a whole number, ``lowest`` or more."""
+
+    def whole_number(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if number < lowest:
+            raise argparse.ArgumentTypeError(f"{number} is too few: give {lowest} or more")
+        return number
+
+    return whole_number
+
+
+def new_file(text: str) -> Path:
+    """A file to write; found out now that it cannot be, not after minutes of work."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no folder {path.parent} to write {path.name} in")
+    return path
