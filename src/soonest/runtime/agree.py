@@ -1,0 +1,46 @@
+"""What the ranks make sure of together before anything depends on it."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+
+from torch import nn
+
+from soonest.core.plan import Plan
+from soonest.errors import PlanMismatchError
+from soonest.runtime import collectives
+from soonest.runtime.layout import trainable
+
+
+def agree_on_model(group: collectives.Group, model: nn.Module) -> None:
+    """Compares the trainable parameters of all ranks' models; a collective call.
+
+    Raises:
+        PlanMismatchError: on every rank, naming the first parameter that differs.
+    """
+    mine = [f"{name} {tuple(p.shape)} {p.dtype}" for name, _, p in trainable(model)]
+    models = collectives.gather_objects(group, mine)
+    for rank, theirs in enumerate(models):
+        for index, (first, other) in enumerate(zip_longest(models[0], theirs, fillvalue="missing")):
+            if first != other:
+                raise PlanMismatchError(
+                    f"the ranks have different models: parameter {index} is {first} on rank 0 and "
+                    f"{other} on rank {rank}. Every rank must build the same model"
+                )
+
+
+def agree_on_plan(group: collectives.Group, plan: Plan) -> None:
+    """Compares the plans of all ranks; a collective call.
+
+    Raises:
+        PlanMismatchError: on every rank, naming the first difference.
+    """
+    fingerprints = collectives.gather_objects(group, plan.fingerprint)
+    if len(set(fingerprints)) == 1:
+        return
+    plans = [Plan.from_json(p) for p in collectives.gather_objects(group, plan.to_json())]
+    rank, other = next((r, p) for r, p in enumerate(plans) if p.fingerprint != fingerprints[0])
+    raise PlanMismatchError(
+        f"the ranks have different plans; first difference between rank 0 and rank {rank}: "
+        f"{plans[0].difference(other)}. Give every rank the same plan"
+    )

@@ -1,0 +1,131 @@
+"""What ``prioritize`` refuses, in one sentence each."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from soonest.runtime.layout import trainable
+from soonest.runtime.takeover import is_taken_over
+
+
+def check(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raises ValueError (TypeError for a wrong type) if soonest cannot work with these two."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, but must be a torch.nn.Module")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}, but must be a torch.optim.Optimizer"
+        )
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "there is no process group: call torch.distributed.init_process_group() "
+            "before soonest.prioritize()"
+        )
+    if is_taken_over(optimizer):
+        raise ValueError(
+            "this optimizer is prioritized already: call prioritize once, "
+            "or detach() the handle of the first call before"
+        )
+    _check_wrapping(model)
+    named = trainable(model)
+    if not named:
+        raise ValueError(
+            "the model has no parameter that requires a gradient, so there is nothing to share: "
+            "call prioritize on the model that is trained"
+        )
+    for name, _, parameter in named:
+        _check_parameter(name, parameter)
+    _check_devices(named)
+    _check_sharing(named)
+    _check_optimizer(model, optimizer)
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            raise ValueError(
+                f"module {name!r} produces sparse gradients, which cannot be combined: "
+                "build it with sparse=False"
+            )
+
+
+def _check_wrapping(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "the model"
+        if isinstance(module, DistributedDataParallel | DataParallel):
+            kind = type(module).__name__
+            raise ValueError(
+                f"{where} is wrapped by {kind}, which shares gradients itself: "
+                "give prioritize the bare module"
+            )
+        if any(
+            cls.__name__ in ("FSDPModule", "FullyShardedDataParallel")
+            for cls in type(module).__mro__
+        ):
+            raise ValueError(
+                f"{where} is sharded by FSDP, which shares gradients itself: "
+                "give prioritize the module without FSDP"
+            )
+
+
+def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(
+            f"parameter {name!r} has no shape yet: run one forward pass before prioritize"
+        )
+    if type(parameter).__torch_function__ is not torch._C._disabled_torch_function_impl:
+        raise ValueError(
+            f"parameter {name!r} is a {type(parameter).__name__} with a __torch_function__ of its own "
+            "(a DTensor, perhaps), which soonest does not support: use plain parameters"
+        )
+    if parameter.layout is not torch.strided:
+        raise ValueError(f"parameter {name!r} is {parameter.layout}, but must be dense")
+
+
+def _check_devices(named: list[tuple[str, str, nn.Parameter]]) -> None:
+    first_name, _, first = named[0]
+    for name, _, parameter in named:
+        if parameter.device != first.device:
+            raise ValueError(
+                f"parameter {name!r} is on {parameter.device} and {first_name!r} on {first.device}: "
+                "soonest needs all parameters of a rank on one device"
+            )
+    if first.device.type != "cpu":
+        raise ValueError(
+            f"the model is on {first.device}: this version runs on CPUs only, "
+            "the lane for other devices is not there yet"
+        )
+
+
+def _check_sharing(named: list[tuple[str, str, nn.Parameter]]) -> None:
+    """Moving into flat buffers would silently part parameters that share memory."""
+    spans = sorted(
+        (p.untyped_storage().data_ptr(), p.storage_offset() * p.itemsize, p.nbytes, name)
+        for name, _, p in named
+        if p.numel()
+    )
+    for (storage, start, length, name), (other_storage, other_start, _, other) in zip(
+        spans, spans[1:], strict=False
+    ):
+        if storage == other_storage and other_start < start + length:
+            raise ValueError(
+                f"parameters {name!r} and {other!r} share memory without being the same Parameter: "
+                "assign one of them to both modules (a.weight = b.weight)"
+            )
+
+
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    known = {id(parameter) for parameter in model.parameters()}
+    for g, group in enumerate(optimizer.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"the optimizer holds a parameter that is not the model's (group {g}, number {i}, "
+                    f"shape {tuple(parameter.shape)}): build the optimizer from model.parameters()"
+                )
+        if group.get("differentiable"):
+            raise ValueError(
+                "the optimizer is differentiable, and its updates could not be differentiated "
+                "through here: build it with differentiable=False"
+            )

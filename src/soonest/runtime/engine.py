@@ -1,0 +1,373 @@
+"""Turns what happens in a training loop into progress of the plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from soonest.core.plan import Plan
+from soonest.core.timeline import Timeline
+from soonest.errors import SoonestError
+from soonest.runtime import guard, takeover
+from soonest.runtime.collectives import Group
+from soonest.runtime.lanes import ThreadLane
+from soonest.runtime.layout import Layout, Member
+from soonest.runtime.profile import NEVER, Record, now_s, timeline_of
+from soonest.runtime.program import Program
+from soonest.runtime.sweep import Sweep
+from soonest.runtime.update import Updater, raw_step
+
+
+class Engine:
+    """The main thread's side of one prioritized model.
+
+    Args:
+        model, optimizer: the user's own; both are changed in place.
+        separable: whether updates may run one bucket at a time.
+        layout, plan: to begin with.
+        group: over which to combine.
+        lane: what executes the plan.
+        after_step: called at the end of each ``step()`` that used combined gradients, on every rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        separable: bool,
+        layout: Layout,
+        plan: Plan,
+        group: Group,
+        lane: ThreadLane,
+        after_step: Callable[[Engine], None],
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.forward_ended = NEVER
+        self.group = group
+        self.lane = lane
+        self._separable = separable
+        self._cls = type(optimizer)
+        self._after_step = after_step
+        self._share = 1.0 / group.size()
+        self._synchronizing = True
+        self._flying = False
+        self._sweeps_begun = 0
+        self._open: Sweep | None = None
+        self._latest: Sweep | None = None
+        self._unknown: set[int] = set()
+        self._hooks: list[Any] = []
+        self._last_complete: tuple[Record, Plan, list[Member]] | None = None
+        self.bind(layout, plan)
+        self._module_hooks = [
+            module.register_forward_pre_hook(guard.land_module)
+            for module in model.modules()
+            if any(p is not None for p in module._parameters.values())
+        ]
+        self._module_hooks.append(model.register_forward_hook(_ForwardEnd(self)))
+        takeover.take_over(optimizer, self)
+
+    def bind(self, layout: Layout, plan: Plan) -> None:
+        """From now on, run this plan on these buffers. Nothing may be in flight."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.layout = layout
+        self._updater = Updater(self.optimizer, self._cls, layout.members)
+        self.program = Program(plan, layout, self.group, self._updater)
+        self.record = self._new_record()
+        self._latest = None
+        self._held: list[Tensor | None] = [None] * len(layout.members)
+        self._lands = [partial(self._land, member) for member in layout.members]
+        self._settles = [partial(self._settle, member) for member in layout.members]
+        self._zeros = [partial(self._zero, member) for member in layout.members]
+        for member in layout.members:
+            before, after = partial(self._before, member), partial(self._after, member)
+            self._hooks.append(member.parameter.register_hook(before))
+            self._hooks.append(member.parameter.register_post_accumulate_grad_hook(after))
+            guard.hold(member.parameter, self._lands[member.order])  # to see when it is needed
+
+    def _new_record(self) -> Record:
+        plan = self.program.plan
+        return Record(len(self.layout.members), len(plan.ops), len(plan.buckets))
+
+    # In the backward pass
+
+    def _before(self, member: Member, gradient: Tensor) -> None:
+        """A gradient is about to be written where another may still be in flight."""
+        if member.order in self._unknown:
+            guard.land(member.parameter)  # what is added to must be known
+        self._settle(member)
+
+    def _after(self, member: Member, parameter: nn.Parameter) -> None:
+        """A gradient has been written to ``parameter.grad``."""
+        if not self._synchronizing:
+            return
+        sweep = self._open or self._begin()
+        if not math.isnan(sweep.record.ready[member.order]):
+            raise self._unfinished(sweep)
+        self._contribute(sweep, member)
+
+    def _begin(self) -> Sweep:
+        self.lane.check()
+        record = self._new_record()
+        record.backward_began = self.forward_ended
+        if math.isnan(self.forward_ended):  # the user does not call the model itself
+            record.backward_began = now_s()
+        self.record.ended = record.backward_began
+        if self.record.complete:
+            self._last_complete = (self.record, self.program.plan, self.layout.members)
+        sweep = Sweep(self._sweeps_begun, self.program, record)
+        self._sweeps_begun += 1
+        self._open = self._latest = sweep
+        self._flying = True
+        self.lane.begin(sweep)
+        torch.autograd.Variable._execution_engine.queue_callback(self._close)
+        return sweep
+
+    def _contribute(self, sweep: Sweep, member: Member) -> None:
+        """Puts ``parameter.grad`` into the flat buffer, divided as DDP does before it sums."""
+        gradient = member.parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse:
+            raise ValueError(
+                f"the gradient of {member.name!r} is sparse and cannot be combined: "
+                "use dense gradients (sparse=False)"
+            )
+        with torch.no_grad():
+            if gradient is member.grad:
+                member.raw_grad.mul_(self._share)
+            else:
+                torch.mul(gradient, self._share, out=member.raw_grad)
+                member.parameter.grad = member.grad
+        self._hold_gradient(member, member.grad)
+        self._arrived(sweep, member)
+
+    def _arrived(self, sweep: Sweep, member: Member) -> None:
+        member.sweep = sweep
+        sweep.record.ready[member.order] = now_s()
+        if sweep.arrived(self.program.buckets_of[member.order]):
+            self.lane.advance()
+
+    def _close(self) -> None:
+        """The backward pass is over: who got no gradient contributes what it has, or zeros."""
+        sweep = self._open
+        assert sweep is not None
+        for member in self.layout.members:
+            if not math.isnan(sweep.record.ready[member.order]):
+                continue
+            self._settle(member)
+            if member.parameter.grad is not None:
+                self._contribute(sweep, member)
+            else:
+                member.raw_grad.zero_()
+                sweep.unused.add(member.order)
+                self._unknown.add(member.order)
+                guard.hold(member.parameter, self._lands[member.order], hides_grad=True)
+                self._hold_gradient(member, member.grad)
+                self._arrived(sweep, member)
+        sweep.record.backward_ended = now_s()
+        sweep.closed = True
+        self._open = None
+        self.lane.advance()
+
+    def _unfinished(self, sweep: Sweep) -> SoonestError:
+        missing = [m.name for m in self.layout.members if math.isnan(sweep.record.ready[m.order])]
+        return SoonestError(
+            f"backward pass {sweep.number} did not finish, so this rank has not shared the gradients of "
+            f"{', '.join(missing[:3])}{'…' if len(missing) > 3 else ''} (did backward() raise?), "
+            "and the others wait for them: restart from a checkpoint"
+        )
+
+    # Landing
+
+    def _hold_gradient(self, member: Member, gradient: Tensor) -> None:
+        held = self._held[member.order]
+        if held is not None and held is not gradient:
+            guard.release(held)
+        self._held[member.order] = gradient
+        zero = self._zeros[member.order] if gradient is member.grad else None
+        guard.hold(gradient, self._settles[member.order], zero=zero)
+
+    def _release_gradient(self, member: Member) -> None:
+        held = self._held[member.order]
+        if held is not None:
+            guard.release(held)
+            self._held[member.order] = None
+
+    def _settle(self, member: Member) -> None:
+        """Waits until nothing writes to, or still reads, the member's gradient."""
+        sweep = member.sweep
+        if sweep is not None and self._held[member.order] is not None:
+            last = self.program.last_of[member.order]
+            self.lane.wait(sweep, last, updated=sweep.step is not None)
+        self._release_gradient(member)
+
+    def _land(self, member: Member) -> None:
+        """Waits until the parameter has the value that the last ``step()`` gave it."""
+        needed = now_s()
+        sweep = member.sweep
+        if sweep is not None and self._flying:
+            last = self.program.last_of[member.order]
+            self.lane.wait(sweep, last, updated=sweep.step is not None)
+        if member.order in self._unknown:
+            self._resolve(member)
+        if sweep is None or sweep.step is not None:
+            self._release_gradient(member)
+        if math.isnan(self.record.needed[member.order]):
+            self.record.needed[member.order] = needed
+            self.record.landed[member.order] = now_s()
+
+    def _resolve(self, member: Member) -> None:
+        """Whether any rank used the parameter is known now, and with it whether it has a gradient."""
+        self._unknown.discard(member.order)
+        with guard.DisableGuard():
+            if member.parameter.grad is None and self.program.used_anywhere(member):
+                member.parameter.grad = member.grad
+
+    def _zero(self, member: Member) -> None:
+        """The user zeroes a gradient in flight: that happens when nobody needs it any more."""
+        sweep = member.sweep
+        assert sweep is not None
+        with self.lane.lock:
+            if sweep.step is not None and not sweep.updated[self.program.last_of[member.order]]:
+                sweep.step.zeroed.add(member.order)
+                return
+        self._settle(member)
+        member.raw_grad.zero_()
+
+    # The optimizer
+
+    def step(self, closure: Callable[[], Any] | None) -> Any:
+        """What the user's ``optimizer.step(closure)`` does."""
+        self.lane.check()
+        if self._open is not None:
+            raise self._unfinished(self._open)
+        if self._separable:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._step_by_bucket()
+        else:
+            self.lane.wait_all()
+            loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
+            self._watch()
+        if self._latest is not None and self.record is self._latest.record:
+            self._after_step(self)
+        return loss
+
+    def _step_by_bucket(self) -> None:
+        sweep = self._latest
+        if sweep is None or sweep.step is not None:
+            sweep = Sweep(self._sweeps_begun, self.program, self._new_record(), local=True)
+            self.lane.begin(sweep)
+        call = self._updater.call(self._gradients(sweep))
+        for member in self.layout.members:
+            gradient = call.gradients.get(member.order)
+            if gradient is None:
+                continue
+            member.sweep = sweep
+            unknown = member.order in self._unknown
+            guard.hold(member.parameter, self._lands[member.order], hides_grad=unknown)
+            self._hold_gradient(member, gradient)
+        self.record = sweep.record
+        self._flying = True
+        sweep.step = call
+        self.lane.advance()
+
+    def _gradients(self, sweep: Sweep) -> dict[int, Tensor]:
+        """By order of the member, the gradients that the optimizer is to use."""
+        found: dict[int, Tensor] = {}
+        with guard.DisableGuard():
+            for member in self.layout.members:
+                if not self._updater.owns(member):
+                    continue
+                gradient = member.parameter.grad
+                if gradient is None and member.order in self._unknown:
+                    gradient = member.grad
+                if gradient is not None:
+                    found[member.order] = gradient
+        return found
+
+    def _watch(self) -> None:
+        """After an update in one go: nothing is in flight, but see when each parameter is needed."""
+        if self._latest is not None:
+            self.record = self._latest.record
+        for member in self.layout.members:
+            guard.hold(member.parameter, self._lands[member.order])
+
+    def clear_gradients(self) -> None:
+        """What ``optimizer.zero_grad()`` does: the gradients in flight go on without their names."""
+        self._unknown.clear()
+        takeover.clear(self.optimizer)
+
+    # The handle
+
+    def flush(self) -> None:
+        """Waits until nothing is in flight: every parameter and gradient has its value."""
+        if not self._flying:
+            return
+        self.lane.wait_all()
+        if self._open is None:
+            for member in self.layout.members:
+                if member.order in self._unknown:
+                    self._resolve(member)
+                guard.release(member.parameter)
+                self._release_gradient(member)
+            self._flying = False
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        before, self._synchronizing = self._synchronizing, False
+        try:
+            yield
+        finally:
+            self._synchronizing = before
+
+    def timeline(self) -> Timeline | None:
+        if self._last_complete is None:
+            return None
+        return timeline_of(*self._last_complete)
+
+    def detach(self) -> None:
+        """Leaves the model and the optimizer as they would be without soonest."""
+        if self.lane.error is None:
+            self.flush()
+        for hook in (*self._hooks, *self._module_hooks):
+            hook.remove()
+        for member in self.layout.members:
+            guard.release(member.parameter)
+            self._release_gradient(member)
+        self._hooks = self._module_hooks = []
+        takeover.hand_back(self.optimizer)
+        self.layout.move_out()
+        self.lane.close()
+
+
+class _ForwardEnd:
+    """Notes when the model's forward pass is over. Copies of the model note nothing."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._engine.forward_ended = now_s()
+        if math.isnan(self._engine.record.forward_ended):
+            self._engine.record.forward_ended = now_s()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Nothing, ())
+
+
+class _Nothing:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        pass

@@ -1,0 +1,180 @@
+"""Nobody reads a parameter or a gradient that is still in flight.
+
+A tensor in flight is *held*: its ``__class__`` is switched to a subclass whose ``__torch_function__``
+first lets it land, switches the class back, and only then goes on. So every way of reading it through
+torch's Python interface waits for the right value. ``land_module`` covers what does not pass there:
+``autograd.Function.apply`` and C++ extensions that are handed raw pointers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+DisableGuard = torch._C.DisableTorchFunctionSubclass
+"""Within this context, in this thread, held tensors are taken as they are."""
+
+
+class _Hold(NamedTuple):
+    tensor: Tensor  # keeps the tensor, and so its id, alive
+    land: Callable[[], None]
+    zero: Callable[[], None] | None
+    hides_grad: bool
+
+
+_holds: dict[int, _Hold] = {}
+
+
+def hold(
+    tensor: Tensor,
+    land: Callable[[], None],
+    *,
+    zero: Callable[[], None] | None = None,
+    hides_grad: bool = False,
+) -> None:
+    """Marks a tensor as in flight.
+
+    Args:
+        tensor: any tensor without a ``__torch_function__`` of its own.
+        land: waits until the tensor has its value; called once, before the first read.
+        zero: takes note that the tensor is to become zero after it has landed; without it,
+            zeroing waits like everything else.
+        hides_grad: whether ``tensor.grad`` is unknown, too, until the tensor has landed.
+    """
+    cls = type(tensor)
+    if not issubclass(cls, _Held):
+        tensor.__class__ = _held_class(cls)
+    _holds[id(tensor)] = _Hold(tensor, land, zero, hides_grad)
+
+
+def release(tensor: Tensor) -> None:
+    """Makes a held tensor an ordinary one again, without waiting."""
+    _holds.pop(id(tensor), None)
+    cls = type(tensor)
+    if issubclass(cls, _Held):
+        tensor.__class__ = cls.held_from
+
+
+def land(tensor: Tensor) -> None:
+    """Waits until a held tensor has its value and releases it."""
+    entry = _holds.get(id(tensor))
+    if entry is not None:
+        entry.land()
+    release(tensor)
+
+
+def is_held(tensor: Tensor) -> bool:
+    return issubclass(type(tensor), _Held)
+
+
+def land_module(module: nn.Module, args: Any = None) -> None:
+    """Lands the parameters that a module owns itself; a forward pre-hook."""
+    for parameter in module._parameters.values():
+        if parameter is not None and issubclass(type(parameter), _Held):
+            land(parameter)
+
+
+class _Held:
+    """Mixed into a tensor's class while the tensor is in flight."""
+
+    __slots__ = ()
+    held_from: type
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _KEEPS_FLYING or (func == _GET_GRAD and not _hides_grad(args[0])):
+            with DisableGuard():
+                return func(*args, **kwargs)
+        held = [tensor for tensor in _tensors((args, kwargs)) if is_held(tensor)]
+        if func in _ZERO and _zero_later(held):
+            return _zero_others(func, args[0])
+        for tensor in held:
+            land(tensor)
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        land(self)  # type: ignore[arg-type]
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        land(self)  # type: ignore[arg-type]
+        return self.__reduce_ex__(protocol)
+
+
+@cache
+def _held_class(cls: type) -> type:
+    """The class of a ``cls`` in flight: it looks like ``cls`` to ``isinstance`` and to a reader."""
+    namespace = {
+        "held_from": cls,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    return type(cls)(cls.__name__, (_Held, cls), namespace)
+
+
+def _hides_grad(tensor: Tensor) -> bool:
+    entry = _holds.get(id(tensor))
+    return entry is not None and entry.hides_grad
+
+
+def _zero_later(held: list[Tensor]) -> bool:
+    """Notes that these are to be zero once they have landed; False if one of them cannot be."""
+    zeros = [entry.zero for tensor in held if (entry := _holds.get(id(tensor))) and entry.zero]
+    if len(zeros) < len(held):
+        return False
+    for zero in zeros:
+        zero()
+    return True
+
+
+def _zero_others(func: Any, target: Any) -> Any:
+    if func is Tensor.zero_:
+        return target
+    free = [tensor for tensor in target if not is_held(tensor)]
+    return torch._foreach_zero_(free) if free else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _getters(*names: str) -> set[Any]:
+    return {getattr(Tensor, name).__get__ for name in names}
+
+
+_GET_GRAD = Tensor.grad.__get__
+_ZERO = {Tensor.zero_, torch._foreach_zero_}
+# What a tensor is, rather than what it holds: reading this need not wait.
+_KEEPS_FLYING = {
+    *_getters("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn"),
+    *_getters("is_sparse", "is_cuda", "is_meta", "is_quantized", "is_nested", "itemsize", "nbytes"),
+    Tensor.grad.__set__,
+    Tensor.requires_grad_,
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.stride,
+    Tensor.storage_offset,
+    Tensor.is_contiguous,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.element_size,
+    Tensor.__len__,
+}

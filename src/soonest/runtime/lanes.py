@@ -1,0 +1,222 @@
+"""What executes the ops of a plan, in order."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from soonest.errors import PeerLostError, ReadTooEarlyError, SoonestError
+from soonest.runtime.collectives import Work
+from soonest.runtime.sweep import Sweep
+
+_LOOK_S = 1.0
+"""How often a lane that waits for others looks whether one of them has given up."""
+
+
+class Lane(Protocol):
+    """Executes sweeps, one after the other."""
+
+    def begin(self, sweep: Sweep) -> None:
+        """A backward pass has begun; its ops follow those of all sweeps begun before."""
+        ...
+
+    def advance(self) -> None:
+        """The state of a sweep has changed: there may be something to do."""
+        ...
+
+    def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
+        """Returns when a bucket is combined or, with ``updated``, its parameters are updated.
+
+        Raises:
+            SoonestError: that will not happen; the message says why.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends the lane; what is in flight is dropped."""
+        ...
+
+
+class ThreadLane:
+    """A lane for CPUs: one thread that starts gloo's asynchronous ops and runs updates.
+
+    Args:
+        timeout_s: how long to wait without any progress; an op's own timeout comes before.
+        blame: given what was being waited for, who is at fault, in words; None if nobody is
+            known to be.
+    """
+
+    def __init__(self, *, timeout_s: float, blame: Callable[[str, bool], str | None]) -> None:
+        self._timeout_s = timeout_s
+        self._blame = blame
+        self._sweeps: tuple[Sweep, ...] = ()  # replaced, never changed: both threads walk it
+        self._works: deque[Work] = deque()
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._progressed_at = time.monotonic()
+        self.error: SoonestError | None = None
+        self._thread = threading.Thread(target=self._run, name="soonest lane", daemon=True)
+        self._thread.start()
+
+    @property
+    def lock(self) -> threading.Condition:
+        """Held while a bucket becomes updated."""
+        return self._changed
+
+    def begin(self, sweep: Sweep) -> None:
+        for earlier in self._sweeps:
+            earlier.superseded = True
+        with self._changed:
+            self._sweeps = (*self._sweeps, sweep)
+        self._wake.put(True)
+
+    def advance(self) -> None:
+        self._wake.put(True)
+
+    def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
+        done = sweep.updated if updated else sweep.reduced
+        if done[bucket]:
+            return
+        if not sweep.closed:
+            raise ReadTooEarlyError(
+                f"a gradient in {sweep.plan.describe(bucket)} was read inside the backward pass, "
+                "where it is not combined over the ranks yet: read it after backward() has returned"
+            )
+        began_at = time.monotonic()
+        with self._changed:
+            while not done[bucket]:
+                self.check()
+                self._changed.wait(_LOOK_S)
+                # The lane's own waits end first; this is the last resort.
+                idle_s = time.monotonic() - max(began_at, self._progressed_at)
+                if idle_s > self._timeout_s + 10 * _LOOK_S:
+                    raise PeerLostError(
+                        f"step {sweep.number}: waited more than {self._timeout_s:.0f} s for "
+                        f"{sweep.plan.describe(bucket)} without progress"
+                    )
+
+    def check(self) -> None:
+        """Raises what ended the lane, if something did."""
+        if self.error is not None:
+            raise type(self.error)(*self.error.args)
+
+    def wait_all(self) -> None:
+        """Returns when every sweep is finished; what no ``step()`` will use is only combined."""
+        with self._changed:
+            while any(not self._settled(sweep) for sweep in self._sweeps):
+                self.check()
+                self._changed.wait(_LOOK_S)
+
+    @staticmethod
+    def _settled(sweep: Sweep) -> bool:
+        if sweep.step is None and sweep.combined == len(sweep.plan.ops):
+            return True
+        return sweep.finished or not sweep.closed
+
+    def close(self) -> None:
+        self._wake.put(False)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=_LOOK_S)
+
+    def _run(self) -> None:
+        # Held tensors belong to the main thread; what passes here is always taken as it is.
+        with torch._C.DisableTorchFunctionSubclass():
+            while self._wait_for_news():
+                try:
+                    while self._do_one():
+                        self._progressed_at = time.monotonic()
+                except Exception as error:
+                    self._fail(error)
+                    return
+
+    def _wait_for_news(self) -> bool:
+        while True:
+            try:
+                return self._wake.get(timeout=_LOOK_S if self._works else None)
+            except queue.Empty:
+                others = self._blame("", False)
+                if others is not None:
+                    self._fail(PeerLostError(others))
+                    return False
+
+    def _do_one(self) -> bool:
+        """Does the most urgent thing there is to do; False if there is nothing."""
+        self._drop_finished()
+        return self._complete() or self._issue() or self._update()
+
+    def _complete(self) -> bool:
+        if not self._works or not self._works[0].is_completed():
+            return False
+        sweep = next(r for r in self._sweeps if r.in_flight)
+        op = sweep.combined
+        try:
+            self._works.popleft().wait()
+        except Exception as error:
+            bucket = sweep.plan.ops[op].bucket
+            raise self._lost(sweep, bucket, error) from error
+        sweep.record.op_ended(op)
+        with self._changed:
+            sweep.complete_op()
+            self._changed.notify_all()
+        return True
+
+    def _lost(self, sweep: Sweep, bucket: int, error: Exception) -> PeerLostError:
+        what = f"step {sweep.number}: {sweep.plan.describe(bucket)}"
+        who = self._blame(what, True) or "no rank is known to be missing"
+        reason = str(error).split(". This is typically", 1)[0]
+        return PeerLostError(f"{what} could not be combined over the ranks: {who} ({reason})")
+
+    def _issue(self) -> bool:
+        sweep = next((r for r in self._sweeps if r.issued < len(r.plan.ops)), None)
+        op = sweep.next_op() if sweep is not None else None
+        if sweep is None or op is None:
+            return False
+        sweep.record.op_started(op)
+        try:
+            work = sweep.program.issue(sweep, op)
+        except RuntimeError as error:
+            raise self._lost(sweep, sweep.plan.ops[op].bucket, error) from error
+        sweep.issued += 1
+        self._works.append(work)
+        work.get_future().add_done_callback(lambda _: self._wake.put(True))
+        return True
+
+    def _update(self) -> bool:
+        if not self._sweeps:
+            return False
+        sweep = self._sweeps[0]
+        bucket = sweep.next_update()
+        if bucket is None:
+            return False
+        sweep.record.update_started(bucket)
+        sweep.program.update(sweep, bucket)
+        sweep.record.update_ended(bucket)
+        with self._changed:
+            sweep.program.zero(sweep, bucket)
+            sweep.updated[bucket] = True
+            self._changed.notify_all()
+        return True
+
+    def _drop_finished(self) -> None:
+        while self._sweeps and self._sweeps[0].finished:
+            with self._changed:
+                self._sweeps = self._sweeps[1:]
+                self._changed.notify_all()
+
+    def _fail(self, error: Exception) -> None:
+        known = (
+            error
+            if isinstance(error, SoonestError)
+            else SoonestError(f"an update failed: {error!r}")
+        )
+        with self._changed:
+            self.error = known
+            self._changed.notify_all()
+        self._sweeps = ()
+        self._works.clear()

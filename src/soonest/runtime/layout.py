@@ -1,0 +1,131 @@
+"""Flat buffers: parameters and gradients are views of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from soonest.core.plan import Flat, Slot
+
+if TYPE_CHECKING:
+    from soonest.runtime.sweep import Sweep
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One trainable parameter in its place in the flat buffers.
+
+    Args:
+        name: as in ``model.named_parameters()``.
+        layer: name of the module that owns it.
+        parameter: the user's own object.
+        order: its rank in the order of first use.
+        flat: index of its flat buffer.
+        slot: its place there.
+        grad: view of the gradient buffer that becomes ``parameter.grad``; it may be held.
+        raw_grad: the same memory as a tensor that only the engine sees; it is never held.
+        twin: the same memory as ``parameter``, sharing its version counter; what the optimizer updates,
+            so that an update never meets the guard.
+        sweep: the last backward pass whose gradient was or is being combined.
+    """
+
+    name: str
+    layer: str
+    parameter: nn.Parameter
+    order: int
+    flat: int
+    slot: Slot
+    grad: Tensor
+    raw_grad: Tensor
+    twin: nn.Parameter
+    sweep: Sweep | None = field(default=None)
+
+
+class Layout:
+    """All trainable parameters of a model, moved into flat buffers.
+
+    Args:
+        model: its trainable parameters become views of new buffers, with their values kept.
+        order: names of parameters, first used first; what is not named comes behind, as registered.
+
+    Attributes:
+        flats: the description of the buffers, one per dtype.
+        parameters, grads: the buffers, one pair per entry of ``flats``.
+        members: by order of first use.
+    """
+
+    def __init__(self, model: nn.Module, order: Sequence[str] = ()) -> None:
+        rank = {name: index for index, name in enumerate(order)}
+        named = sorted(trainable(model), key=lambda item: rank.get(item[0], len(rank)))
+        place = {name: index for index, (name, _, _) in enumerate(named)}
+        dtypes = list(dict.fromkeys(parameter.dtype for _, _, parameter in named))
+        self.flats: tuple[Flat, ...] = tuple(
+            Flat.lay_out(
+                str(dtype).removeprefix("torch."),
+                dtype.itemsize,
+                ((name, layer, p.numel()) for name, layer, p in named if p.dtype == dtype),
+            )
+            for dtype in dtypes
+        )
+        device = named[0][2].device
+        self.parameters = [
+            torch.zeros(flat.numel, dtype=dtype, device=device)
+            for flat, dtype in zip(self.flats, dtypes, strict=True)
+        ]
+        self.grads = [torch.zeros_like(buffer) for buffer in self.parameters]
+        by_name = {name: parameter for name, _, parameter in named}
+        self.members = sorted(
+            (
+                self._move_in(by_name[slot.name], index, slot, place[slot.name])
+                for index, flat in enumerate(self.flats)
+                for slot in flat.slots
+            ),
+            key=lambda member: member.order,
+        )
+
+    def _move_in(self, parameter: nn.Parameter, flat: int, slot: Slot, order: int) -> Member:
+        with torch.no_grad():
+            here = view_like(self.parameters[flat], slot, parameter)
+            here.copy_(parameter)
+            parameter.data = here
+            grad, raw_grad = (view_like(self.grads[flat], slot, parameter) for _ in range(2))
+            if parameter.grad is not None:
+                grad.copy_(parameter.grad)
+                parameter.grad = grad
+        twin = nn.Parameter(parameter.detach())
+        twin.__dict__.update(parameter.__dict__)  # optimizers may look for marks on a parameter
+        return Member(slot.name, slot.layer, parameter, order, flat, slot, grad, raw_grad, twin)
+
+    def move_out(self) -> None:
+        """Gives every parameter, and every gradient in the buffers, memory of its own again."""
+        for member in self.members:
+            parameter = member.parameter
+            parameter.data = parameter.data.clone(memory_format=torch.preserve_format)
+            if parameter.grad is member.grad:
+                parameter.grad = member.raw_grad.clone(memory_format=torch.preserve_format)
+
+
+def trainable(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
+    """``(name, layer, parameter)`` of every parameter that requires a gradient, as registered.
+
+    A parameter that several modules share belongs to the first of them.
+    """
+    found: dict[int, tuple[str, str, nn.Parameter]] = {}
+    for layer, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                full = f"{layer}.{name}" if layer else name
+                found.setdefault(id(parameter), (full, layer or "(root)", parameter))
+    return list(found.values())
+
+
+def view_like(buffer: Tensor, slot: Slot, tensor: Tensor) -> Tensor:
+    """The slot's part of a buffer with a tensor's shape, and its strides if they leave no gaps."""
+    part = buffer[slot.start : slot.start + slot.numel]
+    if torch._prims_common.is_non_overlapping_and_dense_or_false(tensor):
+        return part.as_strided(tensor.size(), tensor.stride())
+    return part.view(tensor.size())

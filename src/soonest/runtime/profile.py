@@ -1,0 +1,182 @@
+"""Measures the model: when each gradient is ready, when each parameter is needed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from statistics import median
+
+from soonest.core.plan import Plan
+from soonest.core.timeline import Span, Timeline
+from soonest.core.trace import Layer, Trace
+from soonest.runtime.layout import Member
+
+NEVER = math.nan
+now_s = time.perf_counter
+
+
+class Record:
+    """What happened when in one step: a backward pass and the forward pass after it.
+
+    All times are seconds on one clock; ``NEVER`` where something did not happen.
+
+    Args:
+        members: how many parameters.
+        ops, buckets: how many the plan has.
+    """
+
+    def __init__(self, members: int, ops: int = 0, buckets: int = 0) -> None:
+        self.backward_began = NEVER
+        self.ready = [NEVER] * members
+        self.backward_ended = NEVER
+        self.needed = [NEVER] * members
+        self.landed = [NEVER] * members
+        self.forward_ended = NEVER
+        self.ended = NEVER
+        self.op_start = [NEVER] * ops
+        self.op_end = [NEVER] * ops
+        self.update_start = [NEVER] * buckets
+        self.update_end = [NEVER] * buckets
+
+    def op_started(self, op: int) -> None:
+        self.op_start[op] = now_s()
+
+    def op_ended(self, op: int) -> None:
+        self.op_end[op] = now_s()
+
+    def update_started(self, bucket: int) -> None:
+        self.update_start[bucket] = now_s()
+
+    def update_ended(self, bucket: int) -> None:
+        self.update_end[bucket] = now_s()
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has a whole forward pass, as the period of a step needs it."""
+        return not math.isnan(self.ended + self.backward_began + self.forward_ended)
+
+    def first_use(self) -> list[int]:
+        """Members in the order in which the forward pass needed them; the unused ones last."""
+        used = [m for m, at in enumerate(self.needed) if not math.isnan(at)]
+        unused = [m for m, at in enumerate(self.needed) if math.isnan(at)]
+        return sorted(used, key=self.needed.__getitem__) + unused
+
+
+def trace_of(
+    backward: Record,
+    forward: Record,
+    members: Sequence[Member],
+    *,
+    model: str,
+    update_s: float = 0.0,
+) -> Trace:
+    """The layers of a model as measured; waiting for the network is left out.
+
+    Args:
+        backward: the record whose backward pass to take.
+        forward: the record whose forward pass to take; its order becomes that of the trace.
+        members: the model's parameters.
+        model: a name for the trace.
+        update_s: time to update all parameters, seconds.
+
+    Returns:
+        One layer for each module that owns parameters.
+    """
+    layers: dict[str, list[int]] = {}
+    for index in forward.first_use():
+        layers.setdefault(members[index].layer, []).append(index)
+    names = list(layers)
+    size = [sum(members[m].parameter.nbytes for m in layers[name]) for name in names]
+    return Trace(
+        model,
+        tuple(
+            Layer(name, size[i], fwd_us=fwd * 1e6, bwd_us=bwd * 1e6)
+            for i, (name, (_, fwd), (_, bwd)) in enumerate(
+                zip(
+                    names,
+                    _forward_spans(forward, [layers[name] for name in names]),
+                    _backward_spans(backward, [layers[name] for name in names]),
+                    strict=True,
+                )
+            )
+        ),
+        update_s * 1e6,
+    )
+
+
+def typical(traces: Sequence[Trace]) -> Trace:
+    """The layer-wise median of several traces of the same model."""
+    first = traces[0]
+    times = [{layer.name: layer for layer in trace.layers} for trace in traces]
+    layers = tuple(
+        Layer(
+            layer.name,
+            layer.bytes,
+            median(t[layer.name].fwd_us for t in times),
+            median(t[layer.name].bwd_us for t in times),
+        )
+        for layer in first.layers
+    )
+    return Trace(first.model, layers, median(trace.update_us for trace in traces))
+
+
+def _forward_spans(record: Record, layers: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+    """Per layer, when its forward began and how long it took, seconds, without waits."""
+    began = [max((record.landed[m] for m in members), default=NEVER) for members in layers]
+    needed = [min((record.needed[m] for m in members), default=NEVER) for members in layers]
+    spans: list[tuple[float, float]] = []
+    for index, start in enumerate(began):
+        following = [at for at in needed[index + 1 :] if not math.isnan(at)]
+        end = following[0] if following else record.forward_ended
+        duration = end - start
+        spans.append((start, 0.0 if math.isnan(duration) else max(0.0, duration)))
+    return spans
+
+
+def _backward_spans(record: Record, layers: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+    """Per layer, when its backward began and how long it took, seconds.
+
+    A gradient that is ready before that of a later layer counts as ready with it.
+    """
+    spans: list[tuple[float, float]] = []
+    reached = record.backward_began
+    for members in reversed(layers):
+        ready = max((at for m in members if not math.isnan(at := record.ready[m])), default=NEVER)
+        end = reached if math.isnan(ready) else max(ready, reached)
+        spans.append((reached, end - reached))
+        reached = end
+    return spans[::-1]
+
+
+def timeline_of(
+    record: Record, plan: Plan, members: Sequence[Member], *, title: str = "soonest"
+) -> Timeline:
+    """A complete record as a timeline that starts with its backward pass."""
+    zero = record.backward_began
+    layers: dict[str, list[int]] = {}
+    for index in record.first_use():
+        layers.setdefault(members[index].layer, []).append(index)
+    groups = list(layers.values())
+    spans: list[Span] = []
+    for name, (start, duration) in zip(layers, _backward_spans(record, groups), strict=True):
+        spans.append(Span("compute", "backward", name, start - zero, start + duration - zero))
+    for name, (start, duration) in zip(layers, _forward_spans(record, groups), strict=True):
+        if not math.isnan(start):
+            spans.append(Span("compute", "forward", name, start - zero, start + duration - zero))
+    for index, member in enumerate(members):
+        waited = record.landed[index] - record.needed[index]
+        if waited > 1e-5:
+            start, end = record.needed[index] - zero, record.landed[index] - zero
+            spans.append(Span("compute", "wait", member.layer, start, end))
+    for index, op in enumerate(plan.ops):
+        start, end = record.op_start[index], record.op_end[index]
+        if not math.isnan(start + end):
+            name = ", ".join(plan.buckets[op.bucket].layers)
+            spans.append(Span("network", "send", name, start - zero, end - zero))
+    for bucket in range(len(plan.buckets)):
+        start, end = record.update_start[bucket], record.update_end[bucket]
+        if not math.isnan(start + end):
+            name = ", ".join(plan.buckets[bucket].layers)
+            spans.append(Span("update", "update", name, start - zero, end - zero))
+    return Timeline(title, record.ended - zero, tuple(spans))

@@ -1,0 +1,91 @@
+"""A plan bound to a model's flat buffers: what a lane executes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from soonest.core.plan import Plan
+from soonest.runtime import collectives
+from soonest.runtime.layout import Layout, Member
+
+if TYPE_CHECKING:
+    from soonest.runtime.sweep import Sweep
+    from soonest.runtime.update import Updater
+
+
+class Program:
+    """A plan's ops and updates, ready to run.
+
+    Args:
+        plan: made for ``layout.flats``.
+        layout: the buffers.
+        group: over which to combine.
+        updater: what to do once gradients are combined.
+
+    Attributes:
+        buckets_of: per member, the buckets that carry it, by index of ``layout.members``.
+        last_of: per member, that one of them which the plan completes last.
+        awaiting: per bucket, the members that can be updated as soon as it is combined.
+        by_need: the buckets in the order in which the forward pass needs what awaits them.
+    """
+
+    def __init__(self, plan: Plan, layout: Layout, group: collectives.Group, updater: Updater):
+        self.plan = plan
+        self.layout = layout
+        self.group = group
+        self.updater = updater
+        self._slices = [layout.grads[b.flat][b.start : b.stop] for b in plan.buckets]
+        position = {op.bucket: index for index, op in enumerate(plan.ops)}
+        members = layout.members
+        at = {(member.flat, member.slot.start): member.order for member in members}
+        self.buckets_of: list[list[int]] = [[] for _ in members]
+        self._counts: list[tuple[Tensor, list[int]]] = []
+        for index, bucket in enumerate(plan.buckets):
+            slots = [plan.flats[bucket.flat].slots[slot] for slot in plan.slots_of[index]]
+            counted = [slot for slot in slots if bucket.start <= slot.count_at < bucket.stop]
+            offsets = torch.tensor([slot.count_at - bucket.start for slot in counted])
+            offsets = offsets.to(device=self._slices[index].device, dtype=torch.long)
+            self._counts.append((offsets, [at[bucket.flat, slot.start] for slot in counted]))
+            for slot in slots:
+                self.buckets_of[at[bucket.flat, slot.start]].append(index)
+        self.last_of = [max(buckets, key=position.__getitem__) for buckets in self.buckets_of]
+        self.awaiting: list[list[Member]] = [[] for _ in plan.buckets]
+        for member in members:
+            self.awaiting[self.last_of[member.order]].append(member)
+        first = [min((m.order for m in waiting), default=len(members)) for waiting in self.awaiting]
+        self.by_need = sorted(range(len(plan.buckets)), key=first.__getitem__)
+
+    def issue(self, sweep: Sweep, op: int) -> collectives.Work:
+        """Starts one op."""
+        kind, bucket = self.plan.ops[op].kind, self.plan.ops[op].bucket
+        gradients = self._slices[bucket]
+        offsets, members = self._counts[bucket]
+        if members:
+            used = [0.0 if member in sweep.unused else 1.0 for member in members]
+            gradients[offsets] = torch.tensor(used, dtype=gradients.dtype, device=gradients.device)
+        return collectives.start(kind, self.group, gradients)
+
+    def update(self, sweep: Sweep, bucket: int) -> None:
+        """Updates the parameters whose gradients this bucket completes."""
+        waiting = [m for m in self.awaiting[bucket] if self.wanted(sweep, m)]
+        if waiting:
+            self.updater.apply(sweep.step, waiting)
+
+    def zero(self, sweep: Sweep, bucket: int) -> None:
+        """Zeroes those gradients that the user has zeroed while they were in flight."""
+        for member in self.awaiting[bucket]:
+            if member.order in sweep.step.zeroed:
+                member.raw_grad.zero_()
+
+    def wanted(self, sweep: Sweep, member: Member) -> bool:
+        """Whether the optimizer sees a gradient of this parameter."""
+        if member.order not in sweep.step.gradients:
+            return False
+        return member.order not in sweep.unused or self.used_anywhere(member)
+
+    def used_anywhere(self, member: Member) -> bool:
+        """Whether any rank got a gradient for this parameter, once it is combined."""
+        return bool(self.layout.grads[member.flat][member.slot.count_at] > 0)

@@ -1,0 +1,111 @@
+"""One sweep of a plan: the gradients of one backward pass, from ready to updated.
+
+This is the pure state that a training loop's main thread and a lane share. It knows the rules of the
+static order and nothing of tensors, threads or networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from soonest.core.plan import Plan
+
+if TYPE_CHECKING:
+    from soonest.runtime.profile import Record
+    from soonest.runtime.program import Program
+
+
+class Sweep:
+    """The state of one sweep.
+
+    Args:
+        number: counts the sweeps of a training run, from 0.
+        program: what the lane executes.
+        record: where the lane and the engine note what happened when.
+        local: nothing is sent; the sweep only updates.
+
+    Attributes:
+        missing: per bucket, how many of its parameters have no gradient yet.
+        unused: per bucket, the members that got no gradient on this rank.
+        issued: how many ops of the plan have been issued.
+        combined: how many ops of the plan have been completed, in plan order.
+        closed: the backward pass is over.
+        step: what ``optimizer.step()`` was called with; None before.
+        reduced: per bucket, whether its gradients are combined.
+        updated: per bucket, whether the parameters that wait for it are updated.
+    """
+
+    def __init__(
+        self, number: int, program: Program, record: Record, *, local: bool = False
+    ) -> None:
+        plan = program.plan
+        self.number = number
+        self.program = program
+        self.record = record
+        self.missing = [0 if local else len(slots) for slots in plan.slots_of]
+        self.unused: set[int] = set()
+        self.issued = self.combined = len(plan.ops) if local else 0
+        self.closed = local
+        self.step: Any = None
+        self.superseded = False
+        self.reduced = bytearray([local] * len(plan.buckets))
+        self.updated = bytearray(len(plan.buckets))
+
+    @property
+    def plan(self) -> Plan:
+        return self.program.plan
+
+    @property
+    def in_flight(self) -> int:
+        return self.issued - self.combined
+
+    def arrived(self, buckets: Sequence[int]) -> bool:
+        """Takes note of one more gradient.
+
+        Args:
+            buckets: those that carry it.
+
+        Returns:
+            Whether a bucket became complete.
+        """
+        complete = False
+        for bucket in buckets:
+            self.missing[bucket] -= 1
+            assert self.missing[bucket] >= 0, self.plan.describe(bucket)
+            complete |= not self.missing[bucket]
+        return complete
+
+    def next_op(self) -> int | None:
+        """The op to issue now, if there is one.
+
+        Ops are issued strictly in the plan's order, so that every rank issues the same sequence
+        whatever its timing.
+        """
+        ops = self.plan.ops
+        if self.issued == len(ops) or self.in_flight >= self.plan.window:
+            return None
+        return None if self.missing[ops[self.issued].bucket] else self.issued
+
+    def complete_op(self) -> None:
+        """The oldest op in flight is done."""
+        self.reduced[self.plan.ops[self.combined].bucket] = True
+        self.combined += 1
+
+    def next_update(self) -> int | None:
+        """The bucket whose parameters to update now: of those that can be, the first needed."""
+        if self.step is None:
+            return None
+        return next(self._updatable(), None)
+
+    def _updatable(self) -> Iterator[int]:
+        for bucket in self.program.by_need:
+            if self.reduced[bucket] and not self.updated[bucket]:
+                yield bucket
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do, or nothing that anybody still wants."""
+        if self.combined < len(self.plan.ops):
+            return False
+        return self.superseded if self.step is None else all(self.updated)

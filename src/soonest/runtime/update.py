@@ -1,0 +1,135 @@
+"""The user's own optimizer, one bucket at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from soonest.runtime.layout import Member
+
+_SEPARABLE = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.Adafactor,
+    torch.optim.Rprop,
+    torch.optim.ASGD,
+    torch.optim.Muon,
+)
+
+
+def is_separable(optimizer: Optimizer) -> bool:
+    """Whether each parameter's update is known to depend on nothing but itself.
+
+    That is: its value, gradient and state, and its group's settings. Only then can parameters be
+    updated one bucket at a time. A class of the user's own might keep a count of steps or look at all
+    gradients, so it is taken to be separable only if the user says so.
+    """
+    return type(optimizer) in _SEPARABLE
+
+
+@dataclass(eq=False)
+class StepCall:
+    """What one call of ``optimizer.step()`` saw.
+
+    Args:
+        groups: the settings of each parameter group, as they were, without its parameters.
+        attributes: the optimizer's other attributes, as they were.
+        gradients: by order of the member, what ``parameter.grad`` was, where it was not None.
+
+    Attributes:
+        zeroed: members whose gradient was zeroed before they were updated.
+    """
+
+    groups: list[dict[str, Any]]
+    attributes: dict[str, Any]
+    gradients: dict[int, Tensor]
+    zeroed: set[int] = field(default_factory=set[int])
+
+
+class Updater:
+    """Runs the user's optimizer on some of its parameters.
+
+    It works on twins: other tensor objects over the same memory, which no guard holds.
+
+    Args:
+        optimizer: the user's own.
+        cls: its class as the user made it.
+        members: the model's trainable parameters.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, cls: type[Optimizer], members: Sequence[Member]
+    ) -> None:
+        self._optimizer = optimizer
+        self._cls = cls
+        self._step = raw_step(cls)
+        group_of = {
+            id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]
+        }
+        self._group_of = {
+            member.order: group_of[id(member.parameter)]
+            for member in members
+            if id(member.parameter) in group_of
+        }
+
+    def owns(self, member: Member) -> bool:
+        """Whether the optimizer holds this parameter."""
+        return member.order in self._group_of
+
+    def call(self, gradients: dict[int, Tensor]) -> StepCall:
+        """Remembers the optimizer as it is now: schedulers change it right after the step."""
+        attributes = dict(self._optimizer.__dict__)
+        groups = [
+            {name: _kept(value) for name, value in group.items() if name != "params"}
+            for group in attributes.pop("param_groups")
+        ]
+        del attributes["state"]
+        return StepCall(groups, attributes, gradients)
+
+    def apply(self, call: StepCall, members: Sequence[Member]) -> None:
+        """Updates these members, as ``optimizer.step()`` would have done when it was called."""
+        state = self._optimizer.__dict__["state"]
+        partial: Any = object.__new__(self._cls)
+        partial.__dict__.update(call.attributes)
+        partial.state = defaultdict(dict)
+        params: list[list[Any]] = [[] for _ in call.groups]
+        for member in members:
+            gradient = call.gradients[member.order]
+            member.twin.grad = member.raw_grad if gradient is member.grad else gradient
+            params[self._group_of[member.order]].append(member.twin)
+            if member.parameter in state:
+                partial.state[member.twin] = state[member.parameter]
+        partial.param_groups = [
+            {**group, "params": chosen}
+            for group, chosen in zip(call.groups, params, strict=True)
+            if chosen
+        ]
+        self._step(partial)
+        for member in members:
+            member.twin.grad = None
+            if member.twin in partial.state:
+                state[member.parameter] = partial.state[member.twin]
+
+
+def raw_step(cls: type[Optimizer]) -> Any:
+    """A class's ``step`` without the wrapper that runs the user's step hooks."""
+    step = cls.step
+    return step.__wrapped__ if hasattr(step, "hooked") else step  # type: ignore[attr-defined]
+
+
+def _kept(value: Any) -> Any:
+    """A setting as it is now, even if the user changes it in place later."""
+    return value.clone() if isinstance(value, Tensor) else value
