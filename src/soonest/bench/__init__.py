@@ -1,1 +1,1 @@
-"""."""
+"""Arms, comparisons and what they show."""
