@@ -7,12 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch.futures import Future
 
 from soonest.errors import PeerLostError, ReadTooEarlyError, SoonestError
-from soonest.runtime.collectives import Work
 from soonest.runtime.sweep import Sweep
 
 _LOOK_S = 1.0
@@ -56,7 +56,7 @@ class ThreadLane:
         self._timeout_s = timeout_s
         self._blame = blame
         self._sweeps: tuple[Sweep, ...] = ()  # replaced, never changed: both threads walk it
-        self._works: deque[Work] = deque()
+        self._works: deque[Future[Any]] = deque()
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._progressed_at = time.monotonic()
@@ -136,14 +136,13 @@ class ThreadLane:
                     return
 
     def _wait_for_news(self) -> bool:
-        while True:
-            try:
-                return self._wake.get(timeout=_LOOK_S if self._works else None)
-            except queue.Empty:
-                others = self._blame("", False)
-                if others is not None:
-                    self._fail(PeerLostError(others))
-                    return False
+        try:
+            return self._wake.get(timeout=_LOOK_S if self._works else None)
+        except queue.Empty:
+            others = self._blame("", False)
+            if others is not None:
+                self._fail(PeerLostError(others))
+            return others is None
 
     def _do_one(self) -> bool:
         """Does the most urgent thing there is to do; False if there is nothing."""
@@ -151,7 +150,7 @@ class ThreadLane:
         return self._complete() or self._issue() or self._update()
 
     def _complete(self) -> bool:
-        if not self._works or not self._works[0].is_completed():
+        if not self._works or not self._works[0].done():
             return False
         sweep = next(r for r in self._sweeps if r.in_flight)
         op = sweep.combined
@@ -183,8 +182,10 @@ class ThreadLane:
         except RuntimeError as error:
             raise self._lost(sweep, sweep.plan.ops[op].bucket, error) from error
         sweep.issued += 1
-        self._works.append(work)
-        work.get_future().add_done_callback(lambda _: self._wake.put(True))
+        # The future, and not the work, is done by the time it calls back.
+        future = work.get_future()
+        self._works.append(future)
+        future.add_done_callback(lambda _: self._wake.put(True))
         return True
 
     def _update(self) -> bool:

@@ -53,7 +53,6 @@ class Learner:
 
     def _first(self, engine: Engine) -> None:
         assert self._before is not None
-        engine.flush()
         trace = self._trace(engine, engine.record, self._before)
         members = engine.layout.members
         order = [members[index].name for index in self._before.first_use()]
@@ -66,7 +65,6 @@ class Learner:
     def _again(self, engine: Engine) -> None:
         trace, _ = self._first_rank(engine, typical(self._traces) if self._traces else None, [])
         if trace is not None:
-            engine.flush()
             self._bind(engine, engine.layout, trace)
 
     def _trace(self, engine: Engine, backward: Record, forward: Record) -> Trace:
@@ -75,6 +73,7 @@ class Learner:
     def _first_rank(
         self, engine: Engine, trace: Trace | None, order: Sequence[str]
     ) -> tuple[Trace, list[str]]:
+        engine.flush()  # nothing else may be on the group now
         mine = (trace and trace.to_json(), list(order))
         measured, order = collectives.first_rank_object(engine.group, mine)
         return measured and Trace.from_json(measured), list(order)
