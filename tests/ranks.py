@@ -1,0 +1,114 @@
+"""Runs a function on several ranks: real processes, one process group."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Ranks are forked from one process that has torch imported: that costs a tenth of starting each anew.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "soonest"])
+
+
+class RankFailedError(AssertionError):
+    """A rank raised, died or ran too long."""
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    ranks: int,
+    *args: Any,
+    timeout_s: float = 120,
+    collective_timeout_s: float = 60,
+    may_die: bool = False,
+) -> list[Any]:
+    """Calls ``function(*args)`` on every rank, in a gloo group on loopback.
+
+    Args:
+        function: defined at the top of a module.
+        ranks: how many processes.
+        may_die: a rank that dies without an answer yields None instead of an error.
+
+    Returns:
+        What each rank returned, by rank.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            _context.Process(
+                target=_rank,
+                args=(function, args, rank, ranks, store.port, collective_timeout_s, folder),
+                daemon=True,
+            )
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout_s
+        try:
+            return _results(processes, Path(folder), deadline, may_die)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _results(processes: list[Any], folder: Path, deadline: float, may_die: bool) -> list[Any]:
+    while any(process.is_alive() for process in processes):
+        if time.monotonic() > deadline:
+            alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
+            raise RankFailedError(f"ranks {alive} did not end in time")
+        failed = [p for p in folder.glob("*.failed")]
+        if failed and not may_die:
+            raise RankFailedError(f"rank {failed[0].stem} raised:\n{failed[0].read_text()}")
+        time.sleep(0.02)
+    results: list[Any] = []
+    for rank, process in enumerate(processes):
+        failed, done = folder / f"{rank}.failed", folder / f"{rank}.done"
+        if failed.exists():
+            raise RankFailedError(f"rank {rank} raised:\n{failed.read_text()}")
+        if not done.exists() and not may_die:
+            raise RankFailedError(f"rank {rank} died with exit code {process.exitcode}")
+        results.append(pickle.loads(done.read_bytes()) if done.exists() else None)
+    return results
+
+
+def _rank(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    ranks: int,
+    port: int,
+    collective_timeout_s: float,
+    folder: str,
+) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    dist.init_process_group(
+        "gloo",
+        store=store,
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=collective_timeout_s),
+    )
+    try:
+        result = function(*args)
+        partial = Path(folder, f"{rank}.partial")
+        partial.write_bytes(pickle.dumps(result))
+        partial.rename(Path(folder, f"{rank}.done"))
+    except BaseException:
+        Path(folder, f"{rank}.failed").write_text(traceback.format_exc())
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
