@@ -163,7 +163,9 @@ def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+    # A small eps would blow up the rounding of gradients that are zero but for rounding, as those
+    # of a bias before a normalization, into full steps.
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
 
 
 @dataclass(frozen=True)

@@ -87,17 +87,14 @@ class Network:
         wt = sum(1 / t for _, t in points)
         wst = sum(s / t for s, t in points)
         determinant = w * wss - ws * ws
-        per_byte = latency = -1.0
         if determinant > 1e-12 * w * wss:
-            per_byte = (w * wst - ws * wt) / determinant
-            latency = (wt * wss - ws * wst) / determinant
-        if latency < _TINY_S:  # One size only, or a curve that bends the other way.
-            latency, per_byte = _TINY_S, (wst - ws * _TINY_S) / wss if wss else 0.0
-        elif per_byte < 1 / MAX_BYTES_PER_S:  # Larger tensors were no slower.
-            latency = wt / w
-        if not wss:
-            latency = wt / w
-        return cls(max(latency, _TINY_S), 1 / max(per_byte, 1 / MAX_BYTES_PER_S))
+            latency = max((wt * wss - ws * wst) / determinant, _TINY_S)
+        else:  # One size only tells no latency from bandwidth.
+            latency = _TINY_S if wss else wt / w
+        per_byte = (wst - ws * latency) / wss if wss else 0.0
+        if per_byte < 1 / MAX_BYTES_PER_S:  # Larger tensors took no longer.
+            latency, per_byte = wt / w, 1 / MAX_BYTES_PER_S
+        return cls(latency, 1 / per_byte)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
