@@ -1,0 +1,72 @@
+"""The bound: cases worked out by hand, and an exhaustive search over tiny models."""
+
+from functools import cache
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from soonest.core.bounds import lower_bound_s
+from soonest.core.network import Network
+from soonest.core.trace import Layer, Trace
+
+ONE_BYTE_PER_S = Network(0.0, 1.0)
+
+
+def model(*layers: tuple[int, int, int]) -> Trace:
+    """A trace of layers given as seconds of transfer, forward and backward."""
+    return Trace(
+        "t", tuple(Layer(str(i), p, f * 1e6, b * 1e6) for i, (p, f, b) in enumerate(layers))
+    )
+
+
+@pytest.mark.parametrize(
+    ("trace", "seconds"),
+    [
+        (model((0, 2, 3)), 5),
+        (model((1, 2, 3)), 6),
+        (model((1, 2, 3), (1, 2, 3)), 11),
+        (model((1, 2, 3), (20, 2, 3)), 26),
+        (model((20, 2, 3), (1, 2, 3)), 30),
+        (model((1, 2, 3), (0, 9, 9)), 24),
+    ],
+)
+def test_by_hand(trace: Trace, seconds: float):
+    assert lower_bound_s(trace, ONE_BYTE_PER_S) == pytest.approx(seconds)
+
+
+def test_latency_is_left_out():
+    trace = model((20, 2, 3), (1, 2, 3))
+    assert lower_bound_s(trace, Network(7.0, 1.0)) == lower_bound_s(trace, ONE_BYTE_PER_S)
+
+
+def shortest_step_s(trace: Trace) -> float:
+    """The shortest step of all preemptive schedules, second by second."""
+    ready, tail = trace.ready_s(), trace.tail_s()
+    jobs = range(len(trace.layers))
+
+    @cache
+    def best(now: int, left: tuple[int, ...]) -> float:
+        """Shortest end of the forward pass over what is left to transfer."""
+        if not any(left):
+            return 0.0
+        ends = [best(now + 1, left)] if now < ready[0] - 1e-9 else []  # Idle, if it may help.
+        for i in jobs:
+            if left[i] and ready[i] <= now + 1e-9:
+                rest = (*left[:i], left[i] - 1, *left[i + 1 :])
+                landed = now + 1 + tail[i] if not rest[i] else 0.0
+                ends.append(max(landed, best(now + 1, rest)))
+        return min(ends)
+
+    landed = best(0, tuple(layer.bytes for layer in trace.layers))
+    return max(landed, trace.forward_s + trace.backward_s)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=4
+    )
+)
+def test_the_bound_is_the_best_preemptive_schedule(layers: list[tuple[int, int, int]]):
+    trace = model(*layers)
+    assert lower_bound_s(trace, ONE_BYTE_PER_S) == pytest.approx(shortest_step_s(trace))

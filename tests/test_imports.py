@@ -1,0 +1,162 @@
+"""Imports go downward only, and the core knows no torch."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "soonest"
+
+ROOT = "soonest"
+"""The package itself, ``import soonest``: what users import, above the runtime."""
+ERRORS = "errors"
+ALLOWED: dict[str, set[str]] = {
+    "core": set(),
+    ERRORS: set(),
+    "runtime": {"core", ERRORS},
+    "lab": {"core", ERRORS, "runtime", ROOT},
+    "bench": {"core", ERRORS, "runtime", "lab", ROOT},
+    "report": {"core", ERRORS},
+    "caffe": {"core", ERRORS, "runtime", ROOT},
+    "integrations": {"core", ERRORS, "runtime", ROOT},
+    "demo": {"core", ERRORS, "runtime", "lab", "bench", "report", ROOT},
+    "cli": {
+        "core", ERRORS, "runtime", "lab", "bench", "report", "caffe", "integrations", "demo", ROOT
+    },
+    "__main__": {"cli"},
+    "__init__": {"core", ERRORS, "runtime"},
+}  # fmt: skip
+"""Per part of the package, the other parts that it may import."""
+
+
+def imported(source: str, module: str, *, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Every module that a source text imports anywhere in it, in full, with its line."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def violations(source: str, path: str) -> list[str]:
+    """What a file of the package imports but may not.
+
+    Args:
+        source: its text.
+        path: relative to the package, for example ``core/plan.py``.
+    """
+    parts = path.removesuffix(".py").split("/")
+    is_package = parts[-1] == "__init__"
+    module = ".".join([ROOT, *(parts[:-1] if is_package else parts)])
+    part = parts[0]
+    if part not in ALLOWED:
+        return [f"{path}: no rule says what {part!r} may import: add one"]
+    found: list[str] = []
+    for line, name in imported(source, module, is_package=is_package):
+        top, *rest = name.split(".")
+        if top == "torch" and part == "core":
+            found.append(f"{path}:{line} imports {name}")
+        if top == ROOT:
+            target = rest[0] if rest and rest[0] in ALLOWED else ROOT
+            if target != part and target not in ALLOWED[part]:
+                found.append(f"{path}:{line} imports {name}")
+    return found
+
+
+def test_imports_go_downward_only():
+    files = sorted(SOURCE.rglob("*.py"))
+    assert len(files) > 10
+    found = [
+        violation
+        for file in files
+        for violation in violations(
+            file.read_text(encoding="utf-8"), file.relative_to(SOURCE).as_posix()
+        )
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("core/plan.py", "import torch"),
+        ("core/plan.py", "from torch.nn import Module"),
+        ("core/plan.py", "import numpy, torch.distributed as dist"),
+        ("core/plan.py", "def f():\n    import torch"),
+        ("core/plan.py", "if TYPE_CHECKING:\n    from soonest.runtime.engine import Engine"),
+        ("core/plan.py", "from soonest import prioritize"),
+        ("core/plan.py", "import soonest"),
+        ("core/plan.py", "from soonest.errors import SoonestError"),
+        ("core/plan.py", "from ..runtime import engine"),
+        ("core/plan.py", "from .. import runtime"),
+        ("core/__init__.py", "from ..runtime import engine"),
+        ("runtime/api.py", "from soonest.lab import hosts"),
+        ("runtime/api.py", "from soonest import report"),
+        ("runtime/api.py", "import soonest.bench.arms"),
+        ("runtime/api.py", "from soonest import prioritize"),
+        ("lab/hosts.py", "from soonest.bench import arms"),
+        ("report/text.py", "from soonest.runtime.api import Handle"),
+        ("report/text.py", "import soonest.cli"),
+        ("bench/arms.py", "from soonest.cli import main"),
+        ("caffe/net.py", "from soonest import cli"),
+        ("errors.py", "import soonest.core.plan"),
+        ("__init__.py", "from soonest.cli import main"),
+        ("news/new.py", ""),
+    ],
+)
+def test_a_violation_is_found(path: str, source: str):
+    assert len(violations(source, path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("core/plan.py", "import numpy as np\nfrom soonest.core.trace import Trace"),
+        ("core/plan.py", "from . import trace\nfrom .trace import Trace\nfrom ..core import trace"),
+        ("core/plan.py", "import torchless\ntext = 'import torch'"),
+        ("runtime/api.py", "import torch\nfrom soonest.core import plan\nfrom . import engine"),
+        ("report/text.py", "import rich\nfrom soonest.core.timeline import Timeline"),
+        ("bench/arms.py", "import soonest\nfrom soonest.lab import hosts"),
+        ("cli/bench.py", "from soonest import bench, report\nfrom soonest.cli.request import x"),
+        ("__main__.py", "from soonest.cli import main"),
+        ("__init__.py", "from soonest.runtime import prioritize"),
+    ],
+)
+def test_what_is_allowed_is_let_through(path: str, source: str):
+    assert violations(source, path) == []
+
+
+IMPORT_ALL_OF_THE_CORE = """
+import importlib, pkgutil, sys
+import soonest.core
+for module in pkgutil.iter_modules(soonest.core.__path__):
+    importlib.import_module("soonest.core." + module.name)
+print(*sorted(name for name in sys.modules if name.partition(".")[0] in ("soonest", "torch")))
+"""
+
+
+def test_the_core_runs_without_torch(tmp_path: Path):
+    """In a package of that name that, unlike the real one, imports no runtime."""
+    (tmp_path / ROOT).mkdir()
+    (tmp_path / ROOT / "__init__.py").touch()
+    for part in ("core", "data"):
+        (tmp_path / ROOT / part).symlink_to(SOURCE / part)
+    loaded = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL_OF_THE_CORE],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert "soonest.core.planner" in loaded
+    assert not [name for name in loaded if name.partition(".")[0] == "torch"]
+    assert {name.split(".")[1] for name in loaded if "." in name} == {"core"}
