@@ -1,7 +1,10 @@
+import contextlib
 import os
+import subprocess
+import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,21 @@ class Marked:
 
     def __init__(self):
         self.env = {"SOONEST_TEST_MARK": uuid.uuid4().hex}
+
+    @contextlib.contextmanager
+    def start(self, script: str) -> Iterator[subprocess.Popen[str]]:
+        """Runs a Python script until the block is left."""
+        with subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, **self.env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def alive(self) -> list[int]:
         mark = f"SOONEST_TEST_MARK={self.env['SOONEST_TEST_MARK']}".encode()

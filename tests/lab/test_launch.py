@@ -1,7 +1,4 @@
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -121,14 +118,7 @@ def test_at_least_one_rank():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_the_parent(marked, number):
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT],
-        env={**os.environ, **marked.env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as parent:
-        assert parent.stdout is not None
+    with marked.start(PARENT) as parent:
         assert sorted(parent.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
         parent.send_signal(number)
         assert parent.wait() == -number
