@@ -109,8 +109,8 @@ class Engine:
 
     def _after(self, member: Member, parameter: nn.Parameter) -> None:
         """A gradient has been written to ``parameter.grad``."""
-        if not self._synchronizing:
-            return
+        if not self._synchronizing or parameter.grad is None:
+            return  # None: the graph led here, but with an undefined gradient
         sweep = self._open or self._begin()
         if not math.isnan(sweep.record.ready[member.order]):
             raise self._unfinished(sweep)

@@ -73,10 +73,18 @@ def is_held(tensor: Tensor) -> bool:
 
 
 def land_module(module: nn.Module, args: Any = None) -> None:
-    """Lands the parameters that a module owns itself; a forward pre-hook."""
+    """Lands the parameters that a module owns itself; a forward pre-hook.
+
+    A plain tensor in the place of a parameter comes from ``functional_call``, and under a transform of
+    ``torch.func`` it may wrap any parameter unseen, so everything lands then.
+    """
     for parameter in module._parameters.values():
-        if parameter is not None and issubclass(type(parameter), _Held):
-            land(parameter)
+        if issubclass(type(parameter), _Held):
+            land(parameter)  # type: ignore[arg-type]
+        elif type(parameter) is Tensor and _holds:
+            for entry in list(_holds.values()):
+                if isinstance(entry.tensor, nn.Parameter):
+                    land(entry.tensor)
 
 
 class _Held:
@@ -162,12 +170,11 @@ _GET_GRAD = Tensor.grad.__get__
 _ZERO = {Tensor.zero_, torch._foreach_zero_}
 # What a tensor is, rather than what it holds: reading this need not wait.
 _KEEPS_FLYING = {
-    *_getters("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn"),
+    *_getters("shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "grad_fn"),
     *_getters("is_sparse", "is_cuda", "is_meta", "is_quantized", "is_nested", "itemsize", "nbytes"),
     Tensor.grad.__set__,
     Tensor.requires_grad_,
     Tensor.size,
-    Tensor.dim,
     Tensor.numel,
     Tensor.nelement,
     Tensor.stride,

@@ -1,0 +1,200 @@
+"""Whatever reads a tensor in flight waits for it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from ranks import run_ranks
+from runtime.reads import READS, stale_reads
+from torch import Tensor, nn
+
+from soonest.runtime import guard
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "arithmetic": lambda p: p * 2,
+    "reflected arithmetic": lambda p: 1 - p,
+    "matmul": lambda p: p @ p,
+    "in place": lambda p: p.detach().add_(1),
+    "comparison": lambda p: p == 1,
+    "indexing": lambda p: p[0],
+    "item": lambda p: p[0, 0].item(),
+    "iteration": lambda p: list(p),
+    "tolist": lambda p: p.tolist(),
+    "repr": repr,
+    "format": lambda p: f"{p}",
+    "bool": lambda p: bool(p.detach().sum()),
+    "float": lambda p: float(p.detach().sum()),
+    "contains": lambda p: 1.0 in p,
+    "numpy": lambda p: p.detach().numpy(),
+    "numpy by force": lambda p: p.numpy(force=True),
+    "asarray": lambda p: np.asarray(p.detach()),
+    "dlpack": lambda p: torch.utils.dlpack.to_dlpack(p.detach()),
+    "data": lambda p: p.data,
+    "detach": lambda p: p.detach(),
+    "clone": lambda p: p.clone(),
+    "to": lambda p: p.to(torch.float64),
+    "type": lambda p: p.half(),
+    "cpu": lambda p: p.cpu(),
+    "data_ptr": lambda p: p.data_ptr(),
+    "storage": lambda p: p.untyped_storage(),
+    "view": lambda p: p.view(-1),
+    "transpose": lambda p: p.T,
+    "version": lambda p: p._version,
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": pickle.dumps,
+    "save": lambda p: torch.save(p, io.BytesIO()),
+    "save in a dict": lambda p: torch.save({"p": p}, io.BytesIO()),
+    "linear": lambda p: F.linear(torch.ones(1, 3), p),
+    "keyword": lambda p: F.linear(torch.ones(1, 3), weight=p),
+    "embedding": lambda p: F.embedding(torch.tensor([0]), p),
+    "layer_norm": lambda p: F.layer_norm(torch.ones(3, 3), (3, 3), p),
+    "einsum": lambda p: torch.einsum("ij->i", p),
+    "cat": lambda p: torch.cat([p, p]),
+    "stack in a tuple": lambda p: torch.stack((p,)),
+    "out": lambda p: torch.add(torch.ones(3, 3), 1, out=torch.empty(3, 3)).copy_(p),
+    "foreach": lambda p: torch._foreach_add([p.detach()], 1),
+    "foreach lerp": lambda p: torch._foreach_lerp([torch.zeros(3, 3)], [p], 0.5),
+    "copy from": lambda p: torch.zeros(3, 3).copy_(p),
+    "norm": lambda p: p.norm(),
+    "norm of all": lambda p: nn.utils.get_total_norm([p]),
+    "vector": lambda p: nn.utils.parameters_to_vector([p]),
+    "where": lambda p: torch.where(p > 0, p, p),
+    "allclose": lambda p: torch.allclose(p, p),
+    "vmap": lambda p: torch.func.vmap(torch.sum)(p),
+    "init": lambda p: nn.init.zeros_(p),
+    "share memory": lambda p: p.is_set_to(p),
+}
+
+WHAT_IT_IS: dict[str, Callable[[Any], Any]] = {
+    "shape": lambda p: p.shape,
+    "size": lambda p: p.size(0),
+    "len": len,
+    "numel": lambda p: p.numel(),
+    "dtype": lambda p: p.dtype,
+    "device": lambda p: p.device,
+    "requires_grad": lambda p: p.requires_grad,
+    "is_leaf": lambda p: p.is_leaf,
+    "is floating": lambda p: p.is_floating_point(),
+    "grad": lambda p: p.grad,
+    "setting grad": lambda p: setattr(p, "grad", None),
+    "hash": hash,
+    "identity": lambda p: p is p,
+    "isinstance": lambda p: isinstance(p, nn.Parameter),
+    "freeze": lambda p: p.requires_grad_(True),
+}
+
+
+class Flight:
+    """A parameter in flight that counts how often it was asked to land."""
+
+    def __init__(self) -> None:
+        self.parameter = nn.Parameter(torch.zeros(3, 3))
+        self.landings = 0
+        guard.hold(self.parameter, self.land)
+
+    def land(self) -> None:
+        self.landings += 1
+        self.parameter.data.fill_(1.0) if not guard.is_held(self.parameter) else None
+
+
+@pytest.fixture
+def flight() -> Iterator[Flight]:
+    flying = Flight()
+    yield flying
+    guard.release(flying.parameter)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_reading_waits_once(reader: str, flight: Flight) -> None:
+    READERS[reader](flight.parameter)
+    assert flight.landings == 1
+    assert type(flight.parameter) is nn.Parameter
+    READERS[reader](flight.parameter)
+    assert flight.landings == 1
+
+
+@pytest.mark.parametrize("reader", WHAT_IT_IS)
+def test_asking_what_it_is_does_not_wait(reader: str, flight: Flight) -> None:
+    WHAT_IT_IS[reader](flight.parameter)
+    assert flight.landings == 0
+    assert guard.is_held(flight.parameter)
+
+
+def test_a_module_lands_its_own_parameters_only() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    landed: list[str] = []
+    for name, parameter in model.named_parameters():
+        guard.hold(parameter, lambda name=name: landed.append(name))
+    guard.land_module(model[1])
+    assert landed == ["1.weight", "1.bias"]
+    for parameter in model.parameters():
+        guard.release(parameter)
+
+
+def test_a_held_gradient_is_zeroed_without_waiting() -> None:
+    asked: list[str] = []
+    held, free = torch.ones(2), torch.ones(2)
+    guard.hold(held, lambda: asked.append("land"), zero=lambda: asked.append("zero"))
+    assert held.zero_() is held
+    torch._foreach_zero_([held, free])
+    assert asked == ["zero", "zero"]
+    assert free.tolist() == [0, 0]
+    guard.release(held)
+
+
+def test_zeroing_a_parameter_waits() -> None:
+    flying = Flight()
+    with torch.no_grad():
+        flying.parameter.zero_()
+    assert flying.landings == 1
+
+
+def test_grad_waits_where_it_is_unknown() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    landed: list[str] = []
+    guard.hold(parameter, lambda: landed.append("land"), hides_grad=True)
+    assert parameter.grad is None
+    assert landed == ["land"]
+
+
+def test_a_copy_is_not_in_flight(flight: Flight) -> None:
+    twin = copy.deepcopy(flight.parameter)
+    assert type(twin) is nn.Parameter
+    assert not guard.is_held(twin)
+
+
+def test_the_guard_can_be_told_off_for_a_while(flight: Flight) -> None:
+    with guard.DisableGuard():
+        assert isinstance(flight.parameter + 1, Tensor)
+    assert flight.landings == 0
+
+
+@pytest.fixture(scope="module")
+def guarded() -> list[dict[str, bool]]:
+    return run_ranks(stale_reads, 2, True)
+
+
+@pytest.fixture(scope="module")
+def unguarded() -> list[dict[str, bool]]:
+    return run_ranks(stale_reads, 2, False)
+
+
+@pytest.mark.parametrize("read", READS)
+def test_no_read_in_the_middle_of_overlap_is_stale(read: str, guarded: list[dict[str, bool]]) -> None:
+    assert [rank[read] for rank in guarded] == [False, False]
+
+
+@pytest.mark.parametrize("read", READS)
+def test_without_the_guard_the_same_read_is_stale(
+    read: str, unguarded: list[dict[str, bool]]
+) -> None:
+    assert [rank[read] for rank in unguarded] == [True, True]
