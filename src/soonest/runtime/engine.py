@@ -103,6 +103,8 @@ class Engine:
 
     def _before(self, member: Member, gradient: Tensor) -> None:
         """A gradient is about to be written where another may still be in flight."""
+        if self._open is not None and not math.isnan(self._open.record.ready[member.order]):
+            raise self._unfinished(self._open)
         if member.order in self._unknown:
             guard.land(member.parameter)  # what is added to must be known
         self._settle(member)
@@ -111,10 +113,7 @@ class Engine:
         """A gradient has been written to ``parameter.grad``."""
         if not self._synchronizing or parameter.grad is None:
             return  # None: the graph led here, but with an undefined gradient
-        sweep = self._open or self._begin()
-        if not math.isnan(sweep.record.ready[member.order]):
-            raise self._unfinished(sweep)
-        self._contribute(sweep, member)
+        self._contribute(self._open or self._begin(), member)
 
     def _begin(self) -> Sweep:
         self.lane.check()
@@ -314,6 +313,7 @@ class Engine:
 
     def flush(self) -> None:
         """Waits until nothing is in flight: every parameter and gradient has its value."""
+        self.lane.check()
         if not self._flying:
             return
         self.lane.wait_all()

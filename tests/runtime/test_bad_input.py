@@ -1,0 +1,192 @@
+"""What cannot work is refused in one sentence that says how to mend it; what can, works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import soonest
+
+
+def plain() -> tuple[Any, Any]:
+    model = nn.Linear(3, 3)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def wrapped_by_ddp() -> tuple[Any, Any]:
+    model, optimizer = plain()
+    return DistributedDataParallel(model), optimizer
+
+
+def holds_ddp() -> tuple[Any, Any]:
+    model, optimizer = plain()
+    return nn.Sequential(DistributedDataParallel(model)), optimizer
+
+
+def wrapped_by_fsdp() -> tuple[Any, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Linear(4, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def foreign_parameters() -> tuple[Any, Any]:
+    return nn.Linear(3, 3), torch.optim.SGD(nn.Linear(2, 7).parameters(), lr=0.1)
+
+
+def several_devices() -> tuple[Any, Any]:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def sparse() -> tuple[Any, Any]:
+    model = nn.Embedding(5, 3, sparse=True)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def shared_storage() -> tuple[Any, Any]:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def twice() -> tuple[Any, Any]:
+    model, optimizer = plain()
+    soonest.prioritize(model, optimizer)
+    return model, optimizer
+
+
+def no_parameters() -> tuple[Any, Any]:
+    return nn.ReLU(), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+
+
+def all_frozen() -> tuple[Any, Any]:
+    model, optimizer = plain()
+    return model.requires_grad_(False), optimizer
+
+
+def lazy() -> tuple[Any, Any]:
+    model = nn.LazyLinear(3)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def differentiable() -> tuple[Any, Any]:
+    model = nn.Linear(3, 3)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, differentiable=True)
+
+
+def replaced_step() -> tuple[Any, Any]:
+    model, optimizer = plain()
+    optimizer.step = print  # type: ignore[method-assign]
+    return model, optimizer
+
+
+def not_a_model() -> tuple[Any, Any]:
+    return [], plain()[1]
+
+
+def not_an_optimizer() -> tuple[Any, Any]:
+    return plain()[0], "SGD"
+
+
+BAD: dict[Callable[[], tuple[Any, Any]], tuple[type[Exception], str]] = {
+    wrapped_by_ddp: (ValueError, "wrapped by DistributedDataParallel"),
+    holds_ddp: (ValueError, "module '0' is wrapped by DistributedDataParallel"),
+    wrapped_by_fsdp: (ValueError, "FSDP"),
+    foreign_parameters: (ValueError, "not the model's (group 0, number 0, shape (7, 2))"),
+    several_devices: (ValueError, "one device"),
+    sparse: (ValueError, "sparse=False"),
+    shared_storage: (ValueError, "'0.weight' and '1.weight' share memory"),
+    twice: (ValueError, "prioritized already"),
+    no_parameters: (ValueError, "no parameter that requires a gradient"),
+    all_frozen: (ValueError, "no parameter that requires a gradient"),
+    lazy: (ValueError, "run one forward pass"),
+    differentiable: (ValueError, "differentiable=False"),
+    replaced_step: (ValueError, "was replaced by"),
+    not_a_model: (TypeError, "torch.nn.Module"),
+    not_an_optimizer: (TypeError, "torch.optim.Optimizer"),
+}
+
+
+def refusals() -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = {}
+    for build in BAD:
+        try:
+            soonest.prioritize(*build())
+            found[build.__name__] = ("nothing", "")
+        except Exception as error:
+            found[build.__name__] = (type(error).__name__, str(error))
+    return found
+
+
+@pytest.fixture(scope="module")
+def refused() -> dict[str, tuple[str, str]]:
+    return run_ranks(refusals, 2)[0]
+
+
+@pytest.mark.parametrize("build", BAD, ids=lambda build: build.__name__)
+def test_bad_input(build: Callable[..., Any], refused: dict[str, tuple[str, str]]) -> None:
+    error, text = BAD[build]
+    name, message = refused[build.__name__]
+    assert name == error.__name__
+    assert text in message
+    assert "\n" not in message
+
+
+def test_no_process_group() -> None:
+    with pytest.raises(ValueError, match="init_process_group"):
+        soonest.prioritize(*plain())
+
+
+def alone() -> list[Any]:
+    model, optimizer = plain()
+    before = type(optimizer)
+    handle = soonest.prioritize(model, optimizer)
+    with handle.no_sync():
+        model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    handle.flush()
+    result = [handle.plan, handle.timeline(), type(optimizer) is before]
+    handle.detach()
+    handle.detach()
+    return result
+
+
+def test_a_group_of_one_rank_does_nothing() -> None:
+    assert run_ranks(alone, 1) == [[None, None, True]]
+
+
+def wrong_plans(folder: str) -> list[str]:
+    model, optimizer = plain()
+    handle = soonest.prioritize(model, optimizer)
+    plan = handle.plan
+    assert plan is not None
+    handle.detach()
+    messages: list[str] = []
+    other = nn.Linear(3, 4)
+    for arguments in (
+        (model, optimizer, f"{folder}/absent.json"),
+        (model, optimizer, __file__),
+        (other, torch.optim.SGD(other.parameters(), lr=0.1), plan),
+    ):
+        try:
+            soonest.prioritize(*arguments[:2], plan=arguments[2])
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_plan_that_does_not_fit(tmp_path: Any) -> None:
+    for absent, garbage, other in run_ranks(wrong_plans, 2, str(tmp_path)):
+        assert "absent.json" in absent
+        assert "holds no plan" in garbage
+        assert "flats[0].slots[0].numel: 9 / 12" in other
