@@ -1,0 +1,1 @@
+"""A small GPT, trained with and without soonest, to see what that changes."""

@@ -1,0 +1,52 @@
+"""What a run of the demo is made of; the same for every rank and every arm."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+RANKS = 2
+
+ARMS = {
+    "ddp": "DistributedDataParallel",
+    "ddp-small": "DistributedDataParallel, 1 MB buckets",
+    "soonest": "soonest",
+}
+"""The ways of training, and what to call them."""
+
+COMPARED = ("ddp", "soonest")
+"""Those that train to the end. The other is only timed, for the sake of fairness."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that decides the results.
+
+    Args:
+        steps: of training, of each arm that is compared.
+        block: the arms take turns, so many steps each.
+        batch: pieces of text per rank and step.
+        seed: of the parameters and of the data.
+        learning_rate: at its peak.
+        warmup: steps until there.
+        test_pieces: of held-out text, over all ranks.
+        timed: steps of an arm that is only timed.
+        pictured: steps behind the others of which one is shown as a timeline.
+    """
+
+    steps: int = 120
+    block: int = 10
+    batch: int = 4
+    seed: int = 1
+    learning_rate: float = 8e-4
+    warmup: int = 10
+    test_pieces: int = 128
+    timed: int = 15
+    pictured: int = 6
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> Settings:
+        return cls(**json.loads(text))
