@@ -140,8 +140,6 @@ def prioritize(
         lane=ThreadLane(timeout_s=collectives.timeout_of(group), blame=peers.blame),
         after_step=learner or _nothing,
     )
-    if learner is not None:
-        learner.begin(engine)
     _engines.add(engine)
     return Handle(engine)
 

@@ -35,7 +35,13 @@ class Engine:
         group: over which to combine.
         lane: what executes the plan.
         after_step: called at the end of each ``step()`` that used combined gradients, on every rank.
+
+    Attributes:
+        record: of the step that the next forward pass belongs to.
+        observed: the record of the first forward pass, once a backward pass has followed it.
     """
+
+    observed: Record
 
     def __init__(
         self,
@@ -51,7 +57,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.forward_ended = NEVER
+        self._forward_ended = NEVER
         self.group = group
         self.lane = lane
         self._separable = separable
@@ -72,7 +78,10 @@ class Engine:
             for module in model.modules()
             if any(p is not None for p in module._parameters.values())
         ]
-        self._module_hooks.append(model.register_forward_hook(_ForwardEnd(self)))
+        self._module_hooks += [
+            model.register_forward_pre_hook(_OnForward(self.forward_begins), prepend=True),
+            model.register_forward_hook(_OnForward(self.forward_ends)),
+        ]
         takeover.take_over(optimizer, self)
 
     def bind(self, layout: Layout, plan: Plan) -> None:
@@ -93,11 +102,28 @@ class Engine:
             before, after = partial(self._before, member), partial(self._after, member)
             self._hooks.append(member.parameter.register_hook(before))
             self._hooks.append(member.parameter.register_post_accumulate_grad_hook(after))
-            guard.hold(member.parameter, self._lands[member.order])  # to see when it is needed
+        self._watch()
 
     def _new_record(self) -> Record:
         plan = self.program.plan
         return Record(len(self.layout.members), len(plan.ops), len(plan.buckets))
+
+    # In the forward pass
+
+    def forward_begins(self) -> None:
+        if self._sweeps_begun == 0:  # what was read before it does not show the order of use
+            self.record = self._new_record()
+            self._watch()
+
+    def forward_ends(self) -> None:
+        self._forward_ended = now_s()
+        if math.isnan(self.record.forward_ended):
+            self.record.forward_ended = self._forward_ended
+
+    def _watch(self) -> None:
+        """Nothing is in flight, but see when each parameter is needed."""
+        for member in self.layout.members:
+            guard.hold(member.parameter, self._lands[member.order])
 
     # In the backward pass
 
@@ -118,9 +144,11 @@ class Engine:
     def _begin(self) -> Sweep:
         self.lane.check()
         record = self._new_record()
-        record.backward_began = self.forward_ended
-        if math.isnan(self.forward_ended):  # the user does not call the model itself
+        record.backward_began = self._forward_ended
+        if math.isnan(self._forward_ended):  # the user does not call the model itself
             record.backward_began = now_s()
+        if self._sweeps_begun == 0:
+            self.observed = self.record
         self.record.ended = record.backward_began
         if self.record.complete:
             self._last_complete = (self.record, self.program.plan, self.layout.members)
@@ -259,6 +287,8 @@ class Engine:
         else:
             self.lane.wait_all()
             loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
+            if self._latest is not None:
+                self.record = self._latest.record
             self._watch()
         if self._latest is not None and self.record is self._latest.record:
             self._after_step(self)
@@ -296,13 +326,6 @@ class Engine:
                 if gradient is not None:
                     found[member.order] = gradient
         return found
-
-    def _watch(self) -> None:
-        """After an update in one go: nothing is in flight, but see when each parameter is needed."""
-        if self._latest is not None:
-            self.record = self._latest.record
-        for member in self.layout.members:
-            guard.hold(member.parameter, self._lands[member.order])
 
     def clear_gradients(self) -> None:
         """What ``optimizer.zero_grad()`` does: the gradients in flight go on without their names."""
@@ -353,21 +376,18 @@ class Engine:
         self.lane.close()
 
 
-class _ForwardEnd:
-    """Notes when the model's forward pass is over. Copies of the model note nothing."""
+class _OnForward:
+    """A forward hook that calls back. Copies of the model call nobody."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._engine.forward_ended = now_s()
-        if math.isnan(self._engine.record.forward_ended):
-            self._engine.record.forward_ended = now_s()
+    def __call__(self, *_: Any) -> None:
+        self._call()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_Nothing, ())
+        return (_OnForward, (_nobody,))
 
 
-class _Nothing:
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        pass
+def _nobody() -> None:
+    pass

@@ -35,10 +35,6 @@ class Learner:
         self._traces: list[Trace] = []
         self._before: Record | None = None
 
-    def begin(self, engine: Engine) -> None:
-        """The first forward pass is about to happen."""
-        self._before = engine.record
-
     def __call__(self, engine: Engine) -> None:
         """To be called after every step that used combined gradients."""
         self._steps += 1
@@ -52,15 +48,13 @@ class Learner:
                 self._again(engine)
 
     def _first(self, engine: Engine) -> None:
-        assert self._before is not None
-        trace = self._trace(engine, engine.record, self._before)
+        trace = self._trace(engine, engine.record, engine.observed)
         members = engine.layout.members
-        order = [members[index].name for index in self._before.first_use()]
+        order = [members[index].name for index in engine.observed.first_use()]
         trace, order = self._first_rank(engine, trace, order)
         assert trace is not None
         same = order == [member.name for member in members]
         self._bind(engine, engine.layout if same else Layout(engine.model, order), trace)
-        self._before = None
 
     def _again(self, engine: Engine) -> None:
         trace, _ = self._first_rank(engine, typical(self._traces) if self._traces else None, [])

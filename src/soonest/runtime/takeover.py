@@ -54,10 +54,7 @@ def take_over(optimizer: Optimizer, driver: Driver) -> None:
         cls.load_state_dict(self, state_dict)
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
-        plain = object.__new__(cls)
-        driver.flush()
-        plain.__dict__.update(self.__dict__)
-        return plain.__reduce_ex__(protocol)
+        return (_bare, (cls,), self.__getstate__())
 
     # The base class's wrapper runs the user's step hooks, once per step rather than once per bucket.
     hooked: Any = Optimizer.profile_hook_step(step)
@@ -109,6 +106,11 @@ def _replace_in_closure(function: Any, old: Any, new: Any) -> bool:
         elif isinstance(content, types.FunctionType | types.MethodType):
             found |= _replace_in_closure(content, old, new)
     return found
+
+
+def _bare(cls: type[Optimizer]) -> Optimizer:
+    """What a copy of a taken-over optimizer starts from: one of the user's own class."""
+    return object.__new__(cls)
 
 
 def clear(optimizer: Optimizer) -> None:

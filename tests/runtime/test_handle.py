@@ -1,0 +1,309 @@
+"""What ``prioritize`` does to a training run besides its numbers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import nn
+
+import soonest
+from soonest.core.plan import Plan
+from soonest.runtime import guard
+
+
+class Net(nn.Module):
+    """Registered in another order than used; it has a buffer and a frozen parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(32, 4)
+        self.first = nn.Linear(8, 600)
+        self.norm = nn.BatchNorm1d(600)
+        self.middle = nn.Linear(600, 32)
+        self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(torch.relu(self.norm(self.first(x))))) * self.frozen
+
+
+def build(seed: int = 0) -> tuple[Net, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = Net()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 1) -> None:
+    for _ in range(count):
+        loss = model(torch.randn(6, 8)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def starts() -> dict[str, torch.Tensor]:
+    model, optimizer = build(seed=dist.get_rank())
+    model.norm.running_mean += dist.get_rank()  # type: ignore[operator]
+    model.frozen.data += dist.get_rank()
+    soonest.prioritize(model, optimizer)
+    return values(model)
+
+
+def test_every_rank_starts_from_the_first_one() -> None:
+    first, *others = run_ranks(starts, 3)
+    torch.manual_seed(0)
+    assert same(first, values(Net()))
+    assert all(same(first, other) for other in others)
+
+
+def learns() -> dict[str, Any]:
+    model, optimizer = build()
+    handle = soonest.prioritize(model, optimizer)
+    keys, kind, first = list(model.state_dict()), type(model), handle.plan
+    no_timeline = handle.timeline()
+    steps(model, optimizer, 9)
+    assert handle.plan is not None
+    timeline = handle.timeline()
+    assert timeline is not None
+    return {
+        "unchanged": keys == list(model.state_dict()) and type(model) is kind,
+        "isinstance": isinstance(optimizer, torch.optim.AdamW),
+        "before": no_timeline,
+        "first": first.to_json() if first else None,
+        "plan": handle.plan.to_json(),
+        "timeline": timeline.to_json(),
+    }
+
+
+def test_the_first_step_shows_the_order_of_use() -> None:
+    ranks = run_ranks(learns, 2)
+    for rank in ranks:
+        assert rank["unchanged"]
+        assert rank["isinstance"]
+        assert rank["before"] is None
+        first, plan = Plan.from_json(rank["first"]), Plan.from_json(rank["plan"])
+        assert [slot.layer for slot in first.flats[0].slots][0] == "last"
+        order = list(dict.fromkeys(slot.layer for slot in plan.flats[0].slots))
+        assert order == ["first", "norm", "middle", "last"]
+        assert len(plan.buckets) > 1
+    assert ranks[0]["plan"] == ranks[1]["plan"]
+
+
+def test_the_timeline_is_that_of_one_whole_step() -> None:
+    for rank in run_ranks(learns, 2):
+        timeline = soonest.Timeline.from_json(rank["timeline"])
+        plan = Plan.from_json(rank["plan"])
+        layers = {"first", "norm", "middle", "last"}
+        assert {span.name for span in timeline.of("forward")} == layers
+        assert {span.name for span in timeline.of("backward")} == layers
+        assert [span.name for span in timeline.of("forward")][0] == "first"
+        assert len(timeline.of("send")) == len(plan.ops)
+        assert timeline.of("update")
+        assert all(0 <= span.start_s <= timeline.step_s for span in timeline.of("send"))
+
+
+def ends_with_a_plan(path: str) -> tuple[str, str, bool]:
+    model, optimizer = build()
+    handle = soonest.prioritize(model, optimizer)
+    steps(model, optimizer, 8)
+    assert handle.plan is not None
+    Path(f"{path}/{dist.get_rank()}.json").write_text(json.dumps(handle.plan.to_json()))
+    handle.detach()
+    again = soonest.prioritize(model, optimizer, plan=f"{path}/{dist.get_rank()}.json")
+    assert again.plan is not None
+    pinned = again.plan.fingerprint
+    steps(model, optimizer, 8)
+    return pinned, again.plan.fingerprint, handle.plan is None
+
+
+def test_a_given_plan_is_kept(tmp_path: Path) -> None:
+    for pinned, after, detached in run_ranks(ends_with_a_plan, 2, str(tmp_path)):
+        assert pinned == after
+        assert detached
+
+
+def detaches() -> dict[str, Any]:
+    model, optimizer = build()
+    cls = type(optimizer)
+    before = {name: p for name, p in model.named_parameters()}
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    handle = soonest.prioritize(model, optimizer)
+    steps(model, optimizer, 8)
+    scheduler.step()
+    handle.detach()
+    handle.detach()
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    step_is_plain = optimizer.step.__wrapped__ is cls.step  # type: ignore[attr-defined]
+    shared = values(model)
+    torch.manual_seed(dist.get_rank())
+    steps(model, optimizer, 2)
+    return {
+        "objects": all(p is before[name] for name, p in model.named_parameters()),
+        "plain": type(optimizer) is cls
+        and step_is_plain
+        and not any(guard.is_held(p) for p in model.parameters())
+        and not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules()),
+        "own memory": len(storages) == len(before),
+        "shared": shared,
+        "alone": values(model),
+    }
+
+
+def test_detach_leaves_plain_objects() -> None:
+    one, other = run_ranks(detaches, 2)
+    for rank in (one, other):
+        assert rank["objects"]
+        assert rank["plain"]
+        assert rank["own memory"]
+    trained = [key for key in one["shared"] if "running" not in key]
+    assert all(torch.equal(one["shared"][key], other["shared"][key]) for key in trained)
+    assert not torch.equal(one["alone"]["last.weight"], other["alone"]["last.weight"])
+
+
+def hooks() -> list[int]:
+    model, optimizer = build()
+    count = [0, 0, 0]
+
+    def before(*_: Any) -> None:
+        count[0] += 1
+
+    def after(*_: Any) -> None:
+        count[1] += 1
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    soonest.prioritize(model, optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(7):
+            steps(model, optimizer)
+            scheduler.step()
+    count[2] = len(caught)
+    return count
+
+
+def test_step_hooks_run_once_per_step_and_schedulers_do_not_warn() -> None:
+    assert run_ranks(hooks, 2) == [[7, 7, 0]] * 2
+
+
+def copies() -> list[bool]:
+    model, optimizer = build()
+    soonest.prioritize(model, optimizer)
+    steps(model, optimizer, 7)
+    model_copy, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    optimizer_copy = pickle.loads(pickle.dumps(optimizer))
+    for twin in (model_copy, pickled):
+        twin(torch.ones(2, 8)).sum().backward()
+    steps(model, optimizer)
+    return [
+        type(optimizer_copy) is torch.optim.AdamW,
+        len(optimizer_copy.state) == len(optimizer.state),
+        not same(values(model), values(model_copy)),
+        all(p.grad is not None for p in pickled.parameters() if p.requires_grad),
+    ]
+
+
+def test_copies_of_model_and_optimizer_are_plain() -> None:
+    assert run_ranks(copies, 2) == [[True] * 4] * 2
+
+
+def resumes(prioritized: bool) -> Any:
+    model, optimizer = build()
+    handle = soonest.prioritize(model, optimizer) if prioritized else None
+    torch.manual_seed(1)
+    steps(model, optimizer, 4)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    steps(model, optimizer, 3)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    torch.manual_seed(2)
+    steps(model, optimizer, 3)
+    state = values(model)
+    if handle is not None:
+        handle.detach()
+    return state
+
+
+def test_loading_a_checkpoint_in_the_middle_of_overlap() -> None:
+    """On equal data every rank computes what one rank computes alone."""
+    torch.set_num_threads(1)
+    alone = run_ranks(resumes, 1, False)[0]
+    for rank in run_ranks(resumes, 2, True):
+        assert same(rank, alone)
+
+
+def unchanged_by_forward_order() -> bool:
+    model, optimizer = build()
+    soonest.prioritize(model, optimizer)
+    model.eval()
+    with torch.no_grad():
+        model(torch.ones(2, 8))  # an evaluation before training
+    model.train()
+    steps(model, optimizer, 7)
+    return True
+
+
+def test_evaluation_before_the_first_step() -> None:
+    assert run_ranks(unchanged_by_forward_order, 2) == [True, True]
+
+
+SCRIPT = """
+import sys, torch, torch.distributed as dist
+import soonest
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 4000), torch.nn.Linear(4000, 8))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+soonest.prioritize(model, optimizer)
+for _ in range(7):
+    optimizer.zero_grad()
+    model(torch.randn(4, 64)).sum().backward()
+    optimizer.step()
+if sys.argv[1] == "read":
+    print(f"sum {sum(p.sum().item() for p in model.parameters()):.9e}", flush=True)
+if sys.argv[1] == "rank 0 reads" and dist.get_rank() == 0:
+    print(len(model.state_dict()), flush=True)
+if sys.argv[1] == "destroy":
+    dist.destroy_process_group()
+    print(f"sum {sum(p.sum().item() for p in model.parameters()):.9e}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["nothing", "read", "rank 0 reads", "destroy"])
+def test_a_script_may_end_in_the_middle_of_overlap(how: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(script), how],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    sums = [line for line in done.stdout.splitlines() if line.startswith("sum")]
+    assert len(set(sums)) == (1 if how in ("read", "destroy") else 0)
