@@ -34,7 +34,7 @@ class Settings:
         pictured: steps behind the others of which one is shown as a timeline.
     """
 
-    steps: int = 120
+    steps: int = 100
     block: int = 10
     batch: int = 4
     seed: int = 1

@@ -33,8 +33,8 @@ _FAINT, _LANE = "#7d858f", "#f1f3f5"
 _UPDATE: Rgb = (0.29, 0.31, 0.34)
 _WAIT_HATCH = "#e8998d"
 
-_ENOUGH = 0.6
-"""Share of a lane's names that must fit for them to be shown, rather than shorter ones."""
+_ENOUGH, _SOME = 0.6, 0.3
+"""Share of a lane, by time, that names must fit to be shown: if shorter ones are left, if not."""
 _TOUCH = 0.003
 """Spans are neighbours if the gap between them is below this share of the step."""
 
@@ -156,14 +156,18 @@ class _Block:
     def _name(self, spans: Sequence[Span], y: float) -> None:
         """Labels spans with their layers, or runs of spans with what these have in common."""
         deepest = max((layer.count(".") + 1 for layer in self.urgency.layers), default=1)
-        labels: list[Text] = []
-        for depth in range(deepest, 0, -1):
-            runs = list(self._runs(spans, depth))
+        busy_s = sum(span.end_s - span.start_s for span in spans if span.kind != "wait")
+        for depth in range(max(deepest, 2), 1, -1):
+            labels: list[Text] = []
+            named_s = 0.0
+            for label, run in self._runs(spans, depth):
+                if text := self._fit(label, run, y):
+                    labels.append(text)
+                    named_s += run[-1].end_s - run[0].start_s
+            if named_s >= (_ENOUGH if depth > 2 else _SOME) * busy_s:
+                return
             for text in labels:
                 text.remove()
-            labels = [text for label, run in runs if (text := self._fit(label, run, y))]
-            if len(labels) >= _ENOUGH * len(runs) or depth <= 2:
-                return
 
     def _runs(self, spans: Sequence[Span], depth: int) -> Iterator[tuple[str, list[Span]]]:
         """Spans that touch and have the same label, with that."""
