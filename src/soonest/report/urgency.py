@@ -45,15 +45,19 @@ class Urgency:
 
 
 def in_turn(spans: Iterable[Span]) -> list[Span]:
-    """The spans without overlap, each from where the one that ended before it ended.
+    """The spans, cut where they overlap: every moment belongs to the one that ends first.
 
     Collectives in flight together share the links, so what tells them apart is when they land.
     """
     taken: list[Span] = []
-    reached = float("-inf")
     for span in sorted(spans, key=lambda s: (s.end_s, s.start_s)):
-        start = max(span.start_s, reached)
-        if start < span.end_s:
-            taken.append(replace(span, start_s=start))
-            reached = span.end_s
+        free_s = span.start_s
+        pieces: list[Span] = []
+        for other in taken:
+            if other.start_s > free_s:
+                pieces.append(replace(span, start_s=free_s, end_s=other.start_s))
+            free_s = max(free_s, other.end_s)
+        if free_s < span.end_s:
+            pieces.append(replace(span, start_s=free_s))
+        taken = sorted([*taken, *pieces], key=lambda s: s.start_s)
     return taken

@@ -1,0 +1,78 @@
+"""Bars of text show the same as the picture."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from soonest.core.timeline import Span, Timeline
+from soonest.report.text import bars, coloured
+
+KNOWN = """\
+plain: 1000 ms, 0% of the sending hidden behind compute
+  compute bbbbaaaa░░░░░░░░░░░░░░░░    AAAABBBBBBBB│
+  network         a--------------b                │
+  update                          ████            │
+overlapped: 600 ms, 1.67 times as fast, 50% of the sending hidden behind compute
+  compute bbbbaaaa░░░░AAAA░░░░BBBB│
+  network     bbbbaaaabbbbbbbb    │
+  update              █           │
+"""
+
+
+def test_a_known_step(plain: Timeline, overlapped: Timeline):
+    shown = bars([plain, overlapped], width=51)
+    bodies = [line.rstrip() for line in KNOWN.splitlines()]
+    assert shown.splitlines()[: len(bodies)] == [body[:51].rstrip() for body in bodies]
+
+
+@pytest.mark.parametrize("width", [21, 40, 80, 100, 200])
+def test_no_line_is_wider_than_asked(plain: Timeline, overlapped: Timeline, width: int):
+    lines = bars([plain, overlapped], width=width).splitlines()
+    assert max(len(line) for line in lines) <= width
+    ends = [line.index("│") for line in lines if line.startswith("  ")]
+    assert ends[:3] == [width - 1] * 3
+    assert set(ends[3:]) == {10 + round(0.6 * (width - 11))}
+
+
+def test_the_explanation_is_there_once(plain: Timeline, overlapped: Timeline):
+    shown = bars([plain, overlapped, plain]).replace("\n", " ")
+    assert shown.count("a is needed first") == 1
+
+
+def test_the_coloured_bars_say_the_same(plain: Timeline, overlapped: Timeline):
+    out = io.StringIO()
+    Console(file=out, width=100).print(coloured([plain, overlapped], width=100))
+    shown = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert shown == bars([plain, overlapped], width=100).splitlines()
+
+
+def test_a_layer_has_one_colour(overlapped: Timeline):
+    out = io.StringIO()
+    text = coloured([overlapped], width=71)
+    Console(file=out, width=100, force_terminal=True, color_system="truecolor").print(text)
+    compute, network = out.getvalue().splitlines()[1:3]
+
+    def colours(line: str, letter: str) -> set[str]:
+        return {part.split("m")[0] for part in line.split("\x1b[") if part.endswith(f"m{letter}")}
+
+    for letter in "ab":
+        assert len(colours(network, letter)) == 1
+        assert colours(compute, letter.upper()) == colours(network, letter)
+        assert colours(compute, letter) != colours(network, letter)
+
+
+def test_many_layers_share_letters_in_order():
+    spans = tuple(Span("compute", "forward", f"layer{i}", i, i + 1) for i in range(80))
+    line = bars([Timeline("many", 80.0, spans)], width=91).splitlines()[1]
+    letters = line.split()[1].rstrip("│")
+    assert len(letters) == 80
+    assert list(letters) == sorted(letters)
+    assert (letters[0], letters[-1]) == ("A", "Z")
+
+
+def test_too_narrow_or_nothing_is_refused(plain: Timeline):
+    with pytest.raises(ValueError, match="at least 21"):
+        bars([plain], width=20)
+    with pytest.raises(ValueError, match="at least one"):
+        bars([])
