@@ -24,11 +24,15 @@ _MOST_HOSTS = 1000
 _INTERFACE = "eth0"
 _FIRST_PORT = 29500
 
-# The largest packet that the kernel hands to a link is 64 KiB plus headers. A burst below that
-# would have each one cut to pieces at a great cost of CPU.
-_LEAST_BURST_BYTES = 68 << 10
+# What a link that was idle may send at once. Less, and it loses time whenever the kernel's timer is
+# late; more, and it would not look like a link of its rate to small messages.
 _BURST_S = 1e-3
+# The kernel hands packets of up to 64 KiB to a link. Half a burst is best: what does not fit into a
+# burst would be cut to pieces at a great cost of CPU.
+_PACKET_S = _BURST_S / 2
+_LEAST_PACKET_BYTES, _MOST_PACKET_BYTES = 6000, 1 << 16
 _QUEUE_S = 50e-3
+_LEAST_QUEUE_BYTES = 32 << 10
 
 
 class Lab:
@@ -170,12 +174,16 @@ class Lab:
             self._shape("add", host, self.link_bps)
 
     def _shape(self, verb: str, host: int, bps: float) -> None:
-        burst = max(_LEAST_BURST_BYTES, int(bps / 8 * _BURST_S))
-        limit = 2 * burst + int(bps / 8 * _QUEUE_S)
+        bytes_per_s = bps / 8
+        packet = int(bytes_per_s * _PACKET_S)
+        packet = min(max(packet, _LEAST_PACKET_BYTES), _MOST_PACKET_BYTES)
+        burst = max(int(bytes_per_s * _BURST_S), 2 * packet)
+        limit = burst + max(int(bytes_per_s * _QUEUE_S), _LEAST_QUEUE_BYTES)
         shape = f"root tbf rate {bps:.0f}bit burst {burst}b limit {limit}b"
-        inside, outside = f"qdisc {verb} dev {_INTERFACE}", f"qdisc {verb} dev port{host}"
-        self._configure(self._namespaces[host], "tc", [f"{inside} {shape}"])
-        self._configure(self._switch, "tc", [f"{outside} {shape}"])
+        inside = self._namespaces[host]
+        self._configure(inside, "ip", [f"link set {_INTERFACE} gso_max_size {packet}"])
+        self._configure(inside, "tc", [f"qdisc {verb} dev {_INTERFACE} {shape}"])
+        self._configure(self._switch, "tc", [f"qdisc {verb} dev port{host} {shape}"])
 
     def _configure(self, namespace: int, tool: str, lines: Sequence[str]) -> None:
         done = subprocess.run(
