@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from soonest.core.network import Network
 from soonest.core.plan import Plan
@@ -12,7 +13,7 @@ from soonest.runtime import collectives
 from soonest.runtime.agree import agree_on_plan
 from soonest.runtime.engine import Engine
 from soonest.runtime.layout import Layout
-from soonest.runtime.profile import Record, trace_of, typical
+from soonest.runtime.profile import Record, rate_of, trace_of, typical
 
 _WARM_STEPS = 4
 """The first step shows the order of the layers; only warm ones show their times."""
@@ -33,6 +34,7 @@ class Learner:
         self._window = window
         self._steps = 0
         self._traces: list[Trace] = []
+        self._rates: list[float] = []
         self._before: Record | None = None
 
     def __call__(self, engine: Engine) -> None:
@@ -43,12 +45,15 @@ class Learner:
         elif self._steps <= _WARM_STEPS + 1:
             if self._before is not None and self._before.complete:
                 self._traces.append(self._trace(engine, self._before, self._before))
+                self._note_rate(engine, self._before)
             self._before = engine.record
             if self._steps == _WARM_STEPS + 1:
                 self._again(engine)
 
     def _first(self, engine: Engine) -> None:
         trace = self._trace(engine, engine.record, engine.observed)
+        engine.flush()
+        self._note_rate(engine, engine.record)
         members = engine.layout.members
         order = [members[index].name for index in engine.observed.first_use()]
         trace, order = self._first_rank(engine, trace, order)
@@ -60,6 +65,11 @@ class Learner:
         trace, _ = self._first_rank(engine, typical(self._traces) if self._traces else None, [])
         if trace is not None:
             self._bind(engine, engine.layout, trace)
+
+    def _note_rate(self, engine: Engine, record: Record) -> None:
+        rate = rate_of(record, engine.program.plan)
+        if rate is not None:
+            self._rates.append(rate)
 
     def _trace(self, engine: Engine, backward: Record, forward: Record) -> Trace:
         return trace_of(backward, forward, engine.layout.members, model=type(engine.model).__name__)
@@ -73,10 +83,13 @@ class Learner:
         return measured and Trace.from_json(measured), list(order)
 
     def _bind(self, engine: Engine, layout: Layout, trace: Trace) -> None:
+        network = self._network
+        if self._rates:  # under the real load, and past what short tests can get through at once
+            network = Network(network.latency_s, median(self._rates))
         plan = make_plan(
             trace,
             layout.flats,
-            self._network,
+            network,
             ranks=engine.group.size(),
             window=self._window,
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from soonest.core.plan import Plan
-from soonest.core.timeline import Span, Timeline
+from soonest.core.timeline import Span, Timeline, covered_s
 from soonest.core.trace import Layer, Trace
 from soonest.runtime.layout import Member
 
@@ -119,6 +119,22 @@ def typical(traces: Sequence[Trace]) -> Trace:
         for layer in first.layers
     )
     return Trace(first.model, layers, median(trace.update_us for trace in traces))
+
+
+def rate_of(record: Record, plan: Plan) -> float | None:
+    """Bytes of buckets combined per second while ops were in flight; None if none was.
+
+    Ops in flight at the same time share the network, so only all of them together show its rate.
+    """
+    spans = [
+        (start, end)
+        for start, end in zip(record.op_start, record.op_end, strict=True)
+        if not math.isnan(start + end)
+    ]
+    busy_s = covered_s(spans)
+    if len(spans) < len(plan.ops) or not busy_s:
+        return None
+    return sum(plan.bucket_bytes(op.bucket) for op in plan.ops) / busy_s
 
 
 def _forward_spans(record: Record, layers: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
