@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from soonest.demo.settings import Settings
     from soonest.lab import unavailable
 
-    settings = Settings(steps=args.steps)
+    settings = Settings.of(args.steps)
     why_not = None if args.loopback else unavailable()
     if why_not and args.link:
         raise WrongRequestError(f"--link needs emulated hosts: {why_not}")

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         return args.run(args)
+    except SystemExit as over:  # --help and --version have been answered.
+        return int(over.code or DONE)
     except WrongRequestError as wrong:
         return _say(wrong, WRONG)
     except (FailedError, SoonestError) as failed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 RANKS = 2
 
@@ -43,6 +43,18 @@ class Settings:
     test_pieces: int = 128
     timed: int = 15
     pictured: int = 6
+
+    @classmethod
+    def of(cls, steps: int) -> Settings:
+        """A run of so many steps; a short one is short in everything."""
+        usual = cls()
+        return replace(
+            usual,
+            steps=steps,
+            timed=min(steps, usual.timed),
+            pictured=min(steps + 1, usual.pictured),
+            test_pieces=min(steps * usual.batch * RANKS, usual.test_pieces),
+        )
 
     def to_text(self) -> str:
         return json.dumps(asdict(self))
