@@ -17,7 +17,8 @@ from soonest.core.timeline import Timeline
 from soonest.errors import SoonestError
 from soonest.runtime import guard, takeover
 from soonest.runtime.collectives import Group
-from soonest.runtime.lanes import ThreadLane
+from soonest.runtime.landing import Landing
+from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Layout, Member
 from soonest.runtime.profile import NEVER, Record, now_s, timeline_of
 from soonest.runtime.program import Program
@@ -34,10 +35,10 @@ class Engine:
         layout, plan: to begin with.
         group: over which to combine.
         lane: what executes the plan.
-        after_step: called at the end of each ``step()`` that used combined gradients, on every rank.
+        after_step: called at the end of each ``step()`` that used combined gradients; on every
+            rank after the same steps.
 
     Attributes:
-        record: of the step that the next forward pass belongs to.
         observed: the record of the first forward pass, once a backward pass has followed it.
     """
 
@@ -52,12 +53,11 @@ class Engine:
         layout: Layout,
         plan: Plan,
         group: Group,
-        lane: ThreadLane,
+        lane: Lane,
         after_step: Callable[[Engine], None],
     ) -> None:
         self.model = model
         self.optimizer = optimizer
-        self._forward_ended = NEVER
         self.group = group
         self.lane = lane
         self._separable = separable
@@ -65,44 +65,49 @@ class Engine:
         self._after_step = after_step
         self._share = 1.0 / group.size()
         self._synchronizing = True
-        self._flying = False
+        self._forward_ended = NEVER
         self._sweeps_begun = 0
         self._open: Sweep | None = None
-        self._latest: Sweep | None = None
-        self._unknown: set[int] = set()
         self._hooks: list[Any] = []
         self._last_complete: tuple[Record, Plan, list[Member]] | None = None
+        takeover.take_over(optimizer, self)
         self.bind(layout, plan)
         self._module_hooks = [
+            model.register_forward_pre_hook(_OnForward(self.forward_begins)),
+            model.register_forward_hook(_OnForward(self.forward_ends)),
+        ]
+        self._module_hooks += [
             module.register_forward_pre_hook(guard.land_module)
             for module in model.modules()
             if any(p is not None for p in module._parameters.values())
         ]
-        self._module_hooks += [
-            model.register_forward_pre_hook(_OnForward(self.forward_begins), prepend=True),
-            model.register_forward_hook(_OnForward(self.forward_ends)),
-        ]
-        takeover.take_over(optimizer, self)
 
     def bind(self, layout: Layout, plan: Plan) -> None:
         """From now on, run this plan on these buffers. Nothing may be in flight."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._latest: Sweep | None = None
         self.layout = layout
         self._updater = Updater(self.optimizer, self._cls, layout.members)
         self.program = Program(plan, layout, self.group, self._updater)
+        self._landing = Landing(self.program, self.lane)
         self.record = self._new_record()
-        self._latest = None
-        self._held: list[Tensor | None] = [None] * len(layout.members)
-        self._lands = [partial(self._land, member) for member in layout.members]
-        self._settles = [partial(self._settle, member) for member in layout.members]
-        self._zeros = [partial(self._zero, member) for member in layout.members]
         for member in layout.members:
+            member.sweep = None
             before, after = partial(self._before, member), partial(self._after, member)
             self._hooks.append(member.parameter.register_hook(before))
             self._hooks.append(member.parameter.register_post_accumulate_grad_hook(after))
-        self._watch()
+        self._landing.watch()
+
+    @property
+    def record(self) -> Record:
+        """Of the step that the next forward pass belongs to."""
+        return self._landing.record
+
+    @record.setter
+    def record(self, record: Record) -> None:
+        self._landing.record = record
 
     def _new_record(self) -> Record:
         plan = self.program.plan
@@ -113,17 +118,12 @@ class Engine:
     def forward_begins(self) -> None:
         if self._sweeps_begun == 0:  # what was read before it does not show the order of use
             self.record = self._new_record()
-            self._watch()
+            self._landing.watch()
 
     def forward_ends(self) -> None:
         self._forward_ended = now_s()
         if math.isnan(self.record.forward_ended):
             self.record.forward_ended = self._forward_ended
-
-    def _watch(self) -> None:
-        """Nothing is in flight, but see when each parameter is needed."""
-        for member in self.layout.members:
-            guard.hold(member.parameter, self._lands[member.order])
 
     # In the backward pass
 
@@ -131,9 +131,9 @@ class Engine:
         """A gradient is about to be written where another may still be in flight."""
         if self._open is not None and not math.isnan(self._open.record.ready[member.order]):
             raise self._unfinished(self._open)
-        if member.order in self._unknown:
+        if member.order in self._landing.unknown:
             guard.land(member.parameter)  # what is added to must be known
-        self._settle(member)
+        self._landing.settle(member)
 
     def _after(self, member: Member, parameter: nn.Parameter) -> None:
         """A gradient has been written to ``parameter.grad``."""
@@ -142,6 +142,7 @@ class Engine:
         self._contribute(self._open or self._begin(), member)
 
     def _begin(self) -> Sweep:
+        """The first gradient of a backward pass that is to be combined."""
         self.lane.check()
         record = self._new_record()
         record.backward_began = self._forward_ended
@@ -155,7 +156,7 @@ class Engine:
         sweep = Sweep(self._sweeps_begun, self.program, record)
         self._sweeps_begun += 1
         self._open = self._latest = sweep
-        self._flying = True
+        self._landing.flying = True
         self.lane.begin(sweep)
         torch.autograd.Variable._execution_engine.queue_callback(self._close)
         return sweep
@@ -175,11 +176,11 @@ class Engine:
             else:
                 torch.mul(gradient, self._share, out=member.raw_grad)
                 member.parameter.grad = member.grad
-        self._hold_gradient(member, member.grad)
         self._arrived(sweep, member)
 
     def _arrived(self, sweep: Sweep, member: Member) -> None:
         member.sweep = sweep
+        self._landing.hold_gradient(member, member.grad)
         sweep.record.ready[member.order] = now_s()
         if sweep.arrived(self.program.buckets_of[member.order]):
             self.lane.advance()
@@ -191,16 +192,15 @@ class Engine:
         for member in self.layout.members:
             if not math.isnan(sweep.record.ready[member.order]):
                 continue
-            self._settle(member)
+            self._landing.settle(member)
             if member.parameter.grad is not None:
                 self._contribute(sweep, member)
-            else:
-                member.raw_grad.zero_()
-                sweep.unused.add(member.order)
-                self._unknown.add(member.order)
-                guard.hold(member.parameter, self._lands[member.order], hides_grad=True)
-                self._hold_gradient(member, member.grad)
-                self._arrived(sweep, member)
+                continue
+            member.raw_grad.zero_()
+            sweep.unused.add(member.order)
+            self._landing.unknown.add(member.order)
+            self._arrived(sweep, member)
+            self._landing.hold(member)
         sweep.record.backward_ended = now_s()
         sweep.closed = True
         self._open = None
@@ -208,68 +208,12 @@ class Engine:
 
     def _unfinished(self, sweep: Sweep) -> SoonestError:
         missing = [m.name for m in self.layout.members if math.isnan(sweep.record.ready[m.order])]
+        names = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
         return SoonestError(
-            f"backward pass {sweep.number} did not finish, so this rank has not shared the gradients of "
-            f"{', '.join(missing[:3])}{'…' if len(missing) > 3 else ''} (did backward() raise?), "
-            "and the others wait for them: restart from a checkpoint"
+            f"backward pass {sweep.number} did not finish (did backward() raise?): this rank has "
+            f"not shared the gradients of {names or 'any parameter twice'}, and the others wait "
+            "for them; restart from a checkpoint"
         )
-
-    # Landing
-
-    def _hold_gradient(self, member: Member, gradient: Tensor) -> None:
-        held = self._held[member.order]
-        if held is not None and held is not gradient:
-            guard.release(held)
-        self._held[member.order] = gradient
-        zero = self._zeros[member.order] if gradient is member.grad else None
-        guard.hold(gradient, self._settles[member.order], zero=zero)
-
-    def _release_gradient(self, member: Member) -> None:
-        held = self._held[member.order]
-        if held is not None:
-            guard.release(held)
-            self._held[member.order] = None
-
-    def _settle(self, member: Member) -> None:
-        """Waits until nothing writes to, or still reads, the member's gradient."""
-        sweep = member.sweep
-        if sweep is not None and self._held[member.order] is not None:
-            last = self.program.last_of[member.order]
-            self.lane.wait(sweep, last, updated=sweep.step is not None)
-        self._release_gradient(member)
-
-    def _land(self, member: Member) -> None:
-        """Waits until the parameter has the value that the last ``step()`` gave it."""
-        needed = now_s()
-        sweep = member.sweep
-        if sweep is not None and self._flying:
-            last = self.program.last_of[member.order]
-            self.lane.wait(sweep, last, updated=sweep.step is not None)
-        if member.order in self._unknown:
-            self._resolve(member)
-        if sweep is None or sweep.step is not None:
-            self._release_gradient(member)
-        if math.isnan(self.record.needed[member.order]):
-            self.record.needed[member.order] = needed
-            self.record.landed[member.order] = now_s()
-
-    def _resolve(self, member: Member) -> None:
-        """Whether any rank used the parameter is known now, and with it whether it has a gradient."""
-        self._unknown.discard(member.order)
-        with guard.DisableGuard():
-            if member.parameter.grad is None and self.program.used_anywhere(member):
-                member.parameter.grad = member.grad
-
-    def _zero(self, member: Member) -> None:
-        """The user zeroes a gradient in flight: that happens when nobody needs it any more."""
-        sweep = member.sweep
-        assert sweep is not None
-        with self.lane.lock:
-            if sweep.step is not None and not sweep.updated[self.program.last_of[member.order]]:
-                sweep.step.zeroed.add(member.order)
-                return
-        self._settle(member)
-        member.raw_grad.zero_()
 
     # The optimizer
 
@@ -278,42 +222,42 @@ class Engine:
         self.lane.check()
         if self._open is not None:
             raise self._unfinished(self._open)
-        if self._separable:
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            self._step_by_bucket()
-        else:
-            self.lane.wait_all()
-            loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
-            if self._latest is not None:
-                self.record = self._latest.record
-            self._watch()
+        loss = self._step_by_bucket(closure) if self._separable else self._step_at_once(closure)
         if self._latest is not None and self.record is self._latest.record:
             self._after_step(self)
         return loss
 
-    def _step_by_bucket(self) -> None:
+    def _step_at_once(self, closure: Callable[[], Any] | None) -> Any:
+        self.lane.wait_all()
+        loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
+        if self._latest is not None:
+            self.record = self._latest.record
+        self._landing.watch()
+        return loss
+
+    def _step_by_bucket(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         sweep = self._latest
-        if sweep is None or sweep.step is not None:
+        if sweep is None or sweep.step is not None:  # no backward pass was combined since
             sweep = Sweep(self._sweeps_begun, self.program, self._new_record(), local=True)
             self.lane.begin(sweep)
-        call = self._updater.call(self._gradients(sweep))
+        call = self._updater.call(self._gradients())
         for member in self.layout.members:
             gradient = call.gradients.get(member.order)
-            if gradient is None:
-                continue
-            member.sweep = sweep
-            unknown = member.order in self._unknown
-            guard.hold(member.parameter, self._lands[member.order], hides_grad=unknown)
-            self._hold_gradient(member, gradient)
+            if gradient is not None:
+                member.sweep = sweep
+                self._landing.hold(member)
+                self._landing.hold_gradient(member, gradient)
         self.record = sweep.record
-        self._flying = True
+        self._landing.flying = True
         sweep.step = call
         self.lane.advance()
+        return loss
 
-    def _gradients(self, sweep: Sweep) -> dict[int, Tensor]:
+    def _gradients(self) -> dict[int, Tensor]:
         """By order of the member, the gradients that the optimizer is to use."""
         found: dict[int, Tensor] = {}
         with guard.DisableGuard():
@@ -321,15 +265,15 @@ class Engine:
                 if not self._updater.owns(member):
                     continue
                 gradient = member.parameter.grad
-                if gradient is None and member.order in self._unknown:
+                if gradient is None and member.order in self._landing.unknown:
                     gradient = member.grad
                 if gradient is not None:
                     found[member.order] = gradient
         return found
 
     def clear_gradients(self) -> None:
-        """What ``optimizer.zero_grad()`` does: the gradients in flight go on without their names."""
-        self._unknown.clear()
+        """What ``optimizer.zero_grad()`` does: those in flight go on without their names."""
+        self._landing.unknown.clear()
         takeover.clear(self.optimizer)
 
     # The handle
@@ -337,16 +281,10 @@ class Engine:
     def flush(self) -> None:
         """Waits until nothing is in flight: every parameter and gradient has its value."""
         self.lane.check()
-        if not self._flying:
-            return
-        self.lane.wait_all()
-        if self._open is None:
-            for member in self.layout.members:
-                if member.order in self._unknown:
-                    self._resolve(member)
-                guard.release(member.parameter)
-                self._release_gradient(member)
-            self._flying = False
+        if self._landing.flying:
+            self.lane.wait_all()
+            if self._open is None:
+                self._landing.all()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -357,9 +295,7 @@ class Engine:
             self._synchronizing = before
 
     def timeline(self) -> Timeline | None:
-        if self._last_complete is None:
-            return None
-        return timeline_of(*self._last_complete)
+        return timeline_of(*self._last_complete) if self._last_complete else None
 
     def detach(self) -> None:
         """Leaves the model and the optimizer as they would be without soonest."""
@@ -367,10 +303,7 @@ class Engine:
             self.flush()
         for hook in (*self._hooks, *self._module_hooks):
             hook.remove()
-        for member in self.layout.members:
-            guard.release(member.parameter)
-            self._release_gradient(member)
-        self._hooks = self._module_hooks = []
+        self._landing.drop()
         takeover.hand_back(self.optimizer)
         self.layout.move_out()
         self.lane.close()

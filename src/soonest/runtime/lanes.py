@@ -38,8 +38,26 @@ class Lane(Protocol):
         """
         ...
 
+    def wait_all(self) -> None:
+        """Returns when all ops are done, and the updates of all sweeps that were stepped."""
+        ...
+
+    def check(self) -> None:
+        """Raises what ended the lane, if something did."""
+        ...
+
     def close(self) -> None:
         """Ends the lane; what is in flight is dropped."""
+        ...
+
+    @property
+    def error(self) -> SoonestError | None:
+        """What ended the lane."""
+        ...
+
+    @property
+    def lock(self) -> threading.Condition:
+        """Held while a bucket becomes updated."""
         ...
 
 
@@ -60,13 +78,16 @@ class ThreadLane:
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._progressed_at = time.monotonic()
-        self.error: SoonestError | None = None
+        self._error: SoonestError | None = None
         self._thread = threading.Thread(target=self._run, name="soonest lane", daemon=True)
         self._thread.start()
 
     @property
+    def error(self) -> SoonestError | None:
+        return self._error
+
+    @property
     def lock(self) -> threading.Condition:
-        """Held while a bucket becomes updated."""
         return self._changed
 
     def begin(self, sweep: Sweep) -> None:
@@ -102,12 +123,10 @@ class ThreadLane:
                     )
 
     def check(self) -> None:
-        """Raises what ended the lane, if something did."""
-        if self.error is not None:
-            raise type(self.error)(*self.error.args)
+        if self._error is not None:
+            raise type(self._error)(*self._error.args)
 
     def wait_all(self) -> None:
-        """Returns when every sweep is finished; what no ``step()`` will use is only combined."""
         with self._changed:
             while any(not self._settled(sweep) for sweep in self._sweeps):
                 self.check()
@@ -217,7 +236,7 @@ class ThreadLane:
             else SoonestError(f"an update failed: {error!r}")
         )
         with self._changed:
-            self.error = known
+            self._error = known
             self._changed.notify_all()
         self._sweeps = ()
         self._works.clear()

@@ -1,0 +1,123 @@
+"""What is in flight on this rank, and how it lands."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from torch import Tensor
+
+from soonest.runtime import guard
+from soonest.runtime.lanes import Lane
+from soonest.runtime.layout import Member
+from soonest.runtime.profile import Record, now_s
+from soonest.runtime.program import Program
+
+
+class Landing:
+    """Holds the parameters and gradients of one program's members until they have their values.
+
+    Args:
+        program: whose members.
+        lane: what brings them.
+
+    Attributes:
+        record: where to note when each parameter is needed and when it is there.
+        flying: whether anything may be in flight.
+        unknown: members that got no gradient on this rank, as long as it is not known whether
+            another rank had one, and with it whether ``parameter.grad`` is None.
+    """
+
+    record: Record
+
+    def __init__(self, program: Program, lane: Lane) -> None:
+        self._program = program
+        self._lane = lane
+        self._members = program.layout.members
+        self._held: list[Tensor | None] = [None] * len(self._members)
+        self._lands = [partial(self.land, member) for member in self._members]
+        self._settles = [partial(self.settle, member) for member in self._members]
+        self._zeros = [partial(self._zero, member) for member in self._members]
+        self.flying = False
+        self.unknown: set[int] = set()
+
+    def watch(self) -> None:
+        """Nothing is in flight, but note when each parameter is needed."""
+        for member in self._members:
+            self.hold(member)
+
+    def hold(self, member: Member) -> None:
+        """The parameter is to change; ``member.sweep`` is what will change it."""
+        unknown = member.order in self.unknown
+        guard.hold(member.parameter, self._lands[member.order], hides_grad=unknown)
+
+    def hold_gradient(self, member: Member, gradient: Tensor) -> None:
+        """This gradient of the member is to change or still to be read."""
+        if self._held[member.order] is not gradient:
+            self._release_gradient(member)
+        self._held[member.order] = gradient
+        zero = self._zeros[member.order] if gradient is member.grad else None
+        guard.hold(gradient, self._settles[member.order], zero=zero)
+
+    def _release_gradient(self, member: Member) -> None:
+        held = self._held[member.order]
+        if held is not None:
+            guard.release(held)
+            self._held[member.order] = None
+
+    def settle(self, member: Member) -> None:
+        """Waits until nothing writes to, or still reads, the member's gradient."""
+        if self._held[member.order] is not None:
+            self._wait(member)
+            self._release_gradient(member)
+
+    def land(self, member: Member) -> None:
+        """Waits until the parameter has the value that the last ``step()`` gave it."""
+        needed = now_s()
+        if self.flying:
+            self._wait(member)
+        if member.order in self.unknown:
+            self._resolve(member)
+        if member.sweep is None or member.sweep.step is not None:
+            self._release_gradient(member)
+        if math.isnan(self.record.needed[member.order]):
+            self.record.needed[member.order] = needed
+            self.record.landed[member.order] = now_s()
+
+    def _wait(self, member: Member) -> None:
+        sweep = member.sweep
+        if sweep is not None:
+            last = self._program.last_of[member.order]
+            self._lane.wait(sweep, last, updated=sweep.step is not None)
+
+    def _resolve(self, member: Member) -> None:
+        """Its gradient is combined: now it shows whether any rank had one."""
+        self.unknown.discard(member.order)
+        with guard.DisableGuard():
+            if member.parameter.grad is None and self._program.used_anywhere(member):
+                member.parameter.grad = member.grad
+
+    def _zero(self, member: Member) -> None:
+        """The user zeroes a gradient in flight: that happens when nobody needs it any more."""
+        sweep = member.sweep
+        assert sweep is not None
+        with self._lane.lock:
+            if sweep.step is not None and not sweep.updated[self._program.last_of[member.order]]:
+                sweep.step.zeroed.add(member.order)
+                return
+        self.settle(member)
+        member.raw_grad.zero_()
+
+    def all(self) -> None:
+        """Everything has arrived: releases it all."""
+        for member in self._members:
+            if member.order in self.unknown:
+                self._resolve(member)
+        self.drop()
+        self.flying = False
+
+    def drop(self) -> None:
+        """Releases everything, whether it has arrived or not."""
+        for member in self._members:
+            guard.release(member.parameter)
+            self._release_gradient(member)
