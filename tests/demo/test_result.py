@@ -24,7 +24,7 @@ def messages(steps: int = 6) -> list[tuple[int, dict[str, Any]]]:
         for arm in COMPARED:
             told += [
                 (rank, {
-                    "kind": "step", "arm": arm, "step": step, "loss": (1 / (1 + step + rank)).hex(),
+                    "kind": "step", "arm": arm, "loss": (1 / (1 + step + rank)).hex(),
                     "seconds": step_s(arm, step),
                 })
                 for step in range(steps)
@@ -35,7 +35,7 @@ def messages(steps: int = 6) -> list[tuple[int, dict[str, Any]]]:
 
 
 def result_of(told: list[tuple[int, dict[str, Any]]]) -> Result:
-    settings = Settings(steps=6, block=2)
+    settings = Settings(steps=6, turn=2)
     result = Result(settings, compute_s=0.3, gradient_bytes=4000, link_bps=8e4)
     for rank, message in told:
         result.take(rank, message)
@@ -52,9 +52,7 @@ def test_equal_runs_are_identical():
 
 def test_the_last_bit_of_one_loss_is_a_difference():
     told = messages()
-    rank, message = next(
-        (rank, m) for rank, m in told if (rank, m["arm"], m.get("step")) == (1, "soonest", 3)
-    )
+    rank, message = [(r, m) for r, m in told if (r, m["arm"]) == (1, "soonest")][3]
     value = float.fromhex(message["loss"])
     message["loss"] = (value + 2**-54).hex()
     assert float.fromhex(message["loss"]) != value
@@ -76,7 +74,8 @@ def test_other_parameters_are_a_difference(arm: str, rank: int):
 
 
 def test_a_run_that_stopped_early_is_a_difference():
-    told = [(rank, m) for rank, m in messages() if m.get("step") != 5 or rank == 0]
+    last = (1 / (1 + 5 + 1)).hex()
+    told = [(rank, m) for rank, m in messages() if rank == 0 or m.get("loss") != last]
     assert result_of(told).differences() == ["rank 1 did not finish all steps of both"]
     told = [(rank, m) for rank, m in messages() if m["kind"] == "step"]
     told += [(0, m) for rank, m in messages() if m["kind"] == "trained" and rank == 0]

@@ -23,9 +23,9 @@ def show(monkeypatch: pytest.MonkeyPatch, out: io.StringIO) -> str:
     result = Result(settings, compute_s=0.3, gradient_bytes=4000, link_bps=None)
     with screen(settings) as shown:
         shown.say("[Starting] ...")
-        for step in range(20):
+        for _ in range(20):
             for arm, seconds in (("ddp", 0.6), ("soonest", 0.4)):
-                told = {"kind": "step", "arm": arm, "step": step, "loss": (1.5).hex()}
+                told = {"kind": "step", "arm": arm, "loss": (1.5).hex()}
                 result.take(0, {**told, "seconds": seconds})
                 shown.watch(result, arm)
     return out.getvalue()

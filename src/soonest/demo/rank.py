@@ -14,7 +14,7 @@ import torch.distributed as dist
 from soonest.demo.data import Corpus, batches
 from soonest.demo.messages import tell
 from soonest.demo.model import CONTEXT, Gpt
-from soonest.demo.settings import COMPARED, Settings
+from soonest.demo.settings import ARMS, COMPARED, Settings
 from soonest.demo.training import Training
 from soonest.runtime.layout import trainable
 
@@ -30,30 +30,30 @@ def measure(settings: Settings) -> None:
         model(*next(pieces)).backward()
     seconds = [end - start for start, end in pairwise(began)]
     size = sum(parameter.nbytes for parameter in model.parameters())
-    tell("compute", seconds=statistics.median(seconds), gradient_bytes=size)
+    tell("compute", seconds=min(seconds), gradient_bytes=size)
     dist.barrier()
 
 
 def train(settings: Settings) -> None:
     """Trains the arms in turn, so that whatever disturbs the machine disturbs all alike."""
     corpus = Corpus.read()
-    trainings = {name: Training(name, settings, corpus) for name in COMPARED}
-    for first in range(0, settings.steps, settings.block):
-        for name, training in trainings.items():
-            _block(name, training, first, min(settings.block, settings.steps - first))
-    for name, training in trainings.items():
+    trainings = {name: Training(name, settings, corpus) for name in ARMS}
+    turns = zip(*(settings.turns(name) for name in ARMS), strict=True)
+    for turn in turns:
+        for (name, training), number in zip(trainings.items(), turn, strict=True):
+            _turn(name, training, number)
+    for name in COMPARED:
+        training = trainings[name]
         tell("trained", arm=name, checksum=training.checksum(), test_nats=training.test())
-    for name, training in trainings.items():
-        _timelines(name, training, settings)
-    _block("ddp-small", Training("ddp-small", settings, corpus), 0, settings.timed)
+    for name in COMPARED:
+        _timelines(name, trainings[name], settings)
 
 
-def _block(name: str, training: Training, first: int, number: int) -> None:
+def _turn(name: str, training: Training, number: int) -> None:
     dist.barrier()
-    for step, (loss, seconds) in enumerate(training.steps(number), first):
-        # The first step of a block finds the network idle, so it is no step like the others.
-        timed = seconds if step > first else None
-        tell("step", arm=name, step=step, loss=loss.hex(), seconds=timed)
+    for index, (loss, seconds) in enumerate(training.steps(number)):
+        # The first step of a turn finds the network idle, so it is no step like the others.
+        tell("step", arm=name, loss=loss.hex(), seconds=seconds if index else None)
     training.arm.flush()
 
 

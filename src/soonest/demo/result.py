@@ -76,7 +76,7 @@ class Result:
             case "step":
                 arm.losses[rank].append(message["loss"])
                 if rank == 0 and message["seconds"] is not None:
-                    arm.seconds[message["step"]] = message["seconds"]
+                    arm.seconds[len(arm.losses[0]) - 1] = message["seconds"]
             case "trained":
                 arm.checksums[rank] = message["checksum"]
                 arm.test_nats[rank] = message["test_nats"]
@@ -110,8 +110,8 @@ class Result:
         return found
 
     def step_ms(self, arm: str) -> float | None:
-        """Median time of a step, milliseconds; of compared arms without their first turn."""
-        seconds = self.arms[arm].step_s(self.settings.block if arm in COMPARED else 0)
+        """Median time of a step, milliseconds; without the first turn, in which plans are made."""
+        seconds = self.arms[arm].step_s(warm_from=self.settings.turns(arm)[0])
         return None if seconds is None else seconds * 1e3
 
     def speedup(self, arm: str, over: str = "ddp") -> float | None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from soonest.core.timeline import Timeline
 from soonest.demo.result import ArmResult, Result
-from soonest.demo.settings import ARMS, COMPARED, Settings
+from soonest.demo.settings import ARMS, Settings
 from soonest.report.text import bars, coloured
 
 _EVERY = 10
@@ -61,7 +61,7 @@ class _Lines:
         sys.stdout.flush()
 
     def watch(self, result: Result, arm: str) -> None:
-        done, of = len(result.arms[arm].losses[0]), _steps(self._settings, arm)
+        done, of = len(result.arms[arm].losses[0]), sum(self._settings.turns(arm))
         if done % _EVERY == 0 or done == of:
             self.say(f"{ARMS[arm]:38} {done:4}/{of}  {_state(result.arms[arm])}")
 
@@ -97,16 +97,12 @@ class _Terminal:
 
     def watch(self, result: Result, arm: str) -> None:
         if arm not in self._tasks:
-            of = _steps(self._settings, arm)
+            of = sum(self._settings.turns(arm))
             self._tasks[arm] = self._progress.add_task(ARMS[arm], total=of, state="")
         self._progress.update(self._tasks[arm], advance=1, state=_state(result.arms[arm]))
 
     def picture(self, timelines: Sequence[Timeline]) -> None:
         self._console.print(coloured(timelines, width=min(self._console.width, _WIDEST)))
-
-
-def _steps(settings: Settings, arm: str) -> int:
-    return settings.steps if arm in COMPARED else settings.timed
 
 
 def _state(arm: ArmResult) -> str:
