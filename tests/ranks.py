@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Ranks are forked from one process that has torch imported: that costs a tenth of starting each anew.
+# Ranks are forked from one process that has torch imported: that costs a tenth of starting each
+# anew.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "soonest"])
 
@@ -68,7 +69,7 @@ def _results(processes: list[Any], folder: Path, deadline: float, may_die: bool)
         if time.monotonic() > deadline:
             alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
             raise RankFailedError(f"ranks {alive} did not end in time")
-        failed = [p for p in folder.glob("*.failed")]
+        failed = list(folder.glob("*.failed"))
         if failed and not may_die:
             raise RankFailedError(f"rank {failed[0].stem} raised:\n{failed[0].read_text()}")
         time.sleep(0.02)

@@ -6,7 +6,7 @@ class SoonestError(RuntimeError):
 
 
 class PlanMismatchError(SoonestError):
-    """The ranks do not agree on the model or on the plan; the message names the first difference."""
+    """The ranks do not agree on the model or the plan; the message names the first difference."""
 
 
 class PeerLostError(SoonestError):

@@ -21,7 +21,9 @@ BATCH = 8
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(12, 48), nn.GELU(), nn.Linear(48, 300), nn.ReLU(), nn.Linear(300, 5))
+    return nn.Sequential(
+        nn.Linear(12, 48), nn.GELU(), nn.Linear(48, 300), nn.ReLU(), nn.Linear(300, 5)
+    )
 
 
 class Cnn(nn.Module):
@@ -177,7 +179,8 @@ class Case:
         accumulate: backward passes per step, all but the last without synchronization.
         backwards: backward passes per step, all synchronized.
         clip: norm to clip to.
-        one_cycle: whether a OneCycle schedule is stepped every batch: before or after ``prioritize``.
+        one_cycle: whether a OneCycle schedule is stepped every batch: before or after
+            ``prioritize``.
         zero: how gradients are cleared: none, zero, or by the model.
         zero_last: clear after the step instead of before the backward pass.
         look: what to read in the middle of overlap: eval, state_dict, ema, grads.
@@ -208,7 +211,9 @@ CASES: dict[str, Case] = {
     "tied transformer": Case(Tied),
     "lstm": Case(Lstm),
     "branch by rank, AdamW": Case(Branch, ddp=UNUSED),
-    "branch by rank, momentum": Case(Branch, lambda m: sgd(m, momentum=0.9, weight_decay=0.1), ddp=UNUSED),
+    "branch by rank, momentum": Case(
+        Branch, lambda m: sgd(m, momentum=0.9, weight_decay=0.1), ddp=UNUSED
+    ),
     "branch by rank, accumulated": Case(Branch, accumulate=2, ddp=UNUSED),
     "branch by rank, zeroed": Case(Branch, zero="zero", ddp=UNUSED),
     "frozen layer": Case(Frozen),
@@ -236,7 +241,9 @@ CASES: dict[str, Case] = {
     "accumulation with no_sync": Case(accumulate=3),
     "several backward passes": Case(backwards=2),
     "clipping": Case(clip=0.5),
-    "clipping, momentum, foreach": Case(optimizer=lambda m: sgd(m, momentum=0.9, foreach=True), clip=0.5),
+    "clipping, momentum, foreach": Case(
+        optimizer=lambda m: sgd(m, momentum=0.9, foreach=True), clip=0.5
+    ),
     "evaluation in overlap": Case(Cnn, look=("eval",), ddp={"broadcast_buffers": False}),
     "state_dict in overlap": Case(look=("state_dict",)),
     "EMA after every step": Case(look=("ema",)),

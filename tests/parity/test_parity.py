@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from parity.cases import CASES, compare, repeat
 from ranks import run_ranks
 

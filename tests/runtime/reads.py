@@ -66,12 +66,18 @@ READS: dict[str, Callable[[nn.Sequential, torch.optim.Optimizer], Tensor]] = {
     "parameters": lambda m, o: flat(m.parameters()),
     "EMA": lambda m, o: average(m),
     "deepcopy of the model": lambda m, o: flat(copy.deepcopy(m).parameters()),
-    "functional_call": lambda m, o: torch.func.functional_call(m, dict(m.named_parameters()), torch.ones(1, 4)),
+    "functional_call": lambda m, o: torch.func.functional_call(
+        m, dict(m.named_parameters()), torch.ones(1, 4)
+    ),
     "functional_call under grad": lambda m, o: gradient(m[0])["weight"],
     "norm": lambda m, o: nn.utils.get_total_norm(list(m.parameters())),
     "optimizer.state": lambda m, o: flat(s["exp_avg"] for s in o.state.values()),
-    "optimizer.state_dict": lambda m, o: flat(s["exp_avg"] for s in o.state_dict()["state"].values()),
-    "deepcopy of the optimizer": lambda m, o: flat(s["exp_avg"] for s in copy.deepcopy(o).state.values()),
+    "optimizer.state_dict": lambda m, o: flat(
+        s["exp_avg"] for s in o.state_dict()["state"].values()
+    ),
+    "deepcopy of the optimizer": lambda m, o: flat(
+        s["exp_avg"] for s in copy.deepcopy(o).state.values()
+    ),
 }
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import soonest
+from ranks import run_ranks
 
 
 def plain() -> tuple[Any, Any]:

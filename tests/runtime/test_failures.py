@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import nn
 
 import soonest
+from ranks import run_ranks
 from soonest import PeerLostError, PlanMismatchError, SoonestError
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from ranks import run_ranks
-from runtime.reads import READS, stale_reads
 from torch import Tensor, nn
 
+from ranks import run_ranks
+from runtime.reads import READS, stale_reads
 from soonest.runtime import guard
 
 READERS: dict[str, Callable[[Any], Any]] = {
@@ -189,7 +189,9 @@ def unguarded() -> list[dict[str, bool]]:
 
 
 @pytest.mark.parametrize("read", READS)
-def test_no_read_in_the_middle_of_overlap_is_stale(read: str, guarded: list[dict[str, bool]]) -> None:
+def test_no_read_in_the_middle_of_overlap_is_stale(
+    read: str, guarded: list[dict[str, bool]]
+) -> None:
     assert [rank[read] for rank in guarded] == [False, False]
 
 

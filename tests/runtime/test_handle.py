@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import nn
 
 import soonest
+from ranks import run_ranks
 from soonest.core.plan import Plan
 from soonest.runtime import guard
 
@@ -101,7 +101,7 @@ def test_the_first_step_shows_the_order_of_use() -> None:
         assert rank["isinstance"]
         assert rank["before"] is None
         first, plan = Plan.from_json(rank["first"]), Plan.from_json(rank["plan"])
-        assert [slot.layer for slot in first.flats[0].slots][0] == "last"
+        assert next(slot.layer for slot in first.flats[0].slots) == "last"
         order = list(dict.fromkeys(slot.layer for slot in plan.flats[0].slots))
         assert order == ["first", "norm", "middle", "last"]
         assert len(plan.buckets) > 1
@@ -115,7 +115,7 @@ def test_the_timeline_is_that_of_one_whole_step() -> None:
         layers = {"first", "norm", "middle", "last"}
         assert {span.name for span in timeline.of("forward")} == layers
         assert {span.name for span in timeline.of("backward")} == layers
-        assert [span.name for span in timeline.of("forward")][0] == "first"
+        assert next(span.name for span in timeline.of("forward")) == "first"
         assert len(timeline.of("send")) == len(plan.ops)
         assert timeline.of("update")
         assert all(0 <= span.start_s <= timeline.step_s for span in timeline.of("send"))
@@ -144,7 +144,7 @@ def test_a_given_plan_is_kept(tmp_path: Path) -> None:
 def detaches() -> dict[str, Any]:
     model, optimizer = build()
     cls = type(optimizer)
-    before = {name: p for name, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
     handle = soonest.prioritize(model, optimizer)
     steps(model, optimizer, 8)

@@ -56,8 +56,8 @@ class Handle:
     def no_sync(self) -> AbstractContextManager[None]:
         """A context in which backward passes only accumulate gradients on their own rank.
 
-        As with ``DistributedDataParallel.no_sync``, the first backward pass outside combines what has
-        been accumulated.
+        As with ``DistributedDataParallel.no_sync``, the first backward pass outside combines what
+        has been accumulated.
         """
         return self._engine.no_sync() if self._engine else nullcontext()
 
@@ -68,8 +68,8 @@ class Handle:
     def detach(self) -> None:
         """Makes model and optimizer plain objects again, with all updates applied.
 
-        Training may go on with them, on this rank alone. After a failure the parameters keep the values
-        that they have. Calling it again does nothing.
+        Training may go on with them, on this rank alone. After a failure the parameters keep the
+        values that they have. Calling it again does nothing.
         """
         if self._engine:
             engine, self._engine = self._engine, None
@@ -88,22 +88,26 @@ def prioritize(
 ) -> Handle:
     """Trains ``model`` data-parallel, sending first what the next forward pass needs first.
 
-    Model and optimizer stay the same objects and are changed in place; the training loop stays as it is. The
-    parameters and buffers of the group's first rank are copied to all. The first step observes the model; from then on
-    gradients are combined, parameters updated and forward passes run overlapped, by a plan that is the
-    same on every rank. Every rank must call this, at the same point.
+    Model and optimizer stay the same objects and are changed in place; the training loop stays as
+    it is. The parameters and buffers of the group's first rank are copied to all. The first step
+    observes the model; from then on gradients are combined, parameters updated and forward passes
+    run overlapped, by a plan that is the same on every rank. Every rank must call this, at the same
+    point.
 
     Args:
-        model: on CPU; its trainable parameters, of any floating dtype, become views of flat buffers.
+        model: on CPU; its trainable parameters, of any floating dtype, become views of flat
+            buffers.
         optimizer: holds parameters of ``model`` only. Trainable parameters that it does not hold
             are combined but not updated.
         process_group: over which to combine; the default group if None.
-        timeout_s: how long a collective may take, seconds; torch's own default if None (30 minutes).
+        timeout_s: how long a collective may take, seconds; torch's own default if None (30
+            minutes).
         plan: a plan, or the path of one as JSON, to use instead of making one.
-        separable: whether the optimizer updates each parameter by itself, looking at nothing but that
-            parameter, its gradient, its state and its group's settings. None means: yes for the optimizers of
-            ``torch.optim`` that do, no for any other class. Where it is not, all parameters are updated
-            together inside ``optimizer.step()``, and only the backward pass is overlapped.
+        separable: whether the optimizer updates each parameter by itself, looking at nothing but
+            that parameter, its gradient, its state and its group's settings. None means: yes for
+            the optimizers of ``torch.optim`` that do, no for any other class. Where it is not, all
+            parameters are updated together inside ``optimizer.step()``, and only the backward pass
+            is overlapped.
 
     Returns:
         A handle; it need not be kept.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from soonest.runtime.layout import trainable
@@ -70,14 +74,14 @@ def _check_wrapping(model: nn.Module) -> None:
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(parameter):
         raise ValueError(
             f"parameter {name!r} has no shape yet: run one forward pass before prioritize"
         )
     if type(parameter).__torch_function__ is not torch._C._disabled_torch_function_impl:
         raise ValueError(
-            f"parameter {name!r} is a {type(parameter).__name__} with a __torch_function__ of its own "
-            "(a DTensor, perhaps), which soonest does not support: use plain parameters"
+            f"parameter {name!r} is a {type(parameter).__name__} with a __torch_function__ of its "
+            "own (a DTensor, perhaps), which soonest does not support: use plain parameters"
         )
     if parameter.layout is not torch.strided:
         raise ValueError(f"parameter {name!r} is {parameter.layout}, but must be dense")
@@ -88,7 +92,7 @@ def _check_devices(named: list[tuple[str, str, nn.Parameter]]) -> None:
     for name, _, parameter in named:
         if parameter.device != first.device:
             raise ValueError(
-                f"parameter {name!r} is on {parameter.device} and {first_name!r} on {first.device}: "
+                f"parameter {name!r} is on {parameter.device}, {first_name!r} on {first.device}: "
                 "soonest needs all parameters of a rank on one device"
             )
     if first.device.type != "cpu":
@@ -98,20 +102,25 @@ def _check_devices(named: list[tuple[str, str, nn.Parameter]]) -> None:
         )
 
 
+class _Memory(NamedTuple):
+    storage: int
+    start: int
+    stop: int
+    name: str
+
+
 def _check_sharing(named: list[tuple[str, str, nn.Parameter]]) -> None:
     """Moving into flat buffers would silently part parameters that share memory."""
     spans = sorted(
-        (p.untyped_storage().data_ptr(), p.storage_offset() * p.itemsize, p.nbytes, name)
+        _Memory(p.untyped_storage().data_ptr(), p.data_ptr(), p.data_ptr() + p.nbytes, name)
         for name, _, p in named
         if p.numel()
     )
-    for (storage, start, length, name), (other_storage, other_start, _, other) in zip(
-        spans, spans[1:], strict=False
-    ):
-        if storage == other_storage and other_start < start + length:
+    for one, other in pairwise(spans):
+        if one.storage == other.storage and other.start < one.stop:
             raise ValueError(
-                f"parameters {name!r} and {other!r} share memory without being the same Parameter: "
-                "assign one of them to both modules (a.weight = b.weight)"
+                f"parameters {one.name!r} and {other.name!r} share memory without being the same "
+                "Parameter: assign one of them to both modules (a.weight = b.weight)"
             )
 
 
@@ -121,8 +130,8 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         for i, parameter in enumerate(group["params"]):
             if id(parameter) not in known:
                 raise ValueError(
-                    f"the optimizer holds a parameter that is not the model's (group {g}, number {i}, "
-                    f"shape {tuple(parameter.shape)}): build the optimizer from model.parameters()"
+                    f"the optimizer holds a parameter that is not the model's (group {g}, "
+                    f"number {i}, shape {tuple(parameter.shape)}): build it from model.parameters()"
                 )
         if group.get("differentiable"):
             raise ValueError(

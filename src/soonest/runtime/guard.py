@@ -1,9 +1,10 @@
 """Nobody reads a parameter or a gradient that is still in flight.
 
-A tensor in flight is *held*: its ``__class__`` is switched to a subclass whose ``__torch_function__``
-first lets it land, switches the class back, and only then goes on. So every way of reading it through
-torch's Python interface waits for the right value. ``land_module`` covers what does not pass there:
-``autograd.Function.apply`` and C++ extensions that are handed raw pointers.
+A tensor in flight is *held*: its ``__class__`` is switched to a subclass whose
+``__torch_function__`` first lets it land, switches the class back, and only then goes on. So every
+way of reading it through torch's Python interface waits for the right value. ``land_module`` covers
+what does not pass there: ``autograd.Function.apply`` and C++ extensions that are handed raw
+pointers.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def is_held(tensor: Tensor) -> bool:
 def land_module(module: nn.Module, args: Any = None) -> None:
     """Lands the parameters that a module owns itself; a forward pre-hook.
 
-    A plain tensor in the place of a parameter comes from ``functional_call``, and under a transform of
-    ``torch.func`` it may wrap any parameter unseen, so everything lands then.
+    A plain tensor in the place of a parameter comes from ``functional_call``, and under a transform
+    of ``torch.func`` it may wrap any parameter unseen, so everything lands then.
     """
     for parameter in module._parameters.values():
         if issubclass(type(parameter), _Held):
@@ -148,7 +149,7 @@ def _zero_others(func: Any, target: Any) -> Any:
     if func is Tensor.zero_:
         return target
     free = [tensor for tensor in target if not is_held(tensor)]
-    return torch._foreach_zero_(free) if free else None
+    return _foreach_zero(free) if free else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -166,13 +167,14 @@ def _getters(*names: str) -> set[Any]:
     return {getattr(Tensor, name).__get__ for name in names}
 
 
-_GET_GRAD = Tensor.grad.__get__
-_ZERO = {Tensor.zero_, torch._foreach_zero_}
+_foreach_zero: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
+(_GET_GRAD,) = _getters("grad")
+_ZERO = {Tensor.zero_, _foreach_zero}
 # What a tensor is, rather than what it holds: reading this need not wait.
 _KEEPS_FLYING = {
     *_getters("shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "grad_fn"),
     *_getters("is_sparse", "is_cuda", "is_meta", "is_quantized", "is_nested", "itemsize", "nbytes"),
-    Tensor.grad.__set__,
+    getattr(Tensor, "grad").__set__,  # noqa: B009
     Tensor.requires_grad_,
     Tensor.size,
     Tensor.numel,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from soonest.core.plan import Flat, Slot
 
@@ -28,8 +29,8 @@ class Member:
         slot: its place there.
         grad: view of the gradient buffer that becomes ``parameter.grad``; it may be held.
         raw_grad: the same memory as a tensor that only the engine sees; it is never held.
-        twin: the same memory as ``parameter``, sharing its version counter; what the optimizer updates,
-            so that an update never meets the guard.
+        twin: the same memory as ``parameter``, sharing its version counter; what the optimizer
+            updates, so that an update never meets the guard.
         sweep: the last backward pass whose gradient was or is being combined.
     """
 
@@ -97,7 +98,8 @@ class Layout:
                 grad.copy_(parameter.grad)
                 parameter.grad = grad
         twin = nn.Parameter(parameter.detach())
-        twin.__dict__.update(parameter.__dict__)  # optimizers may look for marks on a parameter
+        for name, value in vars(parameter).items():  # optimizers may look for marks on a parameter
+            setattr(twin, name, value)
         return Member(slot.name, slot.layer, parameter, order, flat, slot, grad, raw_grad, twin)
 
     def move_out(self) -> None:
@@ -126,6 +128,6 @@ def trainable(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
 def view_like(buffer: Tensor, slot: Slot, tensor: Tensor) -> Tensor:
     """The slot's part of a buffer with a tensor's shape, and its strides if they leave no gaps."""
     part = buffer[slot.start : slot.start + slot.numel]
-    if torch._prims_common.is_non_overlapping_and_dense_or_false(tensor):
+    if is_non_overlapping_and_dense_or_false(tensor):
         return part.as_strided(tensor.size(), tensor.stride())
     return part.view(tensor.size())

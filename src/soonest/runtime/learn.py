@@ -22,7 +22,8 @@ _WARM_STEPS = 4
 class Learner:
     """Makes a plan after the first step, and once more after a few warm ones.
 
-    All ranks call it after the same steps and take the first rank's measurements, so they plan alike.
+    All ranks call it after the same steps and take the first rank's measurements, so they plan
+    alike.
 
     Args:
         network: what combining costs on this group.

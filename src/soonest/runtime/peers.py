@@ -31,7 +31,7 @@ class Peers:
         me = f"rank {self.rank} (host {socket.gethostname()}, process {os.getpid()})"
         self.names: list[str] = collectives.gather_objects(group, me)
         store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"soonest/{group.group_name}", store)
+        self._store = dist.distributed_c10d.PrefixStore(f"soonest/{group.group_name}", store)
 
     def blame(self, what: str, failed: bool) -> str | None:
         """Says in words who is at fault.

@@ -1,7 +1,7 @@
 """One sweep of a plan: the gradients of one backward pass, from ready to updated.
 
-This is the pure state that a training loop's main thread and a lane share. It knows the rules of the
-static order and nothing of tensors, threads or networks.
+This is the pure state that a training loop's main thread and a lane share. It knows the rules of
+the static order and nothing of tensors, threads or networks.
 """
 
 from __future__ import annotations

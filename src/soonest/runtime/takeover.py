@@ -1,7 +1,8 @@
 """The user's optimizer object, with its ``step`` going through the engine.
 
-The object stays the same one. Only its class becomes a subclass of the user's, so ``isinstance`` holds, and so do
-schedulers, which patch ``step`` on the instance and need a bound method, made before or after.
+The object stays the same one. Only its class becomes a subclass of the user's, so ``isinstance``
+holds, and so do schedulers, which patch ``step`` on the instance and need a bound method, made
+before or after.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def take_over(optimizer: Optimizer, driver: Driver) -> None:
     def reduce_ex(self: Any, protocol: Any) -> Any:
         return (_bare, (cls,), self.__getstate__())
 
-    # The base class's wrapper runs the user's step hooks, once per step rather than once per bucket.
+    # The base class's wrapper runs the user's step hooks, once per step rather than once per
+    # bucket.
     hooked: Any = Optimizer.profile_hook_step(step)
     hooked.hooked = True
     namespace = {
@@ -91,7 +93,8 @@ def _reroute(optimizer: Optimizer, old: Any, new: Any) -> None:
     if wrapper is not None and not _replace_in_closure(wrapper, old, new):
         raise ValueError(
             f"optimizer.step of this {type(optimizer).__name__} was replaced by {wrapper!r}, "
-            "which does not lead to the optimizer's own step: call soonest.prioritize before replacing it"
+            "which does not lead to the optimizer's own step: "
+            "call soonest.prioritize before replacing it"
         )
 
 

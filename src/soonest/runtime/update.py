@@ -34,8 +34,8 @@ def is_separable(optimizer: Optimizer) -> bool:
     """Whether each parameter's update is known to depend on nothing but itself.
 
     That is: its value, gradient and state, and its group's settings. Only then can parameters be
-    updated one bucket at a time. A class of the user's own might keep a count of steps or look at all
-    gradients, so it is taken to be separable only if the user says so.
+    updated one bucket at a time. A class of the user's own might keep a count of steps or look at
+    all gradients, so it is taken to be separable only if the user says so.
     """
     return type(optimizer) in _SEPARABLE
 
