@@ -224,9 +224,12 @@ def test_the_compute_track_is_one_step_without_gaps(case: tuple[Trace, Plan, Net
     assert timeline.step_s == step_time_s(trace, plan, network)
 
 
-@given(cases())
-def test_no_step_beats_the_bound(case: tuple[Trace, Plan, Network]):
-    trace, plan, network = case
-    if sum(bucket.flat == 0 for bucket in plan.buckets) == len(plan.buckets):
-        bound = lower_bound_s(trace, network) if plan.flats == flats_of(trace) else 0.0
+@given(strategies.traces(), st.data())
+def test_no_step_beats_the_bound(trace: Trace, data: st.DataObject):
+    network, window = data.draw(strategies.networks), data.draw(strategies.windows)
+    first = first_plan(flats_of(trace), ranks=2)
+    shuffled = tuple(data.draw(st.permutations(first.ops)))
+    bound = lower_bound_s(trace, network)
+    for ops in (shuffled, make_plan(trace, first.flats, network, ranks=2, window=window).ops):
+        plan = Plan(2, first.flats, first.buckets, ops, window)
         assert step_time_s(trace, plan, network) >= bound * (1 - 1e-9)

@@ -33,6 +33,5 @@ def lower_bound_s(trace: Trace, network: Network) -> float:
     transfer = 0.0
     for layer, head, tail in zip(trace.layers, trace.ready_s(), trace.tail_s(), strict=True):
         transfer += network.transfer_s("allreduce", layer.bytes)
-        if layer.bytes:
-            bound = max(bound, head + transfer + tail)
+        bound = max(bound, head + transfer + tail)
     return bound

@@ -124,19 +124,19 @@ def _schrage(work: Workload, window: int) -> list[int]:
     waiting: list[tuple[float, int]] = []
     sequence: list[int] = []
     ends: list[float] = []
-    issued = end = 0.0
+    end = 0.0
     arrived = 0
     while len(sequence) < len(coming):
         slot_free = ends[-window] if len(ends) >= window else 0.0
         # All that are ready by now can start their transfer at the same time.
-        now = max(issued, slot_free, end - work.latency_s)
+        now = max(slot_free, end - work.latency_s)
         if not waiting and work.ready_s[coming[arrived]] > now:
             now = work.ready_s[coming[arrived]]
         while arrived < len(coming) and work.ready_s[coming[arrived]] <= now:
             heapq.heappush(waiting, (-work.tail_s[coming[arrived]], coming[arrived]))
             arrived += 1
         chosen = heapq.heappop(waiting)[1]
-        issued = max(issued, slot_free, work.ready_s[chosen])
+        issued = max(slot_free, work.ready_s[chosen])
         end = max(issued + work.latency_s, end) + work.transfer_s[chosen]
         sequence.append(chosen)
         ends.append(end)

@@ -99,11 +99,11 @@ def run(work: Workload, order: Sequence[int], window: int) -> Run:
     """
     transfers: list[tuple[float, float]] = []
     combined: list[float | None] = [None] * len(work.forward_s)
-    issued = end = 0.0
+    end = 0.0
     for position, bucket in enumerate(order):
         slot_free = transfers[position - window][1] if position >= window else 0.0
-        issued = max(issued, work.ready_s[bucket], slot_free)
-        start = max(issued + work.latency_s, end)
+        issued = max(work.ready_s[bucket], slot_free)
+        start = max(issued + work.latency_s, end)  # Behind the op in front, whatever is ready.
         end = start + work.transfer_s[bucket]
         transfers.append((start, end))
         for layer in work.layers_of[bucket]:
