@@ -1,7 +1,6 @@
 """Imports go downward only, and the core knows no torch."""
 
 import ast
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -144,19 +143,13 @@ print(*sorted(name for name in sys.modules if name.partition(".")[0] in ("soones
 """
 
 
-def test_the_core_runs_without_torch(tmp_path: Path):
-    """In a package of that name that, unlike the real one, imports no runtime."""
-    (tmp_path / ROOT).mkdir()
-    (tmp_path / ROOT / "__init__.py").touch()
-    for part in ("core", "data"):
-        (tmp_path / ROOT / part).symlink_to(SOURCE / part)
+def test_the_core_runs_without_torch():
     loaded = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL_OF_THE_CORE],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
     ).stdout.split()
     assert "soonest.core.planner" in loaded
     assert not [name for name in loaded if name.partition(".")[0] == "torch"]
-    assert {name.split(".")[1] for name in loaded if "." in name} == {"core"}
+    assert not [name for name in loaded if name.startswith("soonest.runtime")]

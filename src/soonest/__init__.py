@@ -1,9 +1,13 @@
 """Soonest needed, soonest sent: synchronous data-parallel training for slow networks."""
 
+from typing import TYPE_CHECKING, Any
+
 from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
 from soonest.errors import PeerLostError, PlanMismatchError, ReadTooEarlyError, SoonestError
-from soonest.runtime import Handle, prioritize
+
+if TYPE_CHECKING:
+    from soonest.runtime import Handle, prioritize
 
 __all__ = [
     "Handle",
@@ -15,3 +19,12 @@ __all__ = [
     "Timeline",
     "prioritize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the runtime, and torch with it, when it is first asked for."""
+    if name in ("Handle", "prioritize"):
+        from soonest import runtime
+
+        return getattr(runtime, name)
+    raise AttributeError(f"module 'soonest' has no attribute {name!r}")

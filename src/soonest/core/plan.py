@@ -21,8 +21,8 @@ METHODS: dict[str, tuple[str, ...]] = {"allreduce": ("all_reduce",)}
 class Slot:
     """Where one parameter lives in a flat buffer.
 
-    The element behind its last one, at ``start + numel``, belongs to it too. In the gradient buffer it
-    counts the ranks that used the parameter, so that this knowledge travels with the gradient.
+    The element behind its last one, at ``start + numel``, belongs to it too. In the gradient buffer
+    it counts the ranks that used the parameter, so that this knowledge travels with the gradient.
 
     Args:
         name: of the parameter, as in ``model.named_parameters()``.
@@ -145,14 +145,16 @@ class Plan:
                 raise ValueError(f"bucket {index} lies in flat buffer {bucket.flat}, there is none")
             if bucket.start != reached[bucket.flat] or bucket.stop <= bucket.start:
                 raise ValueError(
-                    f"bucket {index} covers elements {bucket.start} to {bucket.stop} of flat buffer "
-                    f"{bucket.flat}, but must start at {reached[bucket.flat]} and not be empty"
+                    f"bucket {index} covers elements {bucket.start} to {bucket.stop} of flat "
+                    f"buffer {bucket.flat}, but must start at {reached[bucket.flat]} and not be "
+                    "empty"
                 )
             reached[bucket.flat] = bucket.stop
         for index, flat in enumerate(self.flats):
             if reached[index] != flat.numel:
                 raise ValueError(
-                    f"the buckets cover {reached[index]} of flat buffer {index}'s {flat.numel} elements"
+                    f"the buckets cover {reached[index]} of flat buffer {index}'s "
+                    f"{flat.numel} elements"
                 )
         expected = {(i, k) for i, b in enumerate(self.buckets) for k in METHODS[b.method]}
         if len(self.ops) != len(expected) or {(o.bucket, o.kind) for o in self.ops} != expected:
@@ -221,7 +223,7 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def difference(self, other: Plan) -> str | None:
-        """The first thing in which two plans differ, ``path: mine / theirs``; None if in nothing."""
+        """The first thing in which two plans differ, ``path: mine / theirs``; None if equal."""
         return first_difference(self.to_json(), other.to_json())
 
 
