@@ -116,13 +116,14 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def expectations(trace: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What the step takes on paper, in the trace's own milliseconds, on links without latency."""
+    """What the step takes on paper, in the trace's own milliseconds, at the links' payload rate."""
     from soonest.core.bounds import lower_bound_s
     from soonest.core.network import Network
     from soonest.core.planner import flats_of, make_plan
     from soonest.core.simulate import step_time_s
+    from soonest.lab import PAYLOAD_SHARE
 
-    link_bps = args.link_bps * args.slow_motion * args.shrink
+    link_bps = args.link_bps * PAYLOAD_SHARE * args.slow_motion * args.shrink
     network = Network.ideal(ranks=args.hosts, link_bps=link_bps)
     plan = make_plan(trace, flats_of(trace), network, ranks=args.hosts)
     return {

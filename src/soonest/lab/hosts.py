@@ -27,6 +27,9 @@ _FIRST_PORT = 29500
 # What a link that was idle may send at once. Less, and it loses time whenever the kernel's timer is
 # late; more, and it would not look like a link of its rate to small messages.
 _BURST_S = 1e-3
+PAYLOAD_SHARE = 1448 / 1514
+"""Of a link's rate, what is left for payload: TCP over IPv4 with time stamps, full frames."""
+
 # The kernel hands packets of up to 64 KiB to a link. Half a burst is best: what does not fit into a
 # burst would be cut to pieces at a great cost of CPU.
 _PACKET_S = _BURST_S / 2
