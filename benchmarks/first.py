@@ -66,8 +66,10 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
+    from soonest.core.timeline import Timeline
     from soonest.core.trace import Trace
     from soonest.lab import Lab, unavailable
+    from soonest.report.picture import draw
 
     trace = Trace.load(args.trace)
     if args.hosts < 2:
@@ -89,7 +91,12 @@ def compare(args: argparse.Namespace) -> int:
     print(table(record))
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"\nThe record is in {args.json}")
+        picture = draw(
+            [Timeline.from_json(timeline) for timeline in record["timelines"].values()],
+            args.json.with_suffix(".png"),
+            title=f"One step of {args.trace} on {args.hosts} hosts",
+        )
+        print(f"\nThe record is in {args.json}, its picture in {picture}")
     return 0
 
 
@@ -134,11 +141,16 @@ def expectations(trace: Any, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def best_ddp(step_ms: dict[str, float]) -> str | None:
+    """The fastest of DDP's bucket sizes."""
+    ddp = [name for name in step_ms if name.startswith("ddp")]
+    return min(ddp, key=step_ms.__getitem__, default=None)
+
+
 def table(record: dict[str, Any]) -> str:
     bound_ms = record["bound_ms"]
     step_ms = {name: arm["step_ms"] for name, arm in record["arms"].items()}
-    ddp = [name for name in step_ms if name.startswith("ddp")]
-    best = min(ddp, key=step_ms.__getitem__, default=None)
+    best = best_ddp(step_ms)
     width = max(len(name) for name in step_ms)
     lines = [f"{'arm':{width}}  step ms  speed, best ddp = 1  time, bound = 1"]
     for name, ms in step_ms.items():
@@ -199,6 +211,7 @@ def arms(args: argparse.Namespace) -> dict[str, Callable[[], Arm]]:
     from torch.nn.parallel import DistributedDataParallel
 
     import soonest
+    from soonest.bench.observe import DdpObserver
     from soonest.core.trace import Trace
     from soonest.lab.replay import Replay
 
@@ -215,11 +228,20 @@ def arms(args: argparse.Namespace) -> dict[str, Callable[[], Arm]]:
 
     def ddp(*caps_mb: float) -> Arm:
         model = replay()
+        optimizer = model.sgd()
         caps: Any = [cap / args.shrink for cap in caps_mb]
         wrapped = DistributedDataParallel(
             model, bucket_cap_mb_list=caps, gradient_as_bucket_view=True
         )
-        return Arm(model, wrapped, model.sgd())
+        arm = Arm(model, wrapped, optimizer)
+
+        def timeline() -> Any:
+            observer = DdpObserver(wrapped, optimizer)  # from now on it is no longer plain DDP
+            arm.steps(3)
+            return observer.timeline()
+
+        arm.timeline = timeline
+        return arm
 
     def prioritized() -> Arm:
         model = replay()
@@ -253,7 +275,13 @@ def work(args: argparse.Namespace) -> int:
             means = [statistics.mean(every) for every in zip(*gather(steps), strict=True)]
             step_ms[name] += means
             say(f"round {number + 1}, {name}: {statistics.median(means):.2f} ms a step")
-    timelines = {name: t.to_json() for name, arm in made.items() if (t := arm.timeline())}
+    median_ms = {name: statistics.median(ms) for name, ms in step_ms.items()}
+    shown = [name for name in (best_ddp(median_ms), "soonest") if name in made]
+    timelines = {
+        name: measured.scaled(1 / args.slow_motion, title=name).to_json()
+        for name in shown
+        if (measured := made[name].timeline())
+    }
     failures = [failure for name, arm in made.items() if (failure := fault(name, arm))]
     for arm in made.values():
         arm.detach()
@@ -263,8 +291,7 @@ def work(args: argparse.Namespace) -> int:
     elif dist.get_rank() == 0:
         say("the parameters of all arms are right on all ranks")
         figures = {
-            name: {"step_ms": statistics.median(ms), "step_ms_all": ms}
-            for name, ms in step_ms.items()
+            name: {"step_ms": median_ms[name], "step_ms_all": ms} for name, ms in step_ms.items()
         }
         args.rank_worker.write_text(json.dumps({"arms": figures, "timelines": timelines}))
     dist.barrier()

@@ -50,3 +50,10 @@ def test_json_round_trip():
 def test_covered_time_is_the_union(intervals):
     union = {second for start, end in intervals for second in range(start, end)}
     assert covered_s(intervals) == len(union)
+
+
+def test_a_scaled_step_is_as_much_longer_in_all():
+    step = Timeline("slow", 4.0, (Span("network", "send", "a", 1.0, 3.0),))
+    assert step.scaled(0.5, title="real") == Timeline(
+        "real", 2.0, (Span("network", "send", "a", 0.5, 1.5),)
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 Kind = Literal["forward", "backward", "wait", "send", "update", "other"]
@@ -64,6 +64,14 @@ class Timeline:
         """Share of the network's busy time, 0 to 1, during which the compute was not waiting."""
         sending, waiting = self.busy_s("send"), self.busy_s("wait")
         return max(0.0, 1.0 - waiting / sending) if sending else 1.0
+
+    def scaled(self, factor: float, *, title: str | None = None) -> Timeline:
+        """The same step with all times multiplied, as one replayed in slow motion needs it."""
+        spans = (
+            replace(span, start_s=span.start_s * factor, end_s=span.end_s * factor)
+            for span in self.spans
+        )
+        return Timeline(title or self.title, self.step_s * factor, tuple(spans))
 
     def to_json(self) -> dict[str, Any]:
         spans = [asdict(span) for span in self.spans]

@@ -13,6 +13,7 @@ from soonest.core.trace import Layer, Trace
 from soonest.runtime.layout import Member
 
 NEVER = math.nan
+_ENOUGH_OPS = 4
 now_s = time.perf_counter
 
 
@@ -125,16 +126,18 @@ def rate_of(record: Record, plan: Plan) -> float | None:
     """Bytes of buckets combined per second while ops were in flight; None if none was.
 
     Ops in flight at the same time share the network, so only all of them together show its rate.
+    Those of a backward pass may wait for a slower rank's gradients, so if there are enough others,
+    they do not count.
     """
     spans = [
-        (start, end)
-        for start, end in zip(record.op_start, record.op_end, strict=True)
+        (start, end, plan.bucket_bytes(op.bucket))
+        for op, start, end in zip(plan.ops, record.op_start, record.op_end, strict=True)
         if not math.isnan(start + end)
     ]
-    busy_s = covered_s(spans)
-    if len(spans) < len(plan.ops) or not busy_s:
-        return None
-    return sum(plan.bucket_bytes(op.bucket) for op in plan.ops) / busy_s
+    later = [span for span in spans if span[0] >= record.backward_ended]
+    chosen = later if len(later) >= _ENOUGH_OPS else spans
+    busy_s = covered_s((start, end) for start, end, _ in chosen)
+    return sum(size for *_, size in chosen) / busy_s if busy_s else None
 
 
 def _forward_spans(record: Record, layers: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
