@@ -34,10 +34,10 @@ class Settings:
         pictured: steps behind the others of which one is shown as a timeline.
     """
 
-    steps: int = 80
+    steps: int = 60
     turn: int = 10
     timed_turn: int = 4
-    batch: int = 4
+    batch: int = 6
     seed: int = 1
     learning_rate: float = 8e-4
     warmup: int = 10
