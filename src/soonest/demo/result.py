@@ -126,9 +126,10 @@ class Result:
 
     @property
     def bound_ms(self) -> float | None:
-        """Milliseconds that no schedule can beat on this link, going by how DDP computes.
+        """Milliseconds that no schedule can beat on this link; None where its rate is not known.
 
-        None on loopback, where the network's rate is not known.
+        The shares of the layers are those that they have in DDP's timeline; together they take as
+        long as when nothing is sent.
         """
         timeline = self.arms["ddp"].timeline
         if self.link_bps is None or timeline is None:
@@ -137,10 +138,11 @@ class Result:
         for span in timeline.of("forward", "backward"):
             took_us = (span.end_s - span.start_s) * 1e6
             times[span.name, span.kind] = times.get((span.name, span.kind), 0.0) + took_us
-        names = dict.fromkeys(span.name for span in timeline.of("forward"))
+        scale = self.compute_s * 1e6 / sum(times.values())
         layers = tuple(
-            Layer(name, self.layer_bytes[name], times[name, "forward"], times[name, "backward"])
-            for name in names
+            Layer(name, size, scale * times[name, "forward"], scale * times[name, "backward"])
+            for name in dict.fromkeys(span.name for span in timeline.of("forward"))
+            if (size := self.layer_bytes[name])
         )
         network = Network.ideal(RANKS, self.link_bps)
         return lower_bound_s(Trace("the demo's", layers), network) * 1e3

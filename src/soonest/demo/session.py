@@ -14,6 +14,9 @@ from soonest.errors import SoonestError
 from soonest.lab import Lab, Loopback
 
 _AT_FIRST_BPS = 1e9
+_SENDING = 1.2
+"""How long combining the gradients alone takes, in forward and backward passes. They take longer
+themselves while something is sent, as the emulated network runs on the same cores."""
 _MOST_BPS = 2e9
 """An emulated link of a higher rate would be limited by the CPU."""
 _TIMEOUT_S = 1800.0
@@ -36,7 +39,7 @@ def run(
         settings: what to train.
         loopback: use no emulated hosts.
         asked_bps: rate of the emulated hosts' links, bits per second; by default one on which
-            combining all gradients takes as long as computing them.
+            combining all gradients takes about as long as computing them.
         say: gets sentences for the user.
         watch: gets the result so far and the name of an arm that has done one more step.
 
@@ -53,7 +56,7 @@ def run(
         link_bps = None
         if isinstance(place, Lab):
             # Of two ranks, each sends and receives as much as there are gradients.
-            link_bps = asked_bps or min(8 * size / compute_s, _MOST_BPS)
+            link_bps = asked_bps or min(8 * size / (_SENDING * compute_s), _MOST_BPS)
             for host in range(RANKS):
                 place.set_link(host, link_bps)
             say(
