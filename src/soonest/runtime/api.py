@@ -127,24 +127,30 @@ def prioritize(
     order = [slot.name for flat in given.flats for slot in flat.slots] if given else []
     agree.agree_on_model(group, model)
     layout = Layout(model, order)
-    if given is not None and (wrong := _misfit(given, layout, group.size())):
-        raise ValueError(f"the plan is not for this model and group: {wrong} (plan / here)")
-    collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
-    network = calibrate.measure(group, layout.parameters[0].device)
-    first = given or first_plan(layout.flats, ranks=group.size(), window=WINDOW)
-    agree.agree_on_plan(group, first)
-    learner = Learner(network, WINDOW) if given is None else None
-    engine = Engine(
-        model,
-        optimizer,
-        separable=update.is_separable(optimizer) if separable is None else separable,
-        layout=layout,
-        plan=first,
-        group=group,
-        lane=ThreadLane(timeout_s=collectives.timeout_of(group), blame=peers.blame),
-        after_step=learner or _nothing,
-    )
+    lane = ThreadLane(timeout_s=collectives.timeout_of(group), blame=peers.blame)
+    try:
+        if given is not None and (wrong := _misfit(given, layout, group.size())):
+            raise ValueError(f"the plan is not for this model and group: {wrong} (plan / here)")
+        collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
+        network = calibrate.measure(group, layout.parameters[0].device)
+        first = given or first_plan(layout.flats, ranks=group.size(), window=WINDOW)
+        agree.agree_on_plan(group, first)
+        engine = Engine(
+            model,
+            optimizer,
+            separable=update.is_separable(optimizer) if separable is None else separable,
+            layout=layout,
+            plan=first,
+            group=group,
+            lane=lane,
+            after_step=Learner(network, WINDOW) if given is None else _nothing,
+        )
+    except BaseException:
+        lane.close()
+        layout.move_out()
+        raise
     _engines.add(engine)
+    weakref.finalize(engine, lane.close).atexit = False  # at exit, what is in flight goes first
     return Handle(engine)
 
 

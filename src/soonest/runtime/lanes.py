@@ -125,6 +125,8 @@ class ThreadLane:
     def check(self) -> None:
         if self._error is not None:
             raise type(self._error)(*self._error.args)
+        if not self._thread.is_alive():
+            raise SoonestError("the thread that communicates has ended, so nothing can arrive")
 
     def wait_all(self) -> None:
         with self._changed:
