@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -63,6 +64,11 @@ def run(
                 f"Two emulated hosts with links of {link_bps / 1e6:.0f} Mbit/s: "
                 f"to combine the gradients alone takes {8e3 * size / link_bps:.0f} ms."
             )
+            if (cores := len(os.sched_getaffinity(0))) <= RANKS:
+                say(
+                    f"Ranks and emulated network share {cores} cores: what runs at the same time "
+                    "slows each other down, which costs the faster arms most."
+                )
         result = Result(settings, compute_s, size, link_bps)
 
         def take(rank: int, message: dict[str, Any]) -> None:
