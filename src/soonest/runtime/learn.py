@@ -83,17 +83,15 @@ class Learner:
         measured, order = collectives.first_rank_object(engine.group, mine)
         return measured and Trace.from_json(measured), list(order)
 
-    def _bind(self, engine: Engine, layout: Layout, trace: Trace) -> None:
+    def _plan(self, engine: Engine, layout: Layout, trace: Trace) -> Plan:
         network = self._network
         if self._rates:  # under the real load, and past what short tests can get through at once
             network = Network(network.latency_s, median(self._rates))
-        plan = make_plan(
-            trace,
-            layout.flats,
-            network,
-            ranks=engine.group.size(),
-            window=self._window,
-        )
-        plan = Plan.from_json(collectives.first_rank_object(engine.group, plan.to_json()))
+        ranks = engine.group.size()
+        return make_plan(trace, layout.flats, network, ranks=ranks, window=self._window)
+
+    def _bind(self, engine: Engine, layout: Layout, trace: Trace) -> None:
+        mine = self._plan(engine, layout, trace).to_json() if engine.group.rank() == 0 else None
+        plan = Plan.from_json(collectives.first_rank_object(engine.group, mine))
         agree_on_plan(engine.group, plan)
         engine.bind(layout, plan)

@@ -84,9 +84,7 @@ def trace_of(
     Returns:
         One layer for each module that owns parameters.
     """
-    layers: dict[str, list[int]] = {}
-    for index in forward.first_use():
-        layers.setdefault(members[index].layer, []).append(index)
+    layers = _layers(forward, members)
     names = list(layers)
     size = [sum(members[m].parameter.nbytes for m in layers[name]) for name in names]
     return Trace(
@@ -140,6 +138,14 @@ def rate_of(record: Record, plan: Plan) -> float | None:
     return sum(size for *_, size in chosen) / busy_s if busy_s else None
 
 
+def _layers(record: Record, members: Sequence[Member]) -> dict[str, list[int]]:
+    """The members of each layer, the layers in order of first use."""
+    layers: dict[str, list[int]] = {}
+    for index in record.first_use():
+        layers.setdefault(members[index].layer, []).append(index)
+    return layers
+
+
 def _forward_spans(record: Record, layers: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
     """Per layer, when its forward began and how long it took, seconds, without waits."""
     began = [max((record.landed[m] for m in members), default=NEVER) for members in layers]
@@ -173,9 +179,7 @@ def timeline_of(
 ) -> Timeline:
     """A complete record as a timeline that starts with its backward pass."""
     zero = record.backward_began
-    layers: dict[str, list[int]] = {}
-    for index in record.first_use():
-        layers.setdefault(members[index].layer, []).append(index)
+    layers = _layers(record, members)
     groups = list(layers.values())
     spans: list[Span] = []
     for name, (start, duration) in zip(layers, _backward_spans(record, groups), strict=True):
