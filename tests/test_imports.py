@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     ERRORS: set(),
     "runtime": {"core", ERRORS},
     "lab": {"core", ERRORS, "runtime", ROOT},
-    "bench": {"core", ERRORS, "runtime", "lab", ROOT},
+    "bench": {"core", ERRORS, "runtime", "lab", "report", ROOT},
     "report": {"core", ERRORS},
     "caffe": {"core", ERRORS, "runtime", ROOT},
     "integrations": {"core", ERRORS, "runtime", ROOT},

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from soonest.core.timeline import Span, Timeline
-from soonest.demo.messages import heard, tell
 from soonest.demo.result import Result
 from soonest.demo.settings import ARMS, COMPARED, RANKS, Settings
 from soonest.demo.show import summary
+from soonest.lab.messages import heard, tell
 
 
 def step_s(arm: str, step: int) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def at_least(lowest: int) -> Callable[[str], int]:
         return number
 
     return whole_number
+
+
+def factor(text: str) -> float:
+    """A number above zero."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: give a number above zero")
+    return number
 
 
 def new_file(text: str) -> Path:

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from soonest.demo.data import Corpus, batches
-from soonest.demo.messages import tell
 from soonest.demo.model import CONTEXT, Gpt
 from soonest.demo.settings import ARMS, COMPARED, Settings
 from soonest.demo.training import Training
+from soonest.lab.messages import tell
 from soonest.runtime.layout import trainable
 
 

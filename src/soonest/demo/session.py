@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from soonest.demo.messages import heard
 from soonest.demo.result import Result
 from soonest.demo.settings import RANKS, Settings
-from soonest.errors import SoonestError
 from soonest.lab import Lab, Loopback
+from soonest.lab.messages import listen
 
 _AT_FIRST_BPS = 1e9
 _SENDING = 1.2
@@ -80,6 +78,7 @@ def run(
     return result
 
 
+
 def _run(
     place: Lab | Loopback,
     what: str,
@@ -87,23 +86,5 @@ def _run(
     say: Say,
     take: Callable[[int, dict[str, Any]], None],
 ) -> None:
-    said: deque[str] = deque(maxlen=20)
-
-    def on_line(rank: int, line: str) -> None:
-        message = heard(line)
-        if message is None:
-            said.append(f"[{rank}] {line}")
-        else:
-            take(rank, message)
-
     command = [sys.executable, "-m", "soonest.demo.rank", what, settings.to_text()]
-    try:
-        code = place.run(command, on_line=on_line, timeout_s=_TIMEOUT_S)
-    except TimeoutError as error:
-        raise SoonestError(f"the demo came to a stop: {error}") from None
-    if code:
-        for line in said:
-            say(line)
-        raise SoonestError(
-            f"a rank of the demo ended with exit code {code}; see what it said above"
-        )
+    listen(place, command, take, say=say, timeout_s=_TIMEOUT_S)

@@ -1,0 +1,179 @@
+"""The ways of training that are compared, all on the same replayed module."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import soonest
+from soonest.bench import peers
+from soonest.bench.observe import DdpObserver
+from soonest.bench.settings import MOMENTUM, Settings
+from soonest.core.timeline import Timeline
+from soonest.lab.replay import Replay
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass
+class Arm:
+    """One way of training.
+
+    Args:
+        replay: what is trained.
+        forward: does a forward pass; returns the loss.
+        update: does the rest of a step with it: backward pass, sharing, update.
+        flush: waits until nothing is in flight.
+        settle: makes the parameters whole on this rank, so that they can be verified.
+        timeline: of the last complete step, if the arm measures it.
+        observe: makes the arm measure it; steps may take longer from then on.
+        detach: undoes it.
+        note: what is to be told about it with the figures.
+    """
+
+    replay: Replay
+    forward: Callable[[], Tensor]
+    update: Callable[[Tensor], None]
+    flush: Callable[[], None] = _nothing
+    settle: Callable[[], None] = _nothing
+    timeline: Callable[[], Timeline | None] = lambda: None
+    observe: Callable[[], None] = _nothing
+    detach: Callable[[], None] = _nothing
+    note: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @classmethod
+    def of(
+        cls, replay: Replay, model: Callable[[Tensor], Tensor], optimizer: Any, **options: Any
+    ) -> Arm:
+        """One that is trained by the usual loop."""
+        x = torch.zeros(1)
+
+        def update(loss: Tensor) -> None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return cls(replay, lambda: model(x), update, **options)
+
+
+Time = Callable[[Arm, str], list[float]]
+"""Trains an arm with this bucket size a little; the seconds of its steps, same on every rank."""
+
+
+def replayed(settings: Settings, *, alone: bool = False) -> Replay:
+    """The module that all arms train; a new one each time."""
+    return Replay(
+        settings.trace,
+        settings.slow_motion,
+        settings.shrink,
+        momentum=MOMENTUM,
+        alone=alone,
+        check=True,
+    )
+
+
+def local(settings: Settings, time: Time) -> Arm:
+    replay = replayed(settings, alone=True)
+    return Arm.of(replay, replay, replay.sgd())
+
+
+def sequential(settings: Settings, time: Time) -> Arm:
+    """As the conventional software of 2016: one all-reduce per layer, after the backward pass."""
+    replay = replayed(settings)
+    optimizer = replay.sgd()
+    parameters = list(replay.parameters())[::-1]
+    x = torch.zeros(1)
+
+    def update(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in parameters:
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad.div_(replay.ranks))
+        optimizer.step()
+
+    return Arm(replay, lambda: replay(x), update)
+
+
+def ddp(settings: Settings, time: Time) -> Arm:
+    return _ddp(settings, *settings.sweep()["default"])
+
+
+def ddp_tuned(settings: Settings, time: Time) -> Arm:
+    sweep_ms = {
+        name: statistics.median(time(_ddp(settings, *caps), name)) * 1e3 / settings.slow_motion
+        for name, caps in settings.sweep().items()
+    }
+    best = min(sweep_ms, key=sweep_ms.__getitem__)
+    arm = _ddp(settings, *settings.sweep()[best])
+    arm.note |= {"bucket": best, "sweep_ms": sweep_ms}
+    return arm
+
+
+def _ddp(settings: Settings, *caps_mb: float) -> Arm:
+    replay = replayed(settings)
+    optimizer = replay.sgd()
+    wrapped = peers.ddp(replay, [cap / settings.shrink for cap in caps_mb])
+    arm = Arm.of(replay, wrapped, optimizer)
+
+    def observe() -> None:
+        arm.timeline = DdpObserver(wrapped, optimizer).timeline
+
+    arm.observe = observe
+    return arm
+
+
+def ddp_zero1(settings: Settings, time: Time) -> Arm:
+    replay = replayed(settings)
+    wrapped = peers.ddp(replay, [cap / settings.shrink for cap in settings.sweep()["default"]])
+    return Arm.of(replay, wrapped, peers.zero_redundancy(replay))
+
+
+def fsdp2(settings: Settings, time: Time) -> Arm:
+    replay = replayed(settings)
+    unshard = peers.shard_fully(replay)
+    return Arm.of(replay, replay, replay.sgd(), settle=unshard)
+
+
+def prioritized(settings: Settings, time: Time) -> Arm:
+    replay = replayed(settings)
+    optimizer = replay.sgd()
+    handle = soonest.prioritize(replay, optimizer)
+    return Arm.of(
+        replay,
+        replay,
+        optimizer,
+        flush=handle.flush,
+        timeline=handle.timeline,
+        detach=handle.detach,
+    )
+
+
+Maker = Callable[[Settings, Time], Arm]
+MAKERS: dict[str, Maker] = {
+    "local": local,
+    "sequential": sequential,
+    "ddp": ddp,
+    "ddp-tuned": ddp_tuned,
+    "ddp-zero1": ddp_zero1,
+    "fsdp2": fsdp2,
+    "soonest": prioritized,
+}
+"""By the names of ``settings.ARMS``."""
+
+
+def maker(name: str) -> Maker:
+    """How to make an arm."""
+    if ":" not in name:
+        return MAKERS[name]
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
