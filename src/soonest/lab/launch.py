@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
+from soonest.lab.preload import forked, should_preload
+from soonest.lab.rank import Process, Rank, find_program, start
+
 OnLine = Callable[[int, str], None]
 """Called with a rank and one line of its output, without the line's end."""
+
+OnFailure = Callable[[int, int], None]
+"""Called with the rank that failed first, and its exit code."""
 
 GRACE_S = 5.0
 """How long a rank may take to end after SIGTERM before it is killed."""
@@ -37,39 +42,33 @@ for group in groups:
 """
 
 
-@dataclass(frozen=True)
-class Rank:
-    """How one rank is started.
-
-    Args:
-        command: program and arguments.
-        env: its whole environment.
-        pass_fds: open files that it inherits.
-    """
-
-    command: Sequence[str]
-    env: Mapping[str, str]
-    pass_fds: Sequence[int] = ()
-
-
 def run_ranks(
+    command: Sequence[str],
     ranks: Sequence[Rank],
     *,
+    preload: bool | None = None,
     on_line: OnLine | None = None,
+    on_failure: OnFailure | None = None,
     timeout_s: float | None = None,
     grace_s: float = GRACE_S,
 ) -> int:
-    """Runs all ranks at once until they end; when one fails, the others are ended.
+    """Runs a command as all ranks at once until they end; when one fails, the others are ended.
 
     Each rank leads a process group of its own, and what is left of that when the rank ends is
     killed. However this function is left, it leaves no process behind; and if this process is
     killed, all of them are.
 
     Args:
-        ranks: what to start.
+        command: program and arguments.
+        ranks: where it runs.
+        preload: start Python with torch already imported, once for all ranks: sooner, and in less
+            memory. By default where the command is this Python interpreter with a script, ``-m``
+            or ``-c``, and there are 8 ranks or more. What the script does before it imports torch
+            comes too late to change how torch starts; variables in ``env`` do not.
         on_line: gets every line of output, stdout and stderr alike, in the calling thread; by
             default lines are printed as ``[rank] line``.
-        timeout_s: end all ranks after so many seconds.
+        on_failure: gets the rank that failed first and its code, before the others are ended.
+        timeout_s: end all ranks so many seconds after they were started.
         grace_s: seconds between SIGTERM and SIGKILL.
 
     Returns:
@@ -77,89 +76,40 @@ def run_ranks(
         it was ended by signal n.
 
     Raises:
+        ValueError: there is no such command, or it cannot be preloaded.
         TimeoutError: the ranks did not end in time.
     """
-    deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-    with _watcher() as watch, selectors.DefaultSelector() as selector:
-        group = _Group(on_line or _print_line, watch, selector)
+    find_program(command, ranks[0].env)
+    fork = should_preload(preload, command, ranks)
+    with (
+        _watcher() as watch,
+        selectors.DefaultSelector() as selector,
+        forked(command, ranks) if fork else _started(command, ranks) as processes,
+    ):
+        group = _Group(on_line or _print_line, on_failure, watch, selector)
         try:
-            for number, rank in enumerate(ranks):
-                group.start(number, rank)
-            while group.running and not group.failed:
+            for number, process in enumerate(processes):
+                group.add(number, process)
+            deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+            while group.running and group.code == 0:
                 if deadline_s is not None and time.monotonic() > deadline_s:
                     raise TimeoutError(f"the ranks did not end within {timeout_s:g} s")
                 group.pump(_TICK_S)
         finally:
             group.end(grace_s)
-    return group.failed[0] if group.failed else 0
+    return group.code
 
 
-def torchrun_env(
-    env: Mapping[str, str] | None,
-    *,
-    rank: int,
-    ranks: int,
-    one_host: bool,
-    address: str,
-    port: int,
-    interface: str,
-) -> dict[str, str]:
-    """The environment that torchrun would give to a rank.
-
-    Args:
-        env: added to this process's environment; wins over all but the torchrun variables.
-        rank: of ``ranks``.
-        one_host: whether all ranks share one host, or each has its own.
-        address, port: where rank 0 listens.
-        interface: network interface that gloo binds to.
-    """
-    defaults = {
-        "GLOO_SOCKET_IFNAME": interface,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-        # Without it every rank warns that the lab has no name server.
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
-    # An interface named for the world outside does not exist inside.
-    outer = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
-    numbers = {
-        "RANK": rank,
-        "WORLD_SIZE": ranks,
-        "LOCAL_RANK": rank if one_host else 0,
-        "LOCAL_WORLD_SIZE": ranks if one_host else 1,
-        "GROUP_RANK": 0 if one_host else rank,
-        "GROUP_WORLD_SIZE": 1 if one_host else ranks,
-        "ROLE_RANK": rank,
-        "ROLE_WORLD_SIZE": ranks,
-        "MASTER_PORT": port,
-        "TORCHELASTIC_RESTART_COUNT": 0,
-        "TORCHELASTIC_MAX_RESTARTS": 0,
-    }
-    return {
-        **defaults,
-        **outer,
-        **(env or {}),
-        **{name: str(value) for name, value in numbers.items()},
-        "ROLE_NAME": "default",
-        "MASTER_ADDR": address,
-        "TORCHELASTIC_RUN_ID": "soonest-lab",
-        # Rank 0 serves the store itself: there is no agent that would.
-        "TORCHELASTIC_USE_AGENT_STORE": "False",
-    }
-
-
-def check_command(command: Sequence[str], env: Mapping[str, str] | None) -> None:
-    """Raises ValueError if there is no such command on the PATH that it will see."""
-    program = command[0] if command else ""
-    path = {**os.environ, **(env or {})}.get("PATH")
-    if shutil.which(program, path=path) is None:
-        raise ValueError(f"no command {program!r} here: give a program on PATH, or its path")
+@contextlib.contextmanager
+def _started(command: Sequence[str], ranks: Sequence[Rank]) -> Iterator[Iterator[Process]]:
+    """Starts a fresh process per rank, each when it is asked for."""
+    yield (start(command, rank) for rank in ranks)
 
 
 @dataclass
 class _Running:
     rank: int
-    process: subprocess.Popen[bytes]
+    process: Process
     output: IO[bytes]
     partial: bytes = b""
 
@@ -172,24 +122,13 @@ class _Group:
     """
 
     on_line: OnLine
+    on_failure: OnFailure | None
     watch: IO[str]
     selector: selectors.BaseSelector
     running: list[_Running] = field(default_factory=list[_Running])
-    failed: list[int] = field(default_factory=list[int])
+    code: int = 0
 
-    def start(self, number: int, rank: Rank) -> None:
-        # The kernel then kills it when the thread that starts it ends, that is the one that waits.
-        prefix = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        process = subprocess.Popen(
-            [*prefix, *rank.command],
-            env=rank.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=rank.pass_fds,
-            # Ctrl-C in a terminal then reaches only this process, which ends the ranks once.
-            process_group=0,
-        )
+    def add(self, number: int, process: Process) -> None:
         assert process.stdout is not None
         running = _Running(number, process, process.stdout)
         self.running.append(running)
@@ -207,11 +146,13 @@ class _Group:
             if code is None:
                 continue
             self.running.remove(running)
-            if code:
-                self.failed.append(code if code > 0 else 128 - code)
             _signal(running.process.pid, signal.SIGKILL)
             self._mention(running.process.pid)
             self._close(running)
+            if code and not self.code:
+                self.code = code if code > 0 else 128 - code
+                if self.on_failure:
+                    self.on_failure(running.rank, self.code)
 
     def end(self, grace_s: float) -> None:
         try:

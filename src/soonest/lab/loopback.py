@@ -6,7 +6,8 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
-from soonest.lab.launch import OnLine, Rank, check_command, run_ranks, torchrun_env
+from soonest.lab.launch import OnFailure, OnLine, run_ranks
+from soonest.lab.rank import Rank, torchrun_env
 
 
 class Loopback:
@@ -35,7 +36,9 @@ class Loopback:
         command: Sequence[str],
         *,
         env: Mapping[str, str] | None = None,
+        preload: bool | None = None,
         on_line: OnLine | None = None,
+        on_failure: OnFailure | None = None,
         timeout_s: float | None = None,
     ) -> int:
         """Runs the command once per rank, as ``Lab.run`` does.
@@ -43,21 +46,19 @@ class Loopback:
         Args:
             command: program and arguments.
             env: variables to add to this process's environment.
-            on_line, timeout_s: as for ``run_ranks``.
+            preload, on_line, on_failure, timeout_s: as for ``run_ranks``.
 
         Returns:
             0, or the code of the rank that failed first.
 
         Raises:
-            ValueError: there is no such command.
+            ValueError: there is no such command, or it cannot be preloaded.
             TimeoutError: the ranks did not end in time.
         """
-        check_command(command, env)
         port = _free_port()
         interface = "lo" if sys.platform == "linux" else "lo0"
         ranks = [
             Rank(
-                command,
                 torchrun_env(
                     env,
                     rank=rank,
@@ -70,7 +71,14 @@ class Loopback:
             )
             for rank in range(self.ranks)
         ]
-        return run_ranks(ranks, on_line=on_line, timeout_s=timeout_s)
+        return run_ranks(
+            command,
+            ranks,
+            preload=preload,
+            on_line=on_line,
+            on_failure=on_failure,
+            timeout_s=timeout_s,
+        )
 
 
 def _free_port() -> int:
