@@ -18,9 +18,9 @@ def test_it_runs_a_command_on_every_host(capfd: pytest.CaptureFixture[str]):
 
 
 @needs_lab
-def test_a_command_that_fails_is_code_1(capfd: pytest.CaptureFixture[str]):
-    assert main([*LAB, "sh", "-c", "exit 3"]) == 1
-    assert capfd.readouterr().err == "soonest: the command ended with exit code 3\n"
+def test_the_code_of_the_rank_that_failed_first_is_returned(capfd: pytest.CaptureFixture[str]):
+    assert main([*LAB, "sh", "-c", "[ $RANK = 0 ] && sleep 100 || exit 3"]) == 3
+    assert capfd.readouterr().err == "soonest: rank 1 failed first, with exit code 3\n"
 
 
 @needs_lab
