@@ -127,6 +127,7 @@ class _Group:
     selector: selectors.BaseSelector
     running: list[_Running] = field(default_factory=list[_Running])
     code: int = 0
+    ending: bool = False
 
     def add(self, number: int, process: Process) -> None:
         assert process.stdout is not None
@@ -149,12 +150,13 @@ class _Group:
             _signal(running.process.pid, signal.SIGKILL)
             self._mention(running.process.pid)
             self._close(running)
-            if code and not self.code:
+            if code and not self.code and not self.ending:
                 self.code = code if code > 0 else 128 - code
                 if self.on_failure:
                     self.on_failure(running.rank, self.code)
 
     def end(self, grace_s: float) -> None:
+        self.ending = True
         try:
             for running in self.running:
                 _signal(running.process.pid, signal.SIGTERM)
