@@ -144,6 +144,18 @@ def fsdp2(settings: Settings, time: Time) -> Arm:
     return Arm.of(replay, replay, replay.sgd(), settle=unshard)
 
 
+def deepspeed_zero1(settings: Settings, time: Time) -> Arm:
+    replay = replayed(settings)
+    engine = peers.DeepSpeed(replay, settings.shrink)
+    return Arm(replay, engine.forward, engine.update, detach=engine.close)
+
+
+def horovod(settings: Settings, time: Time) -> Arm:
+    replay = replayed(settings)
+    peer = peers.Horovod(replay, settings.slow_motion, settings.shrink)
+    return Arm.of(replay, replay, peer.optimizer, detach=peer.close)
+
+
 def prioritized(settings: Settings, time: Time) -> Arm:
     replay = replayed(settings)
     optimizer = replay.sgd()
@@ -166,6 +178,8 @@ MAKERS: dict[str, Maker] = {
     "ddp-tuned": ddp_tuned,
     "ddp-zero1": ddp_zero1,
     "fsdp2": fsdp2,
+    "deepspeed-zero1": deepspeed_zero1,
+    "horovod": horovod,
     "soonest": prioritized,
 }
 """By the names of ``settings.ARMS``."""

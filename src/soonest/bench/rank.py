@@ -26,8 +26,6 @@ _PICTURED = 3
 """Times that a step of DDP is recorded."""
 _COMPARED = ("ddp-tuned", "soonest")
 """Arms of which a typical step is kept."""
-_MOST_LATE = 0.02
-"""Of a forward pass, how late the replay may be in the end."""
 _TIMEOUT = timedelta(seconds=300)
 
 
@@ -54,6 +52,7 @@ class Comparison:
             "figures",
             step_ms=self.step_ms,
             load={name: statistics.mean(loads) for name, loads in self.load.items()},
+            compute_error={name: arm.replay.error for name, arm in self.arms.items()},
             notes={name: arm.note for name, arm in self.arms.items()},
             timelines=self._typical(),
         )
@@ -121,7 +120,9 @@ class Comparison:
             arm.flush()
             arm.settle()
             alike = len(set(_gather(arm.replay.checksum()))) == 1
-            fault = _fault(arm) or (None if alike else "the ranks have different parameters")
+            fault = arm.replay.verify()
+            if fault is None and not alike:
+                fault = "the ranks have different parameters"
             wrong += [f"{name}: {fault}"] if fault else []
             arm.detach()
         faults = [
@@ -132,16 +133,6 @@ class Comparison:
         if faults:
             _first("wrong", faults=faults)
         return bool(faults)
-
-
-def _fault(arm: Arm) -> str | None:
-    """Why the figures of an arm are not to be trusted."""
-    if wrong := arm.replay.verify():
-        return wrong
-    replay = arm.replay
-    if replay.pace.late_s > _MOST_LATE * replay.slow_motion * replay.trace.forward_s + 1e-3:
-        return "this machine is too slow for the replay: give more --slow-motion or --shrink"
-    return None
 
 
 def steps(arm: Arm, number: int) -> list[float]:

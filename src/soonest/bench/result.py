@@ -95,14 +95,16 @@ class Result:
                 f"The cores, not the links, may have limited this run (load: {', '.join(busy)}): "
                 "give more --slow-motion or --shrink."
             )
-        compute_ms = self.record["compute_ms"]
-        if "local" in arms and compute_ms:
-            off = arms["local"]["step_ms"] / compute_ms - 1
-            if abs(off) > COMPUTE_ERROR:
-                found.append(
-                    f"Without communication a step took {off:+.1%} of what was asked for: this "
-                    "machine cannot keep time, give more --slow-motion."
-                )
+        late = [
+            f"{name} {arm['compute_error']:+.1%}"
+            for name, arm in arms.items()
+            if abs(arm["compute_error"]) > COMPUTE_ERROR
+        ]
+        if late:
+            found.append(
+                f"This machine cannot keep the time of the replayed compute ({', '.join(late)}): "
+                "give more --slow-motion or --shrink."
+            )
         return found
 
     def timelines(self) -> list[Timeline]:
@@ -144,6 +146,7 @@ def record_of(
                 "step_ms": statistics.median(steps),
                 "step_ms_all": steps,
                 "load": told["load"][arm],
+                "compute_error": told["compute_error"][arm],
                 **told["notes"][arm],
             }
             for arm, steps in told["step_ms"].items()

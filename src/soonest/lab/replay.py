@@ -111,6 +111,12 @@ class Replay(nn.Module):
         """Backward passes so far."""
         return self.layers[0].steps  # pyright: ignore[reportReturnType]
 
+    @property
+    def error(self) -> float:
+        """By which share all computing so far took longer than was asked for."""
+        asked_s = self.steps * self.slow_motion * (self.trace.forward_s + self.trace.backward_s)
+        return self.pace.late_s / asked_s if asked_s else 0.0
+
     def verify(self, steps: int | None = None) -> str | None:
         """Whether all parameters are those that ``sgd`` must have made of them.
 
