@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import threading
 
@@ -38,9 +39,12 @@ def make_namespaces(number: int) -> list[int]:
     if errors:
         for namespace in made:
             os.close(namespace)
+        if errors[0].errno == errno.EMFILE:
+            remedy = "allow more open files with `ulimit -n`, or ask for fewer hosts"
+        else:
+            remedy = "run as root, or run the ranks over loopback"
         raise RuntimeError(
-            f"the lab may not make network namespaces ({errors[0].strerror}): run as root, or run "
-            "the ranks over loopback"
+            f"the lab may not make network namespaces ({errors[0].strerror}): {remedy}"
         )
     return made
 
