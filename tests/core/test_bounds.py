@@ -35,14 +35,26 @@ def test_by_hand(trace: Trace, seconds: float):
     assert lower_bound_s(trace, ONE_BYTE_PER_S) == pytest.approx(seconds)
 
 
-def test_latency_is_left_out():
+def test_the_latency_of_one_transfer_cannot_be_hidden():
     trace = model((20, 2, 3), (1, 2, 3))
-    assert lower_bound_s(trace, Network(7.0, 1.0)) == lower_bound_s(trace, ONE_BYTE_PER_S)
+    assert lower_bound_s(trace, Network(7.0, 1.0)) == lower_bound_s(trace, ONE_BYTE_PER_S) + 7.0
 
 
-def shortest_step_s(trace: Trace) -> float:
+def test_nothing_to_send_needs_no_latency():
+    assert lower_bound_s(model((0, 2, 3)), Network(7.0, 1.0)) == 5.0
+
+
+def test_updates_follow_the_backward_pass_one_by_one():
+    layers = (("a", 1, 2.0, 3.0), ("b", 3, 2.0, 3.0))
+    trace = Trace(
+        "t", tuple(Layer(n, size, f * 1e6, b * 1e6) for n, size, f, b in layers), update_us=40e6
+    )
+    assert lower_bound_s(trace, ONE_BYTE_PER_S) == 6 + 40 + 2
+
+
+def shortest_step_s(trace: Trace, latency_s: int = 0) -> float:
     """The shortest step of all preemptive schedules, second by second."""
-    ready, tail = trace.ready_s(), trace.tail_s()
+    ready, tail = [at + latency_s for at in trace.ready_s()], trace.tail_s()
     jobs = range(len(trace.layers))
 
     @cache
@@ -65,8 +77,12 @@ def shortest_step_s(trace: Trace) -> float:
 @given(
     st.lists(
         st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=4
-    )
+    ),
+    st.integers(0, 2),
 )
-def test_the_bound_is_the_best_preemptive_schedule(layers: list[tuple[int, int, int]]):
+def test_the_bound_is_the_best_preemptive_schedule(
+    layers: list[tuple[int, int, int]], latency_s: int
+):
     trace = model(*layers)
-    assert lower_bound_s(trace, ONE_BYTE_PER_S) == pytest.approx(shortest_step_s(trace))
+    bound = lower_bound_s(trace, Network(latency_s, 1.0))
+    assert bound == pytest.approx(shortest_step_s(trace, latency_s))
