@@ -119,20 +119,15 @@ class Comparison:
         for name, arm in self.arms.items():
             arm.flush()
             arm.settle()
-            alike = len(set(_gather(arm.replay.checksum()))) == 1
-            fault = arm.replay.verify()
-            if fault is None and not alike:
-                fault = "the ranks have different parameters"
-            wrong += [f"{name}: {fault}"] if fault else []
+            faults = _gather(arm.replay.verify())
+            found = [f"{name}: {fault} (on rank {n})" for n, fault in enumerate(faults) if fault]
+            if not found and len(set(_gather(arm.replay.checksum()))) > 1:
+                found = [f"{name}: the ranks have different parameters"]
+            wrong += found
             arm.detach()
-        faults = [
-            f"{fault} (on rank {rank})"
-            for rank, some in enumerate(_gather(wrong))
-            for fault in some
-        ]
-        if faults:
-            _first("wrong", faults=faults)
-        return bool(faults)
+        if wrong:
+            _first("wrong", faults=wrong)
+        return bool(wrong)
 
 
 def steps(arm: Arm, number: int) -> list[float]:

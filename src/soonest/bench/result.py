@@ -108,7 +108,7 @@ class Result:
         return found
 
     def timelines(self) -> list[Timeline]:
-        return [Timeline.from_json(step) for step in self.record["timelines"].values()]
+        return [Timeline.from_json(step) for step in self.record.get("timelines", {}).values()]
 
 
 def record_of(

@@ -73,7 +73,14 @@ def add_to(commands: Any) -> None:
 
 def link(text: str) -> float | str:
     """A rate in bits per second, or a load such as ``0.5x``."""
-    return text if _LOAD.fullmatch(text) else rate(text)
+    match = _LOAD.fullmatch(text)
+    if match is None:
+        return rate(text)
+    try:
+        factor(match[1])
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no load: give for example 0.5x") from None
+    return text
 
 
 def run(args: argparse.Namespace) -> int:
