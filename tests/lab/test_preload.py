@@ -31,6 +31,9 @@ SCRIPTS = {
     "text": "import sys\nprint('out')\nsys.exit('a reason')",
     "code": "raise SystemExit(3)",
     "large_code": "raise SystemExit(256 + 5)",
+    "negative": "raise SystemExit(-1)",
+    "no_output": "import sys\nsys.stdout.close()\nsys.stdout = None",
+    "closed_output": "import sys\nprint(1)\nsys.stdout.close()",
     "none": "import sys\nsys.exit()",
     "error": (
         "def f():\n    raise ValueError('why')\n\ntry:\n    f()\nexcept ValueError:\n    1 / 0"
@@ -101,8 +104,8 @@ def same(args, **env):
 
 
 CODES = {
-    "text": 1, "code": 3, "large_code": 5, "error": 1, "syntax": 1, "hook": 1, "at_once": 7,
-    "interrupt": 128 + signal.SIGINT, "signal": 128 + signal.SIGSEGV,
+    "text": 1, "code": 3, "large_code": 5, "negative": 255, "at_once": 7,
+    "error": 1, "syntax": 1, "hook": 1, "interrupt": 128 + signal.SIGINT, "signal": 128 + signal.SIGSEGV,
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import importlib
 import importlib.machinery
 import io
 import json
+import linecache
 import os
 import runpy
 import signal
@@ -120,6 +121,8 @@ def _run(args: list[str]) -> None:
     if first == "-c":
         sys.argv = args[:1] + rest[1:]
         source, name = rest[0], "<string>"
+        if sys.version_info >= (3, 13):  # From where on tracebacks show its lines.
+            linecache.cache[name] = len(source), None, source.splitlines(True), name
     else:
         sys.argv = args
         name = os.path.join(os.getcwd(), first)
@@ -140,7 +143,7 @@ def _code_of(error: BaseException) -> int:
     """Reports what a command ended with as the interpreter would have; returns its exit code."""
     if isinstance(error, SystemExit):
         if error.code is None or isinstance(error.code, int):
-            return error.code or 0
+            return (error.code or 0) & 0xFF
         print(error.code, file=sys.stderr)  # noqa: T201
         return 1
     trace = error.__traceback__
@@ -165,7 +168,8 @@ def _leave(code: int, preloaded: set[str]) -> NoReturn:
             del sys.modules[name]
         gc.collect()
     try:
-        sys.stdout.flush()
+        if sys.stdout and not sys.stdout.closed:
+            sys.stdout.flush()
     except Exception:
         code = code or _UNFLUSHED
     with contextlib.suppress(Exception):
@@ -174,7 +178,7 @@ def _leave(code: int, preloaded: set[str]) -> NoReturn:
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
-    os._exit(code & 0xFF)
+    os._exit(code)
 
 
 def _live(args: list[str]) -> NoReturn:
