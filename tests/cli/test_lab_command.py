@@ -126,9 +126,9 @@ def lab_of(process: subprocess.Popen[str]) -> RunningLab | None:
     return next((lab for lab in running_labs() if lab.pid == process.pid), None)
 
 
-def inside(lab: RunningLab, command: str) -> str:
-    """What a shell command says in the namespace of a lab's switch."""
-    namespace = f"--net=/proc/{lab.pid}/fd/{lab.files[-1]}"
+def inside(lab: RunningLab, command: str, *, host: int = -1) -> str:
+    """What a shell command says in the namespace of a lab's host, by default of its switch."""
+    namespace = f"--net=/proc/{lab.pid}/fd/{lab.files[host]}"
     return subprocess.run(
         ["nsenter", namespace, "sh", "-c", command], capture_output=True, text=True, check=True
     ).stdout
@@ -161,20 +161,22 @@ def test_ctrl_c_ends_all_and_is_code_130(running: subprocess.Popen[str]):
 def test_a_lab_that_was_killed_is_off_the_list(running: subprocess.Popen[str]):
     lab = lab_of(running)
     assert lab is not None
-    namespaces = set(inside(lab, "readlink /proc/self/ns/net").split())
+    namespaces = {inside(lab, "readlink /proc/self/ns/net", host=n).strip() for n in range(2)}
+    assert namespaces <= set(occupied_namespaces())
     running.kill()
     running.wait()
     assert lab_of(running) is None
     until_s = time.monotonic() + 20
-    while namespaces & {str(name) for name in all_namespaces()}:
+    while namespaces & set(occupied_namespaces()):
         assert time.monotonic() < until_s
         time.sleep(0.05)
 
 
-def all_namespaces() -> Iterator[Path]:
+def occupied_namespaces() -> Iterator[str]:
+    """The network namespaces that processes live in."""
     for path in Path("/proc").glob("[0-9]*/ns/net"):
         try:
-            yield path.readlink()
+            yield str(path.readlink())
         except OSError:
             continue
 

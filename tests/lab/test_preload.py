@@ -105,7 +105,8 @@ def same(args, **env):
 
 CODES = {
     "text": 1, "code": 3, "large_code": 5, "negative": 255, "at_once": 7,
-    "error": 1, "syntax": 1, "hook": 1, "interrupt": 128 + signal.SIGINT, "signal": 128 + signal.SIGSEGV,
+    "error": 1, "syntax": 1, "hook": 1,
+    "interrupt": 128 + signal.SIGINT, "signal": 128 + signal.SIGSEGV,
 }  # fmt: skip
 
 
