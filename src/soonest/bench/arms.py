@@ -78,6 +78,7 @@ def replayed(settings: Settings, *, alone: bool = False) -> Replay:
         momentum=MOMENTUM,
         alone=alone,
         check=True,
+        overhead_s=settings.overhead_s,
     )
 
 

@@ -35,6 +35,7 @@ def zero_redundancy(replay: Replay) -> torch.optim.Optimizer:
         parameters_as_bucket_view=True,
         lr=LR,
         momentum=replay.momentum,
+        fused=True,
     )
 
 

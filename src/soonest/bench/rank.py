@@ -21,6 +21,7 @@ from soonest.bench.load import Load
 from soonest.bench.settings import SWEPT, Settings, warm_up
 from soonest.core.timeline import Timeline
 from soonest.lab.messages import tell
+from soonest.lab.replay import measure_overhead_s
 
 _PICTURED = 3
 """Times that a step of DDP is recorded."""
@@ -159,7 +160,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=_TIMEOUT)
-    Comparison(Settings.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))).run()
+    settings = Settings.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    overhead_s = measure_overhead_s(settings.trace, settings.slow_motion, settings.shrink)
+    Comparison(replace(settings, overhead_s=overhead_s)).run()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ from soonest.bench.scale import Capacity
 from soonest.bench.settings import ARMS, Settings
 from soonest.errors import SoonestError
 from soonest.lab import Lab
-from soonest.lab.messages import listen
+from soonest.lab.messages import Take, listen
 
 _PROBED_BPS = 40e9
 """Links that hold nothing up."""
@@ -54,7 +54,7 @@ def probe(hosts: int, *, say: Say) -> Capacity:
     told: list[dict[str, Any]] = []
     command = [sys.executable, "-m", "soonest.bench.probe"]
     with Lab(hosts, _PROBED_BPS) as lab:
-        listen(lab, command, lambda _, message: told.append(message), say=say, timeout_s=_TIMEOUT_S)
+        _listen(lab, command, lambda _, message: told.append(message), say)
     return Capacity(**{name: value for name, value in told[0].items() if name != "kind"})
 
 
@@ -86,7 +86,11 @@ def run(settings: Settings, *, name: str, say: Say, watch: Watch) -> Result:
         file = Path(folder) / "settings.json"
         file.write_text(json.dumps(settings.to_json()), encoding="utf-8")
         command = [sys.executable, "-m", "soonest.bench.rank", str(file)]
-        listen(lab, command, take, say=say, timeout_s=_TIMEOUT_S)
+        _listen(lab, command, take, say)
     if "wrong" in told:
         raise SoonestError(f"no figures, for the results are wrong: {told['wrong']['faults'][0]}")
     return Result(record_of(settings, name, missing, told["figures"]))
+
+
+def _listen(lab: Lab, command: Sequence[str], take: Take, say: Say) -> None:
+    listen(lab, command, take, say=say, timeout_s=_TIMEOUT_S, preload=True)

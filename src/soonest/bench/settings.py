@@ -57,6 +57,7 @@ class Settings:
             one of the user's own, see ``soonest.bench.arms.Arm``.
         steps: counted, of each arm and round.
         rounds: how many turns each arm takes.
+        overhead_s: see ``lab.replay.Replay``; measured by the ranks.
     """
 
     trace: Trace
@@ -67,6 +68,7 @@ class Settings:
     arms: Sequence[str]
     steps: int = 6
     rounds: int = 2
+    overhead_s: tuple[float, float] = (0.0, 0.0)
 
     @property
     def shaped_bps(self) -> float:

@@ -78,7 +78,6 @@ def run(
     return result
 
 
-
 def _run(
     place: Lab | Loopback,
     what: str,

@@ -37,6 +37,7 @@ def listen(
     *,
     say: Callable[[str], None],
     timeout_s: float,
+    preload: bool | None = None,
 ) -> None:
     """Runs a command on every rank and takes what they tell, in the calling thread.
 
@@ -45,7 +46,7 @@ def listen(
         command: program and arguments.
         take: gets the messages.
         say: if a rank fails, gets what the ranks wrote last besides messages, line by line.
-        timeout_s: end all ranks after so many seconds.
+        timeout_s, preload: as for ``Lab.run``.
 
     Raises:
         SoonestError: a rank failed, or they did not end in time.
@@ -60,7 +61,7 @@ def listen(
             take(rank, message)
 
     try:
-        code = place.run(command, on_line=on_line, timeout_s=timeout_s)
+        code = place.run(command, on_line=on_line, timeout_s=timeout_s, preload=preload)
     except TimeoutError as error:
         raise SoonestError(f"this came to a stop: {error}") from None
     if code:
