@@ -11,10 +11,10 @@ from soonest.core.trace import Trace
 
 _STEP_S = 0.5
 """A step must take so long that the errors of sleeping do not matter."""
-_OPS = 80
+_OPS = 150
 """A step must take as long as so many small all-reduces, or nothing but their latency shows."""
 _LAYERS_SHARE = 0.25
-_BYTES_SHARE = 0.25
+_BYTES_SHARE = 0.12
 """Of what the cores can do, what may go into replaying layers, and into moving bytes."""
 _LEAST_BYTES = 4 << 20
 """A smaller model would be more padding and headers than parameters."""
