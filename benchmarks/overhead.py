@@ -17,12 +17,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 ARMS = ("ddp", "soonest")
 MODELS = ("gpt", "cnn", "mlp")
-WARM_UP, TURN = 8, 10
+WARM_UP, TURN = 16, 10
 MEMORY_STEPS = 10
 MEMORY_LAYERS, MEMORY_WIDTH = 8, 2048
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -113,7 +114,7 @@ def cnn() -> tuple[Any, Callable[[], Any]]:
 
     widths = (3, 32, 64, 64, 128, 128)
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, after, 3, stride=1 + (after > before), padding=1)]
         layers += [nn.GroupNorm(8, after), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))

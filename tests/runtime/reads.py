@@ -86,7 +86,7 @@ def stale_reads(guard_on: bool) -> dict[str, bool]:
     model = build()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     handle = soonest.prioritize(model, optimizer)
-    for _ in range(6):  # by then all planning, which waits for everything, is over
+    for _ in range(14):  # by then all planning, which waits for everything, is over
         step(model, optimizer)
     flush = engine.Engine.flush
     update = program.Program.update

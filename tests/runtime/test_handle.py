@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -16,11 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import soonest
 from ranks import run_ranks
+from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.runtime import guard
+from soonest.runtime.learn import Learner
 
 
 class Net(nn.Module):
@@ -95,7 +99,7 @@ def learns() -> dict[str, Any]:
 
 
 def test_the_first_step_shows_the_order_of_use() -> None:
-    ranks = run_ranks(learns, 2)
+    ranks = run_ranks(learns, 3)
     for rank in ranks:
         assert rank["unchanged"]
         assert rank["isinstance"]
@@ -105,11 +109,11 @@ def test_the_first_step_shows_the_order_of_use() -> None:
         order = list(dict.fromkeys(slot.layer for slot in plan.flats[0].slots))
         assert order == ["first", "norm", "middle", "last"]
         assert len(plan.buckets) > 1
-    assert ranks[0]["plan"] == ranks[1]["plan"]
+    assert ranks[0]["plan"] == ranks[1]["plan"] == ranks[2]["plan"]
 
 
 def test_the_timeline_is_that_of_one_whole_step() -> None:
-    for rank in run_ranks(learns, 2):
+    for rank in run_ranks(learns, 3):
         timeline = soonest.Timeline.from_json(rank["timeline"])
         plan = Plan.from_json(rank["plan"])
         layers = {"first", "norm", "middle", "last"}
@@ -119,6 +123,77 @@ def test_the_timeline_is_that_of_one_whole_step() -> None:
         assert len(timeline.of("send")) == len(plan.ops)
         assert timeline.of("update")
         assert all(0 <= span.start_s <= timeline.step_s for span in timeline.of("send"))
+
+
+def tries_plans() -> list[int]:
+    """Over the steps, how many buckets the plan has."""
+    model, optimizer = build()
+    handle = soonest.prioritize(model, optimizer)
+    buckets: list[int] = []
+    for _ in range(15):
+        steps(model, optimizer, 1)
+        assert handle.plan is not None
+        buckets.append(len(handle.plan.buckets))
+    return buckets
+
+
+def test_two_ranks_try_coarser_plans_too() -> None:
+    first, second = run_ranks(tries_plans, 2)
+    assert first == second
+    usual = first[1]
+    assert first[4] <= usual, "after four warm steps"
+    assert first[8] == 1 < usual
+    assert first[12] in (usual, first[4], 1), "the fastest of them"
+    assert first[12:] == [first[12]] * 3, "stays"
+
+
+def test_more_ranks_do_not_as_the_cut_decides_how_sums_are_rounded() -> None:
+    for buckets in run_ranks(tries_plans, 3):
+        assert buckets[1:] == [buckets[1]] * 14
+
+
+@pytest.mark.parametrize(
+    ("fine_s", "coarse_s", "chosen"),
+    [(1.0, 0.97, math.inf), (1.0, 0.99, 1.0), (1.0, 1.5, 1.0)],
+)
+def test_a_coarser_plan_must_be_clearly_faster(
+    fine_s: float, coarse_s: float, chosen: float
+) -> None:
+    learner = Learner(Network(0.0, 1.0), 2)
+    learner._step_s = {1.0: fine_s, 4.0: 2.0, math.inf: coarse_s}
+    assert learner._fastest() == chosen
+
+
+MODES: dict[str, Any] = {
+    "inference mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "a dispatch mode": lambda: FlopCounterMode(display=False),
+    "a default device": lambda: torch.device("cpu"),
+}
+
+
+def reads_in(mode: str) -> bool:
+    """Whether reading in a mode right after a step changes nothing; updates may run right then."""
+    runs: list[dict[str, torch.Tensor]] = []
+    for read_in_mode in (True, False):
+        model, optimizer = build()
+        handle = soonest.prioritize(model, optimizer)
+        for _ in range(4):
+            steps(model, optimizer, 1)
+            if not read_in_mode:
+                handle.flush()
+            with MODES[mode]():
+                model.eval()(torch.ones(2, 8))
+            model.train()
+        handle.flush()
+        runs.append(values(model))
+    return same(*runs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_in_which_a_parameter_is_read_does_not_change_its_update(mode: str) -> None:
+    assert all(run_ranks(reads_in, 2, mode))
 
 
 def ends_with_a_plan(path: str) -> tuple[str, str, bool]:

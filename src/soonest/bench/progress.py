@@ -50,7 +50,7 @@ class Progress:
                 self._done_s += self._step_s(arm) * (1 + SWEPT)
                 self.doing = f"{arm}: bucket size {message['bucket']}"
             case "made":
-                self._done_s += self._step_s(arm) * warm_up(arm)
+                self._done_s += self._step_s(arm) * warm_up(arm, self._settings.hosts)
             case "round":
                 self._done_s += self._round_s(arm)
                 turn = f"round {message['round'] + 1} of {self._settings.rounds}"
@@ -61,7 +61,7 @@ class Progress:
 
     def _making_s(self, arm: str) -> float:
         tried = len(self._settings.sweep()) * (1 + SWEPT) if arm == "ddp-tuned" else 0
-        return self._step_s(arm) * (warm_up(arm) + tried)
+        return self._step_s(arm) * (warm_up(arm, self._settings.hosts) + tried)
 
     def _round_s(self, arm: str) -> float:
         return self._step_s(arm) * (self._settings.steps + 1)

@@ -62,7 +62,7 @@ class Comparison:
         _first("making", arm=name)
         arm = maker(name)(self.settings, lambda arm, what: self._try(name, arm, what))
         dist.barrier()
-        steps(arm, warm_up(name))
+        steps(arm, warm_up(name, self.settings.hosts))
         _first("made", arm=name)
         self.arms[name], self.step_ms[name], self.load[name] = arm, [], []
 

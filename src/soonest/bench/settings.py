@@ -38,9 +38,11 @@ SWEPT = 3
 """Steps by which a bucket size is judged."""
 
 
-def warm_up(arm: str) -> int:
-    """Steps of an arm that do not count; soonest is done with planning after its fifth."""
-    return 7 if arm == "soonest" else 3
+def warm_up(arm: str, hosts: int) -> int:
+    """Steps of an arm that do not count, until soonest is done with planning."""
+    if arm != "soonest":
+        return 2
+    return 15 if hosts == 2 else 7
 
 
 @dataclass(frozen=True)

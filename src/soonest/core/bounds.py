@@ -35,7 +35,7 @@ def lower_bound_s(trace: Trace, network: Network) -> float:
 
         max over k of  max(a + C(1..k) + head_k + tail_k,  B + sum over i <= k of u_i + tail_k)
 
-    and F + B. Padding and the latency of all ops but one are left out: they only make a step longer.
+    and F + B. Padding and the latency of all ops but one are left out: they only make steps longer.
 
     Args:
         trace: the model; the time of an update is shared out by bytes.

@@ -2,12 +2,14 @@
 
 The cut depends on sizes, layers and the number of ranks only, never on measured times: with more
 than two ranks the cut points decide how sums are rounded, and results must be equal from run to
-run. The order may depend on times, for it changes no number.
+run. The order may depend on times, for it changes no number. With two ranks nothing does, so there
+coarser cuts may be tried.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -42,12 +44,21 @@ def flats_of(trace: Trace, itemsize: int = 4) -> tuple[Flat, ...]:
     return (Flat.lay_out(dtype, itemsize, [entry for entry in sizes if entry[2]]),)
 
 
-def cut(flats: Sequence[Flat], *, ranks: int, method: str = "allreduce") -> tuple[Bucket, ...]:
-    """Cuts flat buffers into buckets: small parameters are fused, large ones are sliced."""
+def cut(
+    flats: Sequence[Flat], *, ranks: int, method: str = "allreduce", coarseness: float = 1.0
+) -> tuple[Bucket, ...]:
+    """Cuts flat buffers into buckets: small parameters are fused, large ones are sliced.
+
+    Args:
+        flats: the flat buffers.
+        ranks: how many.
+        method: of all buckets.
+        coarseness: by which factor buckets are larger than usual; infinite for one of each dtype.
+    """
     total = sum(flat.numel * flat.itemsize for flat in flats)
     parts = PARTS_FOR_MANY if ranks >= MANY_RANKS else PARTS
-    target = max(total / parts, TARGET_FLOOR_BYTES * ranks)
-    smallest = max(total / FRONT_PARTS, SMALLEST_FLOOR_BYTES * ranks)
+    target = max(coarseness * total / parts, TARGET_FLOOR_BYTES * ranks)
+    smallest = max(coarseness * total / FRONT_PARTS, SMALLEST_FLOOR_BYTES * ranks)
     return tuple(
         Bucket(index, start, stop, method, _layers_between(flat, start, stop))
         for index, flat in enumerate(flats)
@@ -64,6 +75,9 @@ def _cut_points(flat: Flat, smallest: float, target: float) -> Iterator[int]:
     layer_ends = [end for end, change in zip(slot_ends, changes, strict=True) if change]
     at = 0
     yield at
+    if math.isinf(smallest):
+        yield flat.numel
+        return
     while at < flat.numel:
         behind = (flat.numel - at) * flat.itemsize
         largest = min(target, max(behind / 2, target * BACK_SHARE))
@@ -188,7 +202,13 @@ def _critical(work: Workload, sequence: list[int], result: Run) -> int:
 
 
 def make_plan(
-    trace: Trace, flats: Sequence[Flat], network: Network, *, ranks: int, window: int = 2
+    trace: Trace,
+    flats: Sequence[Flat],
+    network: Network,
+    *,
+    ranks: int,
+    window: int = 2,
+    coarseness: float = 1.0,
 ) -> Plan:
     """The plan for a model whose layers and network have been measured.
 
@@ -198,8 +218,9 @@ def make_plan(
         network: cost of an all-reduce.
         ranks: how many.
         window: how many ops may be in flight at once.
+        coarseness: see ``cut``.
     """
-    buckets = cut(flats, ranks=ranks)
+    buckets = cut(flats, ranks=ranks, coarseness=coarseness)
     ops = order(trace, flats, buckets, network, window=window)
     return Plan(ranks, tuple(flats), buckets, ops, window)
 

@@ -142,7 +142,7 @@ class Replay(nn.Module):
         """Of all parameters: equal if they are, to the last bit."""
         sum_ = 0
         for parameter in self.parameters():
-            sum_ = zlib.crc32(memoryview(parameter.detach().numpy()), sum_)
+            sum_ = zlib.crc32(parameter.detach().numpy().tobytes(), sum_)
         return sum_
 
 

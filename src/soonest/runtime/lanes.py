@@ -6,10 +6,12 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.futures import Future
 
 from soonest.errors import PeerLostError, ReadTooEarlyError, SoonestError
@@ -62,7 +64,9 @@ class Lane(Protocol):
 
 
 class ThreadLane:
-    """A lane for CPUs: one thread that starts gloo's asynchronous ops and runs updates.
+    """A lane for CPUs: one thread that starts gloo's asynchronous ops.
+
+    Updates run in the thread that waits for them, or in the lane's own where that one cannot.
 
     Args:
         timeout_s: how long to wait without any progress; an op's own timeout comes before.
@@ -77,6 +81,8 @@ class ThreadLane:
         self._works: deque[Future[Any]] = deque()
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._changed = threading.Condition()
+        self._updating = threading.Lock()
+        self._delegated = 0
         self._progressed_at = time.monotonic()
         self._error: SoonestError | None = None
         self._thread = threading.Thread(target=self._run, name="soonest lane", daemon=True)
@@ -110,10 +116,12 @@ class ThreadLane:
                 "where it is not combined over the ranks yet: read it after backward() has returned"
             )
         began_at = time.monotonic()
-        with self._changed:
+        with self._updates_here() as here:
+            here = here and updated
             while not done[bucket]:
                 self.check()
-                self._changed.wait(_LOOK_S)
+                if not (here and self._update()):
+                    self._wait_for_news_until(lambda: bool(done[bucket]), here=here)
                 # The lane's own waits end first; this is the last resort.
                 idle_s = time.monotonic() - max(began_at, self._progressed_at)
                 if idle_s > self._timeout_s + 10 * _LOOK_S:
@@ -129,10 +137,38 @@ class ThreadLane:
             raise SoonestError("the thread that communicates has ended, so nothing can arrive")
 
     def wait_all(self) -> None:
-        with self._changed:
-            while any(not self._settled(sweep) for sweep in self._sweeps):
+        with self._updates_here() as here:
+            while not self._all_settled():
                 self.check()
+                if not (here and self._update()):
+                    self._wait_for_news_until(self._all_settled, here=here)
+
+    @contextmanager
+    def _updates_here(self) -> Iterator[bool]:
+        """Whether the calling thread may run updates itself; if not, the lane's own does so.
+
+        A caller would only wait, and another thread would take the interpreter from it, and a core.
+        """
+        if _is_plain():
+            yield True
+            return
+        with self._changed:
+            self._delegated += 1
+        self._wake.put(True)
+        try:
+            yield False
+        finally:
+            with self._changed:
+                self._delegated -= 1
+
+    def _wait_for_news_until(self, over: Callable[[], bool], *, here: bool) -> None:
+        """Waits, unless it is over by now or there is something to update here."""
+        with self._changed:
+            if not over() and not (here and self._next_update()):
                 self._changed.wait(_LOOK_S)
+
+    def _all_settled(self) -> bool:
+        return all(self._settled(sweep) for sweep in self._sweeps)
 
     @staticmethod
     def _settled(sweep: Sweep) -> bool:
@@ -167,8 +203,7 @@ class ThreadLane:
 
     def _do_one(self) -> bool:
         """Does the most urgent thing there is to do; False if there is nothing."""
-        self._drop_finished()
-        return self._complete() or self._issue() or self._update()
+        return self._complete() or self._issue() or (self._delegated > 0 and self._update())
 
     def _complete(self) -> bool:
         if not self._works or not self._works[0].done():
@@ -210,26 +245,33 @@ class ThreadLane:
         return True
 
     def _update(self) -> bool:
-        if not self._sweeps:
-            return False
-        sweep = self._sweeps[0]
-        bucket = sweep.next_update()
-        if bucket is None:
-            return False
-        sweep.record.update_started(bucket)
-        sweep.program.update(sweep, bucket)
-        sweep.record.update_ended(bucket)
-        with self._changed:
-            sweep.program.zero(sweep, bucket)
-            sweep.updated[bucket] = True
-            self._changed.notify_all()
+        """Updates the parameters needed first among those that can be; False if there are none."""
+        with self._updating, torch._C.DisableTorchFunctionSubclass():
+            found = self._next_update()
+            if found is None:
+                return False
+            sweep, bucket = found
+            sweep.record.update_started(bucket)
+            try:
+                sweep.program.update(sweep, bucket)
+            except Exception as error:
+                self._fail(error)
+                self.check()
+            sweep.record.update_ended(bucket)
+            with self._changed:
+                sweep.program.zero(sweep, bucket)
+                sweep.updated[bucket] = True
+                self._changed.notify_all()
+        self._progressed_at = time.monotonic()
         return True
 
-    def _drop_finished(self) -> None:
-        while self._sweeps and self._sweeps[0].finished:
-            with self._changed:
+    def _next_update(self) -> tuple[Sweep, int] | None:
+        with self._changed:
+            while self._sweeps and self._sweeps[0].finished:
                 self._sweeps = self._sweeps[1:]
                 self._changed.notify_all()
+            bucket = self._sweeps[0].next_update() if self._sweeps else None
+            return None if bucket is None else (self._sweeps[0], bucket)
 
     def _fail(self, error: Exception) -> None:
         known = (
@@ -242,3 +284,14 @@ class ThreadLane:
             self._changed.notify_all()
         self._sweeps = ()
         self._works.clear()
+
+
+def _is_plain() -> bool:
+    """Whether this thread computes as any other would: in no mode that changes what ops do."""
+    return not (
+        torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or _functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from itertools import pairwise
 from statistics import median
+from typing import TypeVar
 
 from soonest.core.network import Network
 from soonest.core.plan import Plan
@@ -13,14 +15,26 @@ from soonest.runtime import collectives
 from soonest.runtime.agree import agree_on_plan
 from soonest.runtime.engine import Engine
 from soonest.runtime.layout import Layout
-from soonest.runtime.profile import Record, rate_of, trace_of, typical
+from soonest.runtime.profile import Record, now_s, rate_of, trace_of, typical
 
 _WARM_STEPS = 4
 """The first step shows the order of the layers; only warm ones show their times."""
 
+_COARSER = (4.0, math.inf)
+"""Cuts that two ranks try besides the usual one, as factors. Where the network is fast, fewer ops
+cost the processors less than they delay."""
+_MARGIN = 0.02
+"""A coarser cut must be faster by this: it gives away what a slower network will ask for."""
+
+
+_T = TypeVar("_T")
+
 
 class Learner:
     """Makes a plan after the first step, and once more after a few warm ones.
+
+    With two ranks, coarser plans are then tried for a few steps each, and the fastest stays. With
+    more the cut decides how sums are rounded, and must not depend on measurements.
 
     All ranks call it after the same steps and take the first rank's measurements, so they plan
     alike.
@@ -37,19 +51,31 @@ class Learner:
         self._traces: list[Trace] = []
         self._rates: list[float] = []
         self._before: Record | None = None
+        self._ended_s: list[float] = []
+        self._step_s: dict[float, float] = {}
 
     def __call__(self, engine: Engine) -> None:
         """To be called after every step that used combined gradients."""
         self._steps += 1
         if self._steps == 1:
             self._first(engine)
-        elif self._steps <= _WARM_STEPS + 1:
-            if self._before is not None and self._before.complete:
-                self._traces.append(self._trace(engine, self._before, self._before))
-                self._note_rate(engine, self._before)
-            self._before = engine.record
-            if self._steps == _WARM_STEPS + 1:
-                self._again(engine)
+            return
+        cuts = (1.0, *_COARSER) if engine.group.size() == 2 else (1.0,)
+        turn, number = divmod(self._steps - 2, _WARM_STEPS)
+        if turn >= len(cuts):
+            return
+        self._ended_s.append(now_s())
+        if turn == 0:
+            self._note(engine)
+        if number == _WARM_STEPS - 1:
+            self._step_s[cuts[turn]] = median(b - a for a, b in pairwise(self._ended_s))
+            self._ended_s = []
+            self._again(engine, cuts[turn + 1] if turn + 1 < len(cuts) else self._fastest())
+
+    def _fastest(self) -> float:
+        """The coarseness that stays."""
+        best = min(self._step_s, key=self._step_s.__getitem__)
+        return best if self._step_s[best] < (1 - _MARGIN) * self._step_s[1.0] else 1.0
 
     def _first(self, engine: Engine) -> None:
         trace = self._trace(engine, engine.record, engine.observed)
@@ -57,15 +83,22 @@ class Learner:
         self._note_rate(engine, engine.record)
         members = engine.layout.members
         order = [members[index].name for index in engine.observed.first_use()]
-        trace, order = self._first_rank(engine, trace, order)
-        assert trace is not None
+        trace, order = self._first_rank(engine, (trace.to_json(), order))
         same = order == [member.name for member in members]
-        self._bind(engine, engine.layout if same else Layout(engine.model, order), trace)
+        layout = engine.layout if same else Layout(engine.model, order)
+        self._bind(engine, layout, Trace.from_json(trace), 1.0)
 
-    def _again(self, engine: Engine) -> None:
-        trace, _ = self._first_rank(engine, typical(self._traces) if self._traces else None, [])
+    def _note(self, engine: Engine) -> None:
+        if self._before is not None and self._before.complete:
+            self._traces.append(self._trace(engine, self._before, self._before))
+            self._note_rate(engine, self._before)
+        self._before = engine.record
+
+    def _again(self, engine: Engine, coarseness: float) -> None:
+        mine = (typical(self._traces).to_json() if self._traces else None, coarseness)
+        trace, coarseness = self._first_rank(engine, mine)
         if trace is not None:
-            self._bind(engine, engine.layout, trace)
+            self._bind(engine, engine.layout, Trace.from_json(trace), coarseness)
 
     def _note_rate(self, engine: Engine, record: Record) -> None:
         rate = rate_of(record, engine.program.plan)
@@ -75,23 +108,26 @@ class Learner:
     def _trace(self, engine: Engine, backward: Record, forward: Record) -> Trace:
         return trace_of(backward, forward, engine.layout.members, model=type(engine.model).__name__)
 
-    def _first_rank(
-        self, engine: Engine, trace: Trace | None, order: Sequence[str]
-    ) -> tuple[Trace, list[str]]:
+    def _first_rank(self, engine: Engine, mine: _T) -> _T:
         engine.flush()  # nothing else may be on the group now
-        mine = (trace and trace.to_json(), list(order))
-        measured, order = collectives.first_rank_object(engine.group, mine)
-        return measured and Trace.from_json(measured), list(order)
+        return collectives.first_rank_object(engine.group, mine)
 
-    def _plan(self, engine: Engine, layout: Layout, trace: Trace) -> Plan:
+    def _plan(self, engine: Engine, layout: Layout, trace: Trace, coarseness: float) -> Plan:
         network = self._network
         if self._rates:  # under the real load, and past what short tests can get through at once
             network = Network(network.latency_s, median(self._rates))
-        ranks = engine.group.size()
-        return make_plan(trace, layout.flats, network, ranks=ranks, window=self._window)
+        return make_plan(
+            trace,
+            layout.flats,
+            network,
+            ranks=engine.group.size(),
+            window=self._window,
+            coarseness=coarseness,
+        )
 
-    def _bind(self, engine: Engine, layout: Layout, trace: Trace) -> None:
-        mine = self._plan(engine, layout, trace).to_json() if engine.group.rank() == 0 else None
+    def _bind(self, engine: Engine, layout: Layout, trace: Trace, coarseness: float) -> None:
+        first = engine.group.rank() == 0
+        mine = self._plan(engine, layout, trace, coarseness).to_json() if first else None
         plan = Plan.from_json(collectives.first_rank_object(engine.group, mine))
         agree_on_plan(engine.group, plan)
         engine.bind(layout, plan)
