@@ -23,7 +23,7 @@ from soonest.core.timeline import Timeline
 from soonest.lab.messages import tell
 from soonest.lab.replay import measure_overhead_s
 
-_PICTURED = 3
+_PICTURED = 2
 """Times that a step of DDP is recorded."""
 _COMPARED = ("ddp-tuned", "soonest")
 """Arms of which a typical step is kept."""

@@ -34,7 +34,7 @@ SWEEP_MB: dict[str, tuple[float, ...]] = {
 MOMENTUM = 0.875
 """Of the SGD that trains all arms: sums of its powers are exact for a while, and it has a state."""
 
-SWEPT = 3
+SWEPT = 2
 """Steps by which a bucket size is judged."""
 
 
@@ -110,7 +110,8 @@ class Settings:
     @classmethod
     def from_json(cls, text: str) -> Settings:
         data = json.loads(text)
-        return cls(**{**data, "trace": Trace.from_json(data["trace"])})
+        lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
+        return cls(**{**data, **lists, "trace": Trace.from_json(data["trace"])})
 
 
 def payload_network(hosts: int, link_bps: float) -> Network:

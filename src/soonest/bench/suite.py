@@ -17,7 +17,7 @@ TRACES = ("alexnet", "vgg16", "resnet50", "googlenet")
 HOSTS = (2, 4, 8)
 LOADS = (0.5, 1.0, 2.0)
 """How many times as long as computing it takes to combine all gradients."""
-_STEPS, _ROUNDS = 4, 2
+_STEPS, _ROUNDS = 3, 2
 _CLOSE = 1.05
 """Nearer to the bound than this, a timeline shows nothing worth keeping."""
 

@@ -106,10 +106,12 @@ class Op:
     Args:
         bucket: index of the bucket.
         kind: one of the bucket's method's ops.
+        alone: whether no other is issued behind it before it is done.
     """
 
     bucket: int
     kind: str
+    alone: bool = False
 
 
 @dataclass(frozen=True)

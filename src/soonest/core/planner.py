@@ -124,12 +124,29 @@ def order(
     heuristic gives an order (J. Carlier, "The one-machine sequencing problem", European Journal of
     Operational Research 11, 1982), and a bounded local search improves it in the simulator.
     """
-    work = Workload.of(trace, flats, buckets, network)
-    return _ops(buckets, _improve(work, _schrage(work, window), window))
+    alone = _first_needed(trace, buckets)
+    work = Workload.of(trace, flats, buckets, network, alone=alone)
+    return _ops(buckets, _improve(work, _schrage(work, window), window), alone)
 
 
-def _ops(buckets: Sequence[Bucket], sequence: Sequence[int]) -> tuple[Op, ...]:
-    return tuple(Op(index, kind) for index in sequence for kind in METHODS[buckets[index].method])
+def _ops(
+    buckets: Sequence[Bucket], sequence: Sequence[int], alone: Sequence[int] = ()
+) -> tuple[Op, ...]:
+    return tuple(
+        Op(index, kind, index in alone)
+        for index in sequence
+        for kind in METHODS[buckets[index].method]
+    )
+
+
+def _first_needed(trace: Trace, buckets: Sequence[Bucket]) -> list[int]:
+    """The bucket with which the next forward pass begins.
+
+    Its gradients are ready when the backward pass ends, and then everything waits for it. Ops in
+    flight at the same time share the network, so a large one behind it would slow it down.
+    """
+    first = next((layer.name for layer in trace.layers if layer.bytes), None)
+    return [index for index, bucket in enumerate(buckets) if first in bucket.layers][:1]
 
 
 def _schrage(work: Workload, window: int) -> list[int]:
@@ -141,7 +158,8 @@ def _schrage(work: Workload, window: int) -> list[int]:
     end = 0.0
     arrived = 0
     while len(sequence) < len(coming):
-        slot_free = ends[-window] if len(ends) >= window else 0.0
+        behind = 1 if sequence and sequence[-1] in work.alone else window
+        slot_free = ends[-behind] if len(ends) >= behind else 0.0
         # All that are ready by now can start their transfer at the same time.
         now = max(slot_free, end - work.latency_s)
         if not waiting and work.ready_s[coming[arrived]] > now:

@@ -9,7 +9,7 @@ transfers for at least as long, and a window of one hides none.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from soonest.core.network import Network
@@ -30,6 +30,7 @@ class Workload:
         layers_of: per bucket, the indices of the layers that it carries.
         backward_s: length of the backward pass.
         forward_s, update_s: per layer.
+        alone: buckets behind whose op no other is issued before it is done.
     """
 
     latency_s: float
@@ -40,10 +41,17 @@ class Workload:
     backward_s: float
     forward_s: list[float]
     update_s: list[float]
+    alone: frozenset[int]
 
     @classmethod
     def of(
-        cls, trace: Trace, flats: Sequence[Flat], buckets: Sequence[Bucket], network: Network
+        cls,
+        trace: Trace,
+        flats: Sequence[Flat],
+        buckets: Sequence[Bucket],
+        network: Network,
+        *,
+        alone: Iterable[int] = (),
     ) -> Workload:
         """Raises ``ValueError`` where a bucket carries a layer that the trace does not have."""
         index = {layer.name: i for i, layer in enumerate(trace.layers)}
@@ -67,6 +75,7 @@ class Workload:
             backward_s=ready[0],
             forward_s=[layer.fwd_us * 1e-6 for layer in trace.layers],
             update_s=[layer.bytes * update_per_byte for layer in trace.layers],
+            alone=frozenset(alone),
         )
 
 
@@ -101,7 +110,8 @@ def run(work: Workload, order: Sequence[int], window: int) -> Run:
     combined: list[float | None] = [None] * len(work.forward_s)
     end = 0.0
     for position, bucket in enumerate(order):
-        slot_free = transfers[position - window][1] if position >= window else 0.0
+        behind = 1 if position and order[position - 1] in work.alone else window
+        slot_free = transfers[position - behind][1] if position >= behind else 0.0
         issued = max(work.ready_s[bucket], slot_free)
         start = max(issued + work.latency_s, end)  # Behind the op in front, whatever is ready.
         end = start + work.transfer_s[bucket]
@@ -142,7 +152,8 @@ def _updates(work: Workload, combined: Sequence[float | None]) -> list[tuple[flo
 
 
 def _run_plan(trace: Trace, plan: Plan, network: Network) -> Run:
-    work = Workload.of(trace, plan.flats, plan.buckets, network)
+    alone = [op.bucket for op in plan.ops if op.alone]
+    work = Workload.of(trace, plan.flats, plan.buckets, network, alone=alone)
     return run(work, [op.bucket for op in plan.ops], plan.window)
 
 

@@ -85,6 +85,8 @@ class Sweep:
         ops = self.plan.ops
         if self.issued == len(ops) or self.in_flight >= self.plan.window:
             return None
+        if self.in_flight and ops[self.issued - 1].alone:
+            return None
         return None if self.missing[ops[self.issued].bucket] else self.issued
 
     def complete_op(self) -> None:
