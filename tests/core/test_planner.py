@@ -1,6 +1,7 @@
 """The planner: where it cuts, in which order it sends, and how near to the bound that comes."""
 
 import itertools
+import math
 import random
 from dataclasses import replace
 
@@ -337,6 +338,24 @@ def test_a_plan_stands_a_profile_that_was_a_little_off():
         ),
     )
     assert step_time_s(real, plan, network) <= 1.04 * lower_bound_s(real, network)
+
+
+@pytest.mark.parametrize("name", Trace.shipped())
+def test_the_bucket_that_the_forward_pass_begins_with_flies_alone(name: str):
+    trace = Trace.load(name)
+    plan = make_plan(trace, flats_of(trace), Network(1e-4, 1e9), ranks=4)
+    (alone,) = [op for op in plan.ops if op.alone]
+    assert trace.layers[0].name in plan.buckets[alone.bucket].layers
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_coarser_cut_has_fewer_and_larger_buckets():
+    flats = flats_of(Trace.load("resnet50"))
+    usual, coarser, one = (
+        cut(flats, ranks=2, coarseness=coarseness) for coarseness in (1.0, 4.0, math.inf)
+    )
+    assert len(usual) > 2 * len(coarser) > 4
+    assert [(bucket.start, bucket.stop) for bucket in one] == [(0, flats[0].numel)]
 
 
 def test_few_orders_are_better_than_the_planners():

@@ -1,6 +1,7 @@
 """The simulated step: cases worked out by hand, and what holds for every plan."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import strategies
@@ -89,6 +90,15 @@ def test_a_latency_is_hidden_behind_a_longer_transfer():
     trace = model((1, 0, 0), (3, 0, 0))
     plan = plan_of(trace, [1, 0], window=2)
     assert sends(simulate(trace, plan, network(2.0))) == [(0, 5), (3, 6)]
+
+
+def test_nothing_is_issued_behind_an_op_that_flies_alone():
+    trace = model((1, 0, 0), (1, 0, 0), (1, 0, 1))
+    plan = plan_of(trace, [2, 0, 1], window=2)
+    first, urgent, last = plan.ops
+    alone = replace(plan, ops=(first, replace(urgent, alone=True), last))
+    assert sends(simulate(trace, plan, network(2.0))) == [(1, 4), (1, 5), (4, 7)]
+    assert sends(simulate(trace, alone, network(2.0))) == [(1, 4), (1, 5), (5, 8)]
 
 
 def test_a_bucket_waits_for_the_gradients_of_all_its_layers():

@@ -142,7 +142,8 @@ def ddp_zero1(settings: Settings, time: Time) -> Arm:
 def fsdp2(settings: Settings, time: Time) -> Arm:
     replay = replayed(settings)
     unshard = peers.shard_fully(replay)
-    return Arm.of(replay, replay, replay.sgd(), settle=unshard)
+    optimizer = replay.sgd(fused=False)  # which sharded tensors do not have
+    return Arm.of(replay, replay, optimizer, settle=unshard)
 
 
 def deepspeed_zero1(settings: Settings, time: Time) -> Arm:

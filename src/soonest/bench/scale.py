@@ -9,13 +9,13 @@ from soonest.bench.settings import payload_network
 from soonest.core.bounds import lower_bound_s
 from soonest.core.trace import Trace
 
-_STEP_S = 0.5
+_STEP_S = 0.9
 """A step must take so long that the errors of sleeping do not matter."""
 _OPS = 130
 """A step must take as long as so many small all-reduces, or nothing but their latency shows."""
 _LAYERS_SHARE = 0.015
 """Of a step, what torch may take around the sleeps."""
-_BYTES_SHARE = 0.08
+_BYTES_SHARE = 0.1
 """Of what the cores can do, what may go into moving bytes."""
 _LEAST_BYTES = 4 << 20
 """A smaller model would be more padding and headers than parameters."""

@@ -106,9 +106,9 @@ class Replay(nn.Module):
             flow = layer(flow)
         return flow
 
-    def sgd(self) -> torch.optim.SGD:
+    def sgd(self, *, fused: bool = True) -> torch.optim.SGD:
         """A new optimizer of the kind that ``verify`` expects."""
-        return torch.optim.SGD(self.parameters(), lr=LR, momentum=self.momentum, fused=True)
+        return torch.optim.SGD(self.parameters(), lr=LR, momentum=self.momentum, fused=fused)
 
     @property
     def steps(self) -> int:
