@@ -143,6 +143,15 @@ def test_the_best_other_arm_communicates(ran: list[Settings], tmp_path: Path):
     assert page.best_other(result.rows()).arm == "fsdp2"
 
 
+def test_a_record_of_something_else_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    file = tmp_path / "other.json"
+    file.write_text('{"arms": {"ddp": {"step_ms": 1.0}}}')
+    assert main(["bench", "--show", str(file)]) == 2
+    err = capfd.readouterr().err
+    assert "other.json is no record of soonest bench: 'trace' is missing" in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

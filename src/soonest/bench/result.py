@@ -59,12 +59,6 @@ class Result:
         record = self.record
         return f"{record['trace']}, {record['hosts']} hosts, links of {_rate(record['link_bps'])}"
 
-    @property
-    def load(self) -> float:
-        """How often as long as computing it takes to combine all gradients."""
-        compute_ms = self.record["compute_ms"]
-        return self.record["communication_ms"] / compute_ms if compute_ms else float("inf")
-
     def rows(self) -> list[Row]:
         """The arms, in the order in which they took turns."""
         arms = self.record["arms"]

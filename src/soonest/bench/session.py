@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def run(settings: Settings, *, name: str, say: Say, watch: Watch) -> Result:
     """
     missing = absent(settings.arms)
     present = [arm for arm in settings.arms if arm not in missing]
-    settings = Settings(**{**vars(settings), "arms": present})
+    settings = replace(settings, arms=present)
     progress = Progress(settings)
     told: dict[str, dict[str, Any]] = {}
 

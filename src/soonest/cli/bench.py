@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from soonest.bench.result import Result
     from soonest.bench.show import Screen
 
+_NO_PICTURES = "pictures need matplotlib: pip install 'soonest[report]'"
 _LOAD = re.compile(r"([\d.]+)x")
 
 
@@ -135,7 +136,10 @@ def _compare(args: argparse.Namespace, screen: Screen) -> Result:
 
 
 def _suite(args: argparse.Namespace, screen: Screen) -> int:
-    from soonest.bench import page, suite
+    try:
+        from soonest.bench import page, suite
+    except ImportError:
+        raise WrongRequestError(_NO_PICTURES) from None
 
     _needs_lab()
     load = args.link
@@ -172,9 +176,12 @@ def _read(path: Path) -> Result:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path} is no record: {error}") from None
-    if not isinstance(record, dict) or "arms" not in record:
-        raise ValueError(f"{path} is no record: it has no 'arms'")
-    return Result(record)
+    result = Result(record)
+    try:
+        _ = result.title, result.rows(), result.warnings()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no record of soonest bench: {error} is missing") from None
+    return result
 
 
 def _write(args: argparse.Namespace, results: list[Result], screen: Screen) -> None:
@@ -188,9 +195,7 @@ def _write(args: argparse.Namespace, results: list[Result], screen: Screen) -> N
             from soonest.bench.page import panel
             from soonest.report import bars, picture
         except ImportError:
-            raise WrongRequestError(
-                "pictures need matplotlib: pip install 'soonest[report]'"
-            ) from None
+            raise WrongRequestError(_NO_PICTURES) from None
         if args.picture:
             drawn = bars.draw([panel(result) for result in results], args.picture)
             screen.say(f"The step times are drawn in {drawn}")

@@ -196,10 +196,10 @@ class ThreadLane:
         try:
             return self._wake.get(timeout=_LOOK_S if self._works else None)
         except queue.Empty:
-            others = self._blame("", False)
-            if others is not None:
-                self._fail(PeerLostError(others))
-            return others is None
+            who = self._blame("", False)
+            if who is not None:
+                self._fail(self._lost(who))
+            return who is None
 
     def _do_one(self) -> bool:
         """Does the most urgent thing there is to do; False if there is nothing."""
@@ -213,19 +213,28 @@ class ThreadLane:
         try:
             self._works.popleft().wait()
         except Exception as error:
-            bucket = sweep.plan.ops[op].bucket
-            raise self._lost(sweep, bucket, error) from error
+            raise self._stopped(sweep, op, error) from error
         sweep.record.op_ended(op)
         with self._changed:
             sweep.complete_op()
             self._changed.notify_all()
         return True
 
-    def _lost(self, sweep: Sweep, bucket: int, error: Exception) -> PeerLostError:
-        what = f"step {sweep.number}: {sweep.plan.describe(bucket)}"
+    def _stopped(self, sweep: Sweep, op: int, error: Exception) -> PeerLostError:
+        what = self._waited_for(sweep, op)
         who = self._blame(what, True) or "no rank is known to be missing"
         reason = str(error).split(". This is typically", 1)[0]
         return PeerLostError(f"{what} could not be combined over the ranks: {who} ({reason})")
+
+    def _lost(self, who: str) -> PeerLostError:
+        """An op in flight will not end, as another rank found out."""
+        sweep = next((r for r in self._sweeps if r.in_flight), None)
+        what = self._waited_for(sweep, sweep.combined) if sweep else "what is in flight"
+        return PeerLostError(f"{what} will not be combined over the ranks: {who}")
+
+    @staticmethod
+    def _waited_for(sweep: Sweep, op: int) -> str:
+        return f"step {sweep.number}: {sweep.plan.describe(sweep.plan.ops[op].bucket)}"
 
     def _issue(self) -> bool:
         sweep = next((r for r in self._sweeps if r.issued < len(r.plan.ops)), None)
@@ -236,7 +245,7 @@ class ThreadLane:
         try:
             work = sweep.program.issue(sweep, op)
         except RuntimeError as error:
-            raise self._lost(sweep, sweep.plan.ops[op].bucket, error) from error
+            raise self._stopped(sweep, op, error) from error
         sweep.issued += 1
         # The future, and not the work, is done by the time it calls back.
         future = work.get_future()
@@ -280,7 +289,8 @@ class ThreadLane:
             else SoonestError(f"an update failed: {error!r}")
         )
         with self._changed:
-            self._error = known
+            # What follows in the other thread, whose work is taken away here, is not the cause.
+            self._error = self._error or known
             self._changed.notify_all()
         self._sweeps = ()
         self._works.clear()
