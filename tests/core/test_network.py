@@ -6,9 +6,9 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import networks
 
 from soonest.core.network import Network, parse_duration, parse_rate
+from strategies import networks
 
 
 def test_cost_is_latency_and_bandwidth():

@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
-import strategies
 from hypothesis import given
 from hypothesis import strategies as st
 
+import strategies
 from soonest.core.plan import Bucket, Flat, Op, Plan, first_difference
 from soonest.core.planner import first_plan
 

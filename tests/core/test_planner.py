@@ -6,10 +6,10 @@ import random
 from dataclasses import replace
 
 import pytest
-import strategies
 from hypothesis import given
 from hypothesis import strategies as st
 
+import strategies
 from soonest.core.bounds import lower_bound_s
 from soonest.core.network import Network
 from soonest.core.plan import Bucket, Flat, Op, Plan
