@@ -99,7 +99,8 @@ class Flight:
     def __init__(self) -> None:
         self.parameter = nn.Parameter(torch.zeros(3, 3))
         self.landings = 0
-        guard.hold(self.parameter, self.land)
+        self.hold = guard.Hold(self.parameter, self.land)
+        self.hold.take_off()
 
     def land(self) -> None:
         self.landings += 1
@@ -110,7 +111,7 @@ class Flight:
 def flight() -> Iterator[Flight]:
     flying = Flight()
     yield flying
-    guard.release(flying.parameter)
+    flying.hold.release()
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -132,23 +133,28 @@ def test_asking_what_it_is_does_not_wait(reader: str, flight: Flight) -> None:
 def test_a_module_lands_its_own_parameters_only() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     landed: list[str] = []
-    for name, parameter in model.named_parameters():
-        guard.hold(parameter, lambda name=name: landed.append(name))
+    holds = [
+        guard.Hold(parameter, lambda name=name: landed.append(name))
+        for name, parameter in model.named_parameters()
+    ]
+    for hold in holds:
+        hold.take_off()
     guard.land_module(model[1])
     assert landed == ["1.weight", "1.bias"]
-    for parameter in model.parameters():
-        guard.release(parameter)
+    for hold in holds:
+        hold.release()
 
 
 def test_a_held_gradient_is_zeroed_without_waiting() -> None:
     asked: list[str] = []
     held, free = torch.ones(2), torch.ones(2)
-    guard.hold(held, lambda: asked.append("land"), zero=lambda: asked.append("zero"))
+    hold = guard.Hold(held, lambda: asked.append("land"), zero=lambda: asked.append("zero"))
+    hold.take_off()
     assert held.zero_() is held
     torch._foreach_zero_([held, free])
     assert asked == ["zero", "zero"]
     assert free.tolist() == [0, 0]
-    guard.release(held)
+    hold.release()
 
 
 def test_zeroing_a_parameter_waits() -> None:
@@ -161,7 +167,9 @@ def test_zeroing_a_parameter_waits() -> None:
 def test_grad_waits_where_it_is_unknown() -> None:
     parameter = nn.Parameter(torch.ones(2))
     landed: list[str] = []
-    guard.hold(parameter, lambda: landed.append("land"), hides_grad=True)
+    hold = guard.Hold(parameter, lambda: landed.append("land"))
+    hold.hides_grad = True
+    hold.take_off()
     assert parameter.grad is None
     assert landed == ["land"]
 

@@ -163,6 +163,8 @@ def _finish() -> None:
     for engine in list(_engines):
         if engine.lane.error is None:
             engine.lane.wait_all()
+        # A thread that still runs when the interpreter ends may take the process down with it.
+        engine.lane.close()
 
 
 def _nothing(engine: Engine) -> None:

@@ -63,7 +63,6 @@ class Engine:
         self._separable = separable
         self._cls = type(optimizer)
         self._after_step = after_step
-        self._share = 1.0 / group.size()
         self._synchronizing = True
         self._forward_ended = NEVER
         self._sweeps_begun = 0
@@ -93,6 +92,7 @@ class Engine:
         self.program = Program(plan, layout, self.group, self._updater)
         self._landing = Landing(self.program, self.lane)
         self.record = self._new_record()
+        self._shares = [self._share(grads) for grads in layout.grads]
         for member in layout.members:
             member.sweep = None
             before, after = partial(self._before, member), partial(self._after, member)
@@ -108,6 +108,11 @@ class Engine:
     @record.setter
     def record(self, record: Record) -> None:
         self._landing.record = record
+
+    def _share(self, grads: Tensor) -> Tensor:
+        """What to multiply gradients by: as a tensor, and not a number, it is ready for use."""
+        exact = torch.promote_types(grads.dtype, torch.float32)
+        return torch.tensor(1.0 / self.group.size(), dtype=exact, device=grads.device)
 
     def _new_record(self) -> Record:
         plan = self.program.plan
@@ -137,9 +142,9 @@ class Engine:
 
     def _after(self, member: Member, parameter: nn.Parameter) -> None:
         """A gradient has been written to ``parameter.grad``."""
-        if not self._synchronizing or parameter.grad is None:
-            return  # None: the graph led here, but with an undefined gradient
-        self._contribute(self._open or self._begin(), member)
+        # None: the graph led here, but with an undefined gradient.
+        if self._synchronizing and parameter.grad is not None:
+            self._contribute(self._open or self._begin(), member)
 
     def _begin(self) -> Sweep:
         """The first gradient of a backward pass that is to be combined."""
@@ -170,12 +175,14 @@ class Engine:
                 f"the gradient of {member.name!r} is sparse and cannot be combined: "
                 "use dense gradients (sparse=False)"
             )
-        with torch.no_grad():
-            if gradient is member.grad:
-                member.raw_grad.mul_(self._share)
-            else:
-                torch.mul(gradient, self._share, out=member.raw_grad)
-                member.parameter.grad = member.grad
+        if torch.is_grad_enabled():  # backward(create_graph=True)
+            gradient = gradient.detach()
+        if gradient is member.grad:
+            member.raw_grad.mul_(self._shares[member.flat])
+        else:
+            torch.mul(gradient, self._shares[member.flat], out=member.raw_grad)
+            member.parameter.grad = member.grad
+        del gradient  # free its memory before anything else is allocated
         self._arrived(sweep, member)
 
     def _arrived(self, sweep: Sweep, member: Member) -> None:
@@ -189,9 +196,9 @@ class Engine:
         """The backward pass is over: who got no gradient contributes what it has, or zeros."""
         sweep = self._open
         assert sweep is not None
-        for member in self.layout.members:
-            if not math.isnan(sweep.record.ready[member.order]):
-                continue
+        ready = sweep.record.ready
+        late = [member for member in self.layout.members if math.isnan(ready[member.order])]
+        for member in late:
             self._landing.settle(member)
             if member.parameter.grad is not None:
                 self._contribute(sweep, member)
@@ -245,12 +252,11 @@ class Engine:
             sweep = Sweep(self._sweeps_begun, self.program, self._new_record(), local=True)
             self.lane.begin(sweep)
         call = self._updater.call(self._gradients())
-        for member in self.layout.members:
-            gradient = call.gradients.get(member.order)
-            if gradient is not None:
-                member.sweep = sweep
-                self._landing.hold(member)
-                self._landing.hold_gradient(member, gradient)
+        for order, gradient in call.gradients.items():
+            member = self.layout.members[order]
+            member.sweep = sweep
+            self._landing.hold(member)
+            self._landing.hold_gradient(member, gradient)
         self.record = sweep.record
         self._landing.flying = True
         sweep.step = call
@@ -261,9 +267,7 @@ class Engine:
         """By order of the member, the gradients that the optimizer is to use."""
         found: dict[int, Tensor] = {}
         with guard.DisableGuard():
-            for member in self.layout.members:
-                if not self._updater.owns(member):
-                    continue
+            for member in self._updater.owned:
                 gradient = member.parameter.grad
                 if gradient is None and member.order in self._landing.unknown:
                     gradient = member.grad

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,52 +21,59 @@ DisableGuard = torch._C.DisableTorchFunctionSubclass
 """Within this context, in this thread, held tensors are taken as they are."""
 
 
-class _Hold(NamedTuple):
-    tensor: Tensor  # keeps the tensor, and so its id, alive
-    land: Callable[[], None]
-    zero: Callable[[], None] | None
-    hides_grad: bool
-
-
-_holds: dict[int, _Hold] = {}
-
-
-def hold(
-    tensor: Tensor,
-    land: Callable[[], None],
-    *,
-    zero: Callable[[], None] | None = None,
-    hides_grad: bool = False,
-) -> None:
-    """Marks a tensor as in flight.
+class Hold:
+    """A tensor that can be in flight, once or again and again.
 
     Args:
         tensor: any tensor without a ``__torch_function__`` of its own.
-        land: waits until the tensor has its value; called once, before the first read.
+        land: waits until the tensor has its value; called once per flight, before the first read.
         zero: takes note that the tensor is to become zero after it has landed; without it,
             zeroing waits like everything else.
+
+    Attributes:
         hides_grad: whether ``tensor.grad`` is unknown, too, until the tensor has landed.
     """
-    cls = type(tensor)
-    if not issubclass(cls, _Held):
-        tensor.__class__ = _held_class(cls)
-    _holds[id(tensor)] = _Hold(tensor, land, zero, hides_grad)
+
+    __slots__ = ("_free", "_held", "hides_grad", "land", "tensor", "zero")
+
+    def __init__(
+        self, tensor: Tensor, land: Callable[[], None], *, zero: Callable[[], None] | None = None
+    ) -> None:
+        self.tensor = tensor  # keeps the tensor, and so its id, alive
+        self.land = land
+        self.zero = zero
+        self.hides_grad = False
+        self._free: Any = None
+        self._held: Any = None
+
+    def take_off(self) -> None:
+        """Marks the tensor as in flight."""
+        _holds[id(self.tensor)] = self
+        cls = type(self.tensor)
+        if cls is not self._held:
+            if cls is not self._free:
+                self._free = cls.held_from if issubclass(cls, _Held) else cls
+                self._held = _held_class(self._free)
+            self.tensor.__class__ = self._held
+
+    def release(self) -> None:
+        """Makes the tensor an ordinary one again, without waiting."""
+        _holds.pop(id(self.tensor), None)
+        if type(self.tensor) is self._held:
+            self.tensor.__class__ = self._free
 
 
-def release(tensor: Tensor) -> None:
-    """Makes a held tensor an ordinary one again, without waiting."""
-    _holds.pop(id(tensor), None)
-    cls = type(tensor)
-    if issubclass(cls, _Held):
-        tensor.__class__ = cls.held_from
+_holds: dict[int, Hold] = {}
 
 
 def land(tensor: Tensor) -> None:
     """Waits until a held tensor has its value and releases it."""
-    entry = _holds.get(id(tensor))
-    if entry is not None:
-        entry.land()
-    release(tensor)
+    hold = _holds.get(id(tensor))
+    if hold is not None:
+        hold.land()
+        hold.release()
+    if is_held(tensor):  # a shallow copy of one: nothing holds it
+        tensor.__class__ = type(tensor).held_from  # pyright: ignore
 
 
 def is_held(tensor: Tensor) -> bool:

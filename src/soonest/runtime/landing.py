@@ -34,10 +34,12 @@ class Landing:
         self._program = program
         self._lane = lane
         self._members = program.layout.members
-        self._held: list[Tensor | None] = [None] * len(self._members)
-        self._lands = [partial(self.land, member) for member in self._members]
-        self._settles = [partial(self.settle, member) for member in self._members]
-        self._zeros = [partial(self._zero, member) for member in self._members]
+        self._parameters = [guard.Hold(m.parameter, partial(self.land, m)) for m in self._members]
+        self._gradients = [
+            guard.Hold(m.grad, partial(self.settle, m), zero=partial(self._zero, m))
+            for m in self._members
+        ]
+        self._held: list[guard.Hold | None] = [None] * len(self._members)
         self.flying = False
         self.unknown: set[int] = set()
 
@@ -48,21 +50,29 @@ class Landing:
 
     def hold(self, member: Member) -> None:
         """The parameter is to change; ``member.sweep`` is what will change it."""
-        unknown = member.order in self.unknown
-        guard.hold(member.parameter, self._lands[member.order], hides_grad=unknown)
+        hold = self._parameters[member.order]
+        hold.hides_grad = member.order in self.unknown
+        hold.take_off()
 
     def hold_gradient(self, member: Member, gradient: Tensor) -> None:
         """This gradient of the member is to change or still to be read."""
-        if self._held[member.order] is not gradient:
-            self._release_gradient(member)
-        self._held[member.order] = gradient
-        zero = self._zeros[member.order] if gradient is member.grad else None
-        guard.hold(gradient, self._settles[member.order], zero=zero)
+        order = member.order
+        before = self._held[order]
+        if before is not None:
+            if before.tensor is gradient:
+                return
+            before.release()
+        if gradient is member.grad:
+            hold = self._gradients[order]
+        else:
+            hold = guard.Hold(gradient, partial(self.settle, member))
+        self._held[order] = hold
+        hold.take_off()
 
     def _release_gradient(self, member: Member) -> None:
         held = self._held[member.order]
         if held is not None:
-            guard.release(held)
+            held.release()
             self._held[member.order] = None
 
     def settle(self, member: Member) -> None:
@@ -86,9 +96,12 @@ class Landing:
 
     def _wait(self, member: Member) -> None:
         sweep = member.sweep
-        if sweep is not None:
-            last = self._program.last_of[member.order]
-            self._lane.wait(sweep, last, updated=sweep.step is not None)
+        if sweep is None:
+            return
+        last = self._program.last_of[member.order]
+        stepped = sweep.step is not None
+        if not (sweep.updated if stepped else sweep.reduced)[last]:
+            self._lane.wait(sweep, last, updated=stepped)
 
     def _resolve(self, member: Member) -> None:
         """Its gradient is combined: now it shows whether any rank had one."""
@@ -119,5 +132,5 @@ class Landing:
     def drop(self) -> None:
         """Releases everything, whether it has arrived or not."""
         for member in self._members:
-            guard.release(member.parameter)
+            self._parameters[member.order].release()
             self._release_gradient(member)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Protocol
 
 import torch
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.futures import Future
 
 from soonest.errors import PeerLostError, ReadTooEarlyError, SoonestError
+from soonest.runtime.collectives import Work
 from soonest.runtime.sweep import Sweep
 
 _LOOK_S = 1.0
 """How often a lane that waits for others looks whether one of them has given up."""
+_LOOK = timedelta(seconds=_LOOK_S)
 
 
 class Lane(Protocol):
@@ -64,9 +65,9 @@ class Lane(Protocol):
 
 
 class ThreadLane:
-    """A lane for CPUs: one thread that starts gloo's asynchronous ops.
+    """A lane for CPUs: one thread starts gloo's asynchronous ops, another waits for their ends.
 
-    Updates run in the thread that waits for them, or in the lane's own where that one cannot.
+    Updates run in the thread that waits for them, or in the starting one where that one cannot.
 
     Args:
         timeout_s: how long to wait without any progress; an op's own timeout comes before.
@@ -78,15 +79,20 @@ class ThreadLane:
         self._timeout_s = timeout_s
         self._blame = blame
         self._sweeps: tuple[Sweep, ...] = ()  # replaced, never changed: both threads walk it
-        self._works: deque[Future[Any]] = deque()
-        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: no more
+        self._works: queue.SimpleQueue[Work | None] = queue.SimpleQueue()  # as they were started
         self._changed = threading.Condition()
+        self._issuing = threading.Lock()
         self._updating = threading.Lock()
         self._delegated = 0
         self._progressed_at = time.monotonic()
         self._error: SoonestError | None = None
-        self._thread = threading.Thread(target=self._run, name="soonest lane", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, args=(run,), name=f"soonest {name}", daemon=True)
+            for name, run in (("start", self._start_ops), ("end", self._end_ops))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def error(self) -> SoonestError | None:
@@ -101,10 +107,9 @@ class ThreadLane:
             earlier.superseded = True
         with self._changed:
             self._sweeps = (*self._sweeps, sweep)
-        self._wake.put(True)
 
     def advance(self) -> None:
-        self._wake.put(True)
+        self._news.put(True)
 
     def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
         done = sweep.updated if updated else sweep.reduced
@@ -133,8 +138,8 @@ class ThreadLane:
     def check(self) -> None:
         if self._error is not None:
             raise type(self._error)(*self._error.args)
-        if not self._thread.is_alive():
-            raise SoonestError("the thread that communicates has ended, so nothing can arrive")
+        if not all(thread.is_alive() for thread in self._threads):
+            raise SoonestError("a thread that communicates has ended, so nothing can arrive")
 
     def wait_all(self) -> None:
         with self._updates_here() as here:
@@ -154,7 +159,7 @@ class ThreadLane:
             return
         with self._changed:
             self._delegated += 1
-        self._wake.put(True)
+        self._news.put(True)
         try:
             yield False
         finally:
@@ -177,48 +182,58 @@ class ThreadLane:
         return sweep.finished or not sweep.closed
 
     def close(self) -> None:
-        self._wake.put(False)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=_LOOK_S)
+        self._news.put(False)
+        self._works.put(None)
+        for thread in self._threads:
+            if threading.current_thread() is not thread:
+                thread.join(timeout=_LOOK_S)
 
-    def _run(self) -> None:
+    def _run(self, run: Callable[[], None]) -> None:
         # Held tensors belong to the main thread; what passes here is always taken as it is.
         with torch._C.DisableTorchFunctionSubclass():
-            while self._wait_for_news():
-                try:
-                    while self._do_one():
-                        self._progressed_at = time.monotonic()
-                except Exception as error:
-                    self._fail(error)
+            try:
+                run()
+            except Exception as error:
+                self._fail(error)
+
+    def _start_ops(self) -> None:
+        while self._news.get() and self._error is None:
+            while self._issue() or (self._delegated > 0 and self._update()):
+                pass
+
+    def _end_ops(self) -> None:
+        while (work := self._works.get()) is not None:
+            while not self._complete(work):
+                if self._error is not None:
                     return
+                self._look_around()
+            self._issue()
+            if self._delegated:
+                self._news.put(True)
 
-    def _wait_for_news(self) -> bool:
-        try:
-            return self._wake.get(timeout=_LOOK_S if self._works else None)
-        except queue.Empty:
-            who = self._blame("", False)
-            if who is not None:
-                self._fail(self._lost(who))
-            return who is None
-
-    def _do_one(self) -> bool:
-        """Does the most urgent thing there is to do; False if there is nothing."""
-        return self._complete() or self._issue() or (self._delegated > 0 and self._update())
-
-    def _complete(self) -> bool:
-        if not self._works or not self._works[0].done():
+    def _complete(self, work: Work) -> bool:
+        """Waits for the oldest op in flight; False if it is still so after a while."""
+        sweep = next((r for r in self._sweeps if r.in_flight), None)
+        if sweep is None:  # all was taken away from here: something failed
             return False
-        sweep = next(r for r in self._sweeps if r.in_flight)
         op = sweep.combined
         try:
-            self._works.popleft().wait()
-        except Exception as error:
+            if not _ended(work):
+                return False
+        except RuntimeError as error:
             raise self._stopped(sweep, op, error) from error
         sweep.record.op_ended(op)
         with self._changed:
             sweep.complete_op()
             self._changed.notify_all()
+        self._progressed_at = time.monotonic()
         return True
+
+    def _look_around(self) -> None:
+        """Ends the lane if another rank has found out that somebody is lost."""
+        who = self._blame("", False)
+        if who is not None:
+            raise self._lost(who)
 
     def _stopped(self, sweep: Sweep, op: int, error: Exception) -> PeerLostError:
         what = self._waited_for(sweep, op)
@@ -237,25 +252,29 @@ class ThreadLane:
         return f"step {sweep.number}: {sweep.plan.describe(sweep.plan.ops[op].bucket)}"
 
     def _issue(self) -> bool:
+        """Starts the next op; False if that cannot be yet."""
+        with self._issuing:
+            found = self._next_op()
+            if found is None:
+                return False
+            sweep, op = found
+            sweep.record.op_started(op)
+            try:
+                work = sweep.program.issue(sweep, op)
+            except RuntimeError as error:
+                raise self._stopped(sweep, op, error) from error
+            sweep.issued += 1
+            self._works.put(work)
+            return True
+
+    def _next_op(self) -> tuple[Sweep, int] | None:
         sweep = next((r for r in self._sweeps if r.issued < len(r.plan.ops)), None)
         op = sweep.next_op() if sweep is not None else None
-        if sweep is None or op is None:
-            return False
-        sweep.record.op_started(op)
-        try:
-            work = sweep.program.issue(sweep, op)
-        except RuntimeError as error:
-            raise self._stopped(sweep, op, error) from error
-        sweep.issued += 1
-        # The future, and not the work, is done by the time it calls back.
-        future = work.get_future()
-        self._works.append(future)
-        future.add_done_callback(lambda _: self._wake.put(True))
-        return True
+        return None if sweep is None or op is None else (sweep, op)
 
     def _update(self) -> bool:
         """Updates the parameters needed first among those that can be; False if there are none."""
-        with self._updating, torch._C.DisableTorchFunctionSubclass():
+        with self._updating, torch._C.DisableTorchFunctionSubclass(), _usual():
             found = self._next_update()
             if found is None:
                 return False
@@ -293,15 +312,40 @@ class ThreadLane:
             self._error = self._error or known
             self._changed.notify_all()
         self._sweeps = ()
-        self._works.clear()
+        self._news.put(False)
+        self._works.put(None)
+
+
+def _ended(work: Work) -> bool:
+    """Waits until an op has ended; False if it is still in flight after a while.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    try:
+        work.wait(_LOOK)
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        work.wait()  # says whether it ended just now, or why it failed
+    return True
 
 
 def _is_plain() -> bool:
-    """Whether this thread computes as any other would: in no mode that changes what ops do."""
+    """Whether no mode watches or changes what this thread's operations do."""
     return not (
-        torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or _functorch.peek_interpreter_stack() is not None
+        _functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
     )
+
+
+@contextmanager
+def _usual() -> Iterator[None]:
+    """Computes as outside of autocast and inference mode."""
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled("cpu"):
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        yield

@@ -64,8 +64,10 @@ class Program:
         gradients = self._slices[bucket]
         offsets, members = self._counts[bucket]
         if members:
-            used = [0.0 if member in sweep.unused else 1.0 for member in members]
-            gradients[offsets] = torch.tensor(used, dtype=gradients.dtype, device=gradients.device)
+            gradients.index_fill_(0, offsets, 1.0)
+            if not sweep.unused.isdisjoint(members):
+                used = [member not in sweep.unused for member in members]
+                gradients.index_fill_(0, offsets[[not one for one in used]], 0.0)
         return collectives.start(kind, self.group, gradients)
 
     def update(self, sweep: Sweep, bucket: int) -> None:

@@ -68,6 +68,9 @@ class Updater:
         optimizer: the user's own.
         cls: its class as the user made it.
         members: the model's trainable parameters.
+
+    Attributes:
+        owned: those of the members that the optimizer holds.
     """
 
     def __init__(
@@ -79,15 +82,8 @@ class Updater:
         group_of = {
             id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]
         }
-        self._group_of = {
-            member.order: group_of[id(member.parameter)]
-            for member in members
-            if id(member.parameter) in group_of
-        }
-
-    def owns(self, member: Member) -> bool:
-        """Whether the optimizer holds this parameter."""
-        return member.order in self._group_of
+        self.owned = [member for member in members if id(member.parameter) in group_of]
+        self._group_of = {member.order: group_of[id(member.parameter)] for member in self.owned}
 
     def call(self, gradients: dict[int, Tensor]) -> StepCall:
         """Remembers the optimizer as it is now: schedulers change it right after the step."""
@@ -110,8 +106,9 @@ class Updater:
             gradient = call.gradients[member.order]
             member.twin.grad = member.raw_grad if gradient is member.grad else gradient
             params[self._group_of[member.order]].append(member.twin)
-            if member.parameter in state:
-                partial.state[member.twin] = state[member.parameter]
+            known = state.get(member.parameter)
+            if known is not None:
+                partial.state[member.twin] = known
         partial.param_groups = [
             {**group, "params": chosen}
             for group, chosen in zip(call.groups, params, strict=True)
@@ -120,8 +117,9 @@ class Updater:
         self._step(partial)
         for member in members:
             member.twin.grad = None
-            if member.twin in partial.state:
-                state[member.parameter] = partial.state[member.twin]
+            now = partial.state.get(member.twin)
+            if now is not None:
+                state[member.parameter] = now
 
 
 def raw_step(cls: type[Optimizer]) -> Any:
