@@ -59,7 +59,7 @@ def test_all_arms_on_the_same_work(tmp_path: Path, capfd: pytest.CaptureFixture[
         assert min(arm["step_ms_all"]) <= arm["step_ms"] <= max(arm["step_ms_all"])
         floor_ms = 22.0 if name == "local" else 30.5
         assert arm["step_ms"] > 0.97 * floor_ms, "no arm beats what is possible"
-        assert 0 < arm["load"] <= 1
+        assert 0 <= arm["load"] <= 1  # in steps of what the kernel counts
     assert record["arms"]["local"]["step_ms"] < record["arms"]["sequential"]["step_ms"]
     tuned = record["arms"]["ddp-tuned"]
     assert list(tuned["sweep_ms"]) == ["default"], "every bucket size holds the whole model"

@@ -9,7 +9,7 @@ from soonest.bench.settings import payload_network
 from soonest.core.bounds import lower_bound_s
 from soonest.core.trace import Trace
 
-_STEP_S = 0.9
+_STEP_S = 1.2
 """A step must take so long that the errors of sleeping do not matter."""
 _OPS = 130
 """A step must take as long as so many small all-reduces, or nothing but their latency shows."""

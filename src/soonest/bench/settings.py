@@ -34,7 +34,7 @@ SWEEP_MB: dict[str, tuple[float, ...]] = {
 MOMENTUM = 0.875
 """Of the SGD that trains all arms: sums of its powers are exact for a while, and it has a state."""
 
-SWEPT = 2
+SWEPT = 3
 """Steps by which a bucket size is judged."""
 
 
