@@ -158,6 +158,8 @@ def test_a_record_of_something_else_is_named(tmp_path: Path, capfd: pytest.Captu
         (["--trace", "no-such"], "no trace 'no-such'"),
         (["--arms", "ddp,magic"], "no arm 'magic': there are local,"),
         (["--arms", "ddp,ddp"], "arm 'ddp' is named twice"),
+        (["--arms", "a:b:c"], "no arm 'a:b:c': there are local,"),
+        (["--arms", "no.such:arm"], "no module 'no.such' for arm 'no.such:arm'"),
         (["--hosts", "1"], "1 is too few: give 2 or more"),
         (["--link", "fast"], "'fast' is no rate"),
         (["--link", "0x"], "'0x' is no load"),
@@ -166,6 +168,7 @@ def test_a_record_of_something_else_is_named(tmp_path: Path, capfd: pytest.Captu
         (["--json", "/no/such/folder/x.json"], "no folder /no/such/folder"),
         (["--show", "/no/such/record"], "cannot read /no/such/record: No such file"),
         (["--suite", "--link", "10gbit"], "the suite's links are given by load"),
+        (["--suite", "--shrink", "2"], "the suite chooses that itself: leave out --shrink"),
         (["--suite", "--show", "x"], "not allowed with argument --suite"),
     ],
 )

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,20 @@ def absent(arms: Sequence[str]) -> dict[str, str]:
 def check_arms(arms: Sequence[str]) -> None:
     """Raises ValueError for an arm that does not exist, or twice the same."""
     for arm in arms:
-        if arm not in ARMS and ":" not in arm:
+        module, colon, function = arm.partition(":")
+        if arm not in ARMS and not (colon and module and function.isidentifier()):
             raise ValueError(f"no arm {arm!r}: there are {', '.join(ARMS)}, or module:function")
+        if colon and not _is_found(module):
+            raise ValueError(
+                f"no module {module!r} for arm {arm!r}: name one that 'python -c' could import"
+            )
         if list(arms).count(arm) > 1:
             raise ValueError(f"arm {arm!r} is named twice: name each once")
+
+
+def _is_found(module: str) -> bool:
+    # As the ranks look for it: what "python -m" runs also finds what lies in the current folder.
+    return PathFinder.find_spec(module.split(".")[0], [str(Path.cwd()), *sys.path]) is not None
 
 
 def probe(hosts: int, *, say: Say) -> Capacity:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from soonest.bench.show import Screen
 
 _NO_PICTURES = "pictures need matplotlib: pip install 'soonest[report]'"
+_FIXED = ("arms", "steps", "rounds", "slow_motion", "shrink")
+"""What the suite chooses itself, so that its rows can be compared."""
 _LOAD = re.compile(r"([\d.]+)x")
 
 
@@ -42,11 +44,9 @@ def add_to(commands: Any) -> None:
     )
     bench.add_argument("--arms", metavar="A,B,...", help="what to compare (all)")
     bench.add_argument(
-        "--steps", type=at_least(1), default=6, metavar="K", help="counted, per arm and round (6)"
+        "--steps", type=at_least(1), metavar="K", help="counted, per arm and round (6)"
     )
-    bench.add_argument(
-        "--rounds", type=at_least(1), default=2, metavar="R", help="turns of each arm (2)"
-    )
+    bench.add_argument("--rounds", type=at_least(1), metavar="R", help="turns of each arm (2)")
     bench.add_argument("--json", type=new_file, metavar="FILE", help="write the record here")
     bench.add_argument("--picture", type=new_file, metavar="PNG", help="draw the step times here")
     bench.add_argument(
@@ -126,7 +126,8 @@ def _compare(args: argparse.Namespace, screen: Screen) -> Result:
         slow_motion, shrink = scale.choose(
             trace, hosts, link_bps, capacity, slow_motion=slow_motion, shrink=shrink
         )
-    settings = Settings(trace, hosts, link_bps, slow_motion, shrink, arms, args.steps, args.rounds)
+    steps, rounds = args.steps or 6, args.rounds or 2
+    settings = Settings(trace, hosts, link_bps, slow_motion, shrink, arms, steps, rounds)
     screen.say(
         f"{name} on {hosts} hosts: slow motion {slow_motion:g}, shrink {shrink:g}, emulated links "
         f"of {settings.shaped_bps / 1e6:.3g} Mbit/s"
@@ -141,6 +142,9 @@ def _suite(args: argparse.Namespace, screen: Screen) -> int:
     except ImportError:
         raise WrongRequestError(_NO_PICTURES) from None
 
+    given = [f"--{name.replace('_', '-')}" for name in _FIXED if getattr(args, name) is not None]
+    if given:
+        raise WrongRequestError(f"the suite chooses that itself: leave out {', '.join(given)}")
     _needs_lab()
     load = args.link
     if load is not None and not isinstance(load, str):
@@ -156,6 +160,7 @@ def _suite(args: argparse.Namespace, screen: Screen) -> int:
             screen.result(result)
             page.write(suite.read(records), args.out)
     page.write(suite.read(records), args.out)
+    _write(args, [result for case, result in suite.read(records).items() if case in chosen], screen)
     screen.say(f"The table is in {args.out / 'README.md'}, the records in {records}")
     return 0
 

@@ -6,14 +6,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
 import torch
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from soonest.errors import PeerLostError, ReadTooEarlyError, SoonestError
+from soonest.runtime import modes
 from soonest.runtime.collectives import Work
 from soonest.runtime.sweep import Sweep
 
@@ -154,7 +154,7 @@ class ThreadLane:
 
         A caller would only wait, and another thread would take the interpreter from it, and a core.
         """
-        if _is_plain():
+        if modes.is_plain():
             yield True
             return
         with self._changed:
@@ -274,7 +274,7 @@ class ThreadLane:
 
     def _update(self) -> bool:
         """Updates the parameters needed first among those that can be; False if there are none."""
-        with self._updating, torch._C.DisableTorchFunctionSubclass(), _usual():
+        with self._updating, torch._C.DisableTorchFunctionSubclass(), modes.usual():
             found = self._next_update()
             if found is None:
                 return False
@@ -329,23 +329,3 @@ def _ended(work: Work) -> bool:
             return False
         work.wait()  # says whether it ended just now, or why it failed
     return True
-
-
-def _is_plain() -> bool:
-    """Whether no mode watches or changes what this thread's operations do."""
-    return not (
-        _functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-    )
-
-
-@contextmanager
-def _usual() -> Iterator[None]:
-    """Computes as outside of autocast and inference mode."""
-    with ExitStack() as stack:
-        if torch.is_autocast_enabled("cpu"):
-            stack.enter_context(torch.autocast("cpu", enabled=False))
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        yield

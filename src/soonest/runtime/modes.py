@@ -1,0 +1,29 @@
+"""Modes of torch that a thread may be in while it waits for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_plain() -> bool:
+    """Whether no mode watches or changes what this thread's operations do."""
+    return not (
+        _functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
+
+
+@contextmanager
+def usual() -> Iterator[None]:
+    """Computes as outside of autocast and inference mode."""
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled("cpu"):
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        yield
