@@ -88,28 +88,12 @@ def _panel(axes: Axes, panel: Panel) -> None:
     axes.text(panel.bound_ms, -0.58, "bound", size=7, color=INK, ha="center", va="bottom")
     for place, (arm, ms) in enumerate(zip(arms, times, strict=True)):
         share = f"{ms:.1f} ms · {ms / panel.bound_ms:.2f}×"
-        inside = ms > 0.62 * longest
-        colour = "white" if inside and arm == panel.highlight else INK
-        axes.text(
-            ms - 0.012 * longest if inside else ms + 0.012 * longest,
-            place,
-            share,
-            size=7.5,
-            va="center",
-            ha="right" if inside else "left",
-            color=colour,
-            # The bound's line may run through it.
-            bbox={
-                "facecolor": colours[place] if inside else "white",
-                "edgecolor": "none",
-                "pad": 1,
-            },
-        )
+        axes.text(ms + 0.015 * longest, place, share, size=7.5, va="center", color=INK)
     axes.set_yticks(range(len(arms)), arms, size=8.5)
     for label, arm in zip(axes.get_yticklabels(), arms, strict=True):
         label.set_fontweight("bold" if arm == panel.highlight else "normal")
     axes.set_ylim(len(arms) - 0.45, -0.55)
-    axes.set_xlim(0, longest * 1.02)
+    axes.set_xlim(0, longest * 1.45)  # with room for the words behind the longest bar
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=7.5, colors=_FAINT, length=2)
     axes.set_title(panel.title, size=9, loc="left", pad=13, color=INK)
