@@ -78,6 +78,7 @@ def test_a_wrong_arm_gives_no_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     record = bench(SMALL, tmp_path, "--arms", "own_arms:right")
     assert list(record["arms"]) == ["own_arms:right"]
     capfd.readouterr()
