@@ -21,7 +21,7 @@ from soonest.report.urgency import Urgency, in_turn
 _DPI = 160
 _WIDTH_IN = 12.0
 _ABOVE_IN, _BLOCK_IN, _BELOW_IN = 0.62, 1.95, 1.0
-_LEFT_IN, _RIGHT_IN = 1.0, 1.55
+_LEFT_IN, _RIGHT_IN = 1.0, 1.68
 _LANES: dict[Track, tuple[float, float]] = {
     "compute": (0.52, 0.5),
     "network": (1.08, 0.5),
@@ -202,7 +202,7 @@ class _Block:
             color=contrast(behind),
         )  # fmt: skip
         extent = text.get_window_extent().transformed(self.axes.transData.inverted())
-        if extent.width < 0.85 * (end - start):
+        if extent.width < 0.92 * (end - start):
             return text
         text.remove()
         return None
