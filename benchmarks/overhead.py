@@ -1,7 +1,8 @@
 """What soonest costs where there is nothing to gain: two ranks on plain loopback, and their memory.
 
 Real models compute, nothing is shaped, and sharing is nearly free. Both ways of training run in the
-same processes, a few steps each in turn, and all losses must be equal to the last bit. Memory is
+same processes, a few steps each in turn, and all losses must be equal to the last bit. The ratio
+differs from one start of the processes to the next, so it is the median of several. Memory is
 measured in processes of their own, one way of training each.
 
     python benchmarks/overhead.py --json benchmarks/records/overhead.json
@@ -31,7 +32,8 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each way (%(default)s)")
+    parser.add_argument("--starts", type=int, default=5, help="of the processes (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each way (%(default)s)")
     parser.add_argument("--models", default=",".join(MODELS), help="%(default)s")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path, help="where to write the record")
@@ -54,13 +56,19 @@ def main() -> int:
     record: dict[str, Any] = {"models": {}, "memory": {}}
     for model in args.models.split(","):
         print(f"{model}: training", flush=True)
-        (found,) = run("--as-rank", model, "--rounds", str(args.rounds))
-        record["models"][model] = found
-        del found["kind"]
+        starts = [
+            run("--as-rank", model, "--rounds", str(args.rounds))[0] for _ in range(args.starts)
+        ]
+        ratios = [start["ratio"] for start in starts]
+        for start in starts:
+            del start["kind"]
+        ratio = statistics.median(ratios)
+        record["models"][model] = {"ratio": ratio, "starts": starts}
         print(
-            f"{model}: {found['parameters'] / 1e6:.2f} million parameters, ddp "
-            f"{found['ddp_ms']:.2f} ms, soonest {found['soonest_ms']:.2f} ms: "
-            f"{found['ratio']:.3f} times as long",
+            f"{model}: {starts[0]['parameters'] / 1e6:.2f} million parameters, ddp "
+            f"{statistics.median(start['ddp_ms'] for start in starts):.2f} ms, soonest "
+            f"{statistics.median(start['soonest_ms'] for start in starts):.2f} ms: {ratio:.3f} "
+            f"times as long ({min(ratios):.3f} to {max(ratios):.3f})",
             flush=True,
         )
     for arm in () if args.no_memory else ARMS:
