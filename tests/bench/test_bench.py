@@ -60,6 +60,7 @@ def test_all_arms_on_the_same_work(tmp_path: Path, capfd: pytest.CaptureFixture[
         floor_ms = 22.0 if name == "local" else 30.5
         assert arm["step_ms"] > 0.97 * floor_ms, "no arm beats what is possible"
         assert 0 <= arm["load"] <= 1  # in steps of what the kernel counts
+    assert any(arm["load"] > 0 for arm in record["arms"].values())
     assert record["arms"]["local"]["step_ms"] < record["arms"]["sequential"]["step_ms"]
     tuned = record["arms"]["ddp-tuned"]
     assert list(tuned["sweep_ms"]) == ["default"], "every bucket size holds the whole model"
@@ -142,6 +143,6 @@ def test_slow_motion_and_shrink_are_chosen_by_measuring(
     asked = ["bench", "--trace", write(SMALL, tmp_path), "--hosts", "2", "--arms", "local"]
     assert main([*asked, "--steps", "1", "--rounds", "1", "--json", str(record_file)]) == 0
     record = json.loads(record_file.read_text())
-    assert record["slow_motion"] * record["bound_ms"] >= 899
+    assert record["slow_motion"] * record["bound_ms"] >= 1199
     assert record["shrink"] == 1
     assert "Measuring what this machine can carry with 2 hosts" in capfd.readouterr().out

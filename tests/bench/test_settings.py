@@ -90,7 +90,7 @@ def test_what_is_chosen_can_be_carried(
     settings = Settings(trace, hosts, link_bps, slow_motion, shrink, ())
     assert math.log2(shrink) >= 0
     assert math.log2(shrink) % 1 == 0
-    assert settings.bound_s * slow_motion >= 0.899
+    assert settings.bound_s * slow_motion >= 1.199
     assert settings.bound_s * slow_motion >= 80 * op_s * 0.99
     moving_s = size / shrink / bytes_per_s
     assert moving_s <= 0.26 * settings.communication_s * slow_motion

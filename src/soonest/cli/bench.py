@@ -184,8 +184,10 @@ def _read(path: Path) -> Result:
     result = Result(record)
     try:
         _ = result.title, result.rows(), result.warnings()
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
         raise ValueError(f"{path} is no record of soonest bench: {error} is missing") from None
+    except (TypeError, AttributeError):
+        raise ValueError(f"{path} is no record of soonest bench: give one record a file") from None
     return result
 
 

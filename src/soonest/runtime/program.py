@@ -66,8 +66,8 @@ class Program:
         if members:
             gradients.index_fill_(0, offsets, 1.0)
             if not sweep.unused.isdisjoint(members):
-                used = [member not in sweep.unused for member in members]
-                gradients.index_fill_(0, offsets[[not one for one in used]], 0.0)
+                unused = [member in sweep.unused for member in members]
+                gradients.index_fill_(0, offsets[unused], 0.0)
         return collectives.start(kind, self.group, gradients)
 
     def update(self, sweep: Sweep, bucket: int) -> None:
