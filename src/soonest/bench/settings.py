@@ -42,7 +42,7 @@ def warm_up(arm: str, hosts: int) -> int:
     """Steps of an arm that do not count, until soonest is done with planning."""
     if arm != "soonest":
         return 2
-    return 15 if hosts == 2 else 7
+    return 31 if hosts == 2 else 7
 
 
 @dataclass(frozen=True)

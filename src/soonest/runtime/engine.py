@@ -20,7 +20,7 @@ from soonest.runtime.collectives import Group
 from soonest.runtime.landing import Landing
 from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Layout, Member
-from soonest.runtime.profile import NEVER, Record, now_s, timeline_of
+from soonest.runtime.profile import NEVER, Attention, Record, now_s, timeline_of
 from soonest.runtime.program import Program
 from soonest.runtime.sweep import Sweep
 from soonest.runtime.update import Updater, raw_step
@@ -39,6 +39,7 @@ class Engine:
             rank after the same steps.
 
     Attributes:
+        attention: which steps to watch closely.
         observed: the record of the first forward pass, once a backward pass has followed it.
     """
 
@@ -69,16 +70,13 @@ class Engine:
         self._open: Sweep | None = None
         self._hooks: list[Any] = []
         self._last_complete: tuple[Record, Plan, list[Member]] | None = None
+        self._module_hooks = guard.ModuleHooks(model)
+        self.attention = Attention(len(layout.members))
         takeover.take_over(optimizer, self)
         self.bind(layout, plan)
-        self._module_hooks = [
+        self._model_hooks = [
             model.register_forward_pre_hook(_OnForward(self.forward_begins)),
             model.register_forward_hook(_OnForward(self.forward_ends)),
-        ]
-        self._module_hooks += [
-            module.register_forward_pre_hook(guard.land_module)
-            for module in model.modules()
-            if any(p is not None for p in module._parameters.values())
         ]
 
     def bind(self, layout: Layout, plan: Plan) -> None:
@@ -90,7 +88,8 @@ class Engine:
         self.layout = layout
         self._updater = Updater(self.optimizer, self._cls, layout.members)
         self.program = Program(plan, layout, self.group, self._updater)
-        self._landing = Landing(self.program, self.lane)
+        self._landing = Landing(self.program, self.lane, self._module_hooks)
+        self.attention.refresh()
         self.record = self._new_record()
         self._shares = [self._share(grads) for grads in layout.grads]
         for member in layout.members:
@@ -115,13 +114,14 @@ class Engine:
         return torch.tensor(1.0 / self.group.size(), dtype=exact, device=grads.device)
 
     def _new_record(self) -> Record:
-        plan = self.program.plan
-        return Record(len(self.layout.members), len(plan.ops), len(plan.buckets))
+        plan, closely = self.program.plan, self.attention.closely()
+        return Record(len(self.layout.members), len(plan.ops), len(plan.buckets), closely=closely)
 
     # In the forward pass
 
     def forward_begins(self) -> None:
         if self._sweeps_begun == 0:  # what was read before it does not show the order of use
+            self.attention.refresh()
             self.record = self._new_record()
             self._landing.watch()
 
@@ -305,7 +305,7 @@ class Engine:
         """Leaves the model and the optimizer as they would be without soonest."""
         if self.lane.error is None:
             self.flush()
-        for hook in (*self._hooks, *self._module_hooks):
+        for hook in (*self._hooks, *self._model_hooks, self._module_hooks):
             hook.remove()
         self._landing.drop()
         takeover.hand_back(self.optimizer)

@@ -2,7 +2,7 @@
 
 A tensor in flight is *held*: its ``__class__`` is switched to a subclass whose
 ``__torch_function__`` first lets it land, switches the class back, and only then goes on. So every
-way of reading it through torch's Python interface waits for the right value. ``land_module`` covers
+way of reading it through torch's Python interface waits for the right value. ``ModuleHooks`` cover
 what does not pass there: ``autograd.Function.apply`` and C++ extensions that are handed raw
 pointers.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 DisableGuard = torch._C.DisableTorchFunctionSubclass
 """Within this context, in this thread, held tensors are taken as they are."""
@@ -93,6 +94,36 @@ def land_module(module: nn.Module, args: Any = None) -> None:
             for entry in list(_holds.values()):
                 if isinstance(entry.tensor, nn.Parameter):
                     land(entry.tensor)
+
+
+class ModuleHooks:
+    """``land_module`` before the forward of every module that owns parameters.
+
+    A module without hooks is called by a shorter way, so they are there only while they are needed.
+
+    Args:
+        model: its modules get the hooks, ahead of the user's own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._hooks: list[tuple[Any, RemovableHandle]] = [
+            (module._forward_pre_hooks, module.register_forward_pre_hook(land_module, prepend=True))
+            for module in model.modules()
+            if any(parameter is not None for parameter in module._parameters.values())
+        ]
+        self._there = True
+
+    def put(self) -> None:
+        if not self._there:
+            for hooks, handle in self._hooks:
+                hooks[handle.id] = land_module
+                hooks.move_to_end(handle.id, last=False)
+            self._there = True
+
+    def remove(self) -> None:
+        for _, handle in self._hooks:
+            handle.remove()
+        self._there = False
 
 
 class _Held:

@@ -12,6 +12,7 @@ from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Member
 from soonest.runtime.profile import Record, now_s
 from soonest.runtime.program import Program
+from soonest.runtime.sweep import Sweep
 
 
 class Landing:
@@ -20,6 +21,7 @@ class Landing:
     Args:
         program: whose members.
         lane: what brings them.
+        hooks: needed while parameters are held.
 
     Attributes:
         record: where to note when each parameter is needed and when it is there.
@@ -30,9 +32,10 @@ class Landing:
 
     record: Record
 
-    def __init__(self, program: Program, lane: Lane) -> None:
+    def __init__(self, program: Program, lane: Lane, hooks: guard.ModuleHooks) -> None:
         self._program = program
         self._lane = lane
+        self._hooks = hooks
         self._members = program.layout.members
         self._parameters = [guard.Hold(m.parameter, partial(self.land, m)) for m in self._members]
         self._gradients = [
@@ -40,16 +43,20 @@ class Landing:
             for m in self._members
         ]
         self._held: list[guard.Hold | None] = [None] * len(self._members)
+        self._awaited: set[int] = set()  # buckets
         self.flying = False
         self.unknown: set[int] = set()
 
     def watch(self) -> None:
         """Nothing is in flight, but note when each parameter is needed."""
-        for member in self._members:
-            self.hold(member)
+        if self.record.closely:
+            for member in self._members:
+                self.hold(member)
 
     def hold(self, member: Member) -> None:
         """The parameter is to change; ``member.sweep`` is what will change it."""
+        self._hooks.put()
+        self._awaited.add(self._program.last_of[member.order])
         hold = self._parameters[member.order]
         hold.hides_grad = member.order in self.unknown
         hold.take_off()
@@ -86,13 +93,30 @@ class Landing:
         needed = now_s()
         if self.flying:
             self._wait(member)
+        sweep = member.sweep
+        if self.record.closely or sweep is None or sweep.step is None:
+            self._landed(member)
+        else:
+            self._land_bucket(sweep, self._program.last_of[member.order])
+        if math.isnan(self.record.needed[member.order]):
+            self.record.needed[member.order] = needed
+            self.record.landed[member.order] = now_s()
+
+    def _land_bucket(self, sweep: Sweep, bucket: int) -> None:
+        """What was updated together lands together: one look at a time costs more."""
+        for member in self._program.awaiting[bucket]:
+            if member.sweep is sweep:
+                self._landed(member)
+                self._parameters[member.order].release()
+        self._awaited.discard(bucket)
+        if not self._awaited:
+            self._hooks.remove()
+
+    def _landed(self, member: Member) -> None:
         if member.order in self.unknown:
             self._resolve(member)
         if member.sweep is None or member.sweep.step is not None:
             self._release_gradient(member)
-        if math.isnan(self.record.needed[member.order]):
-            self.record.needed[member.order] = needed
-            self.record.landed[member.order] = now_s()
 
     def _wait(self, member: Member) -> None:
         sweep = member.sweep
@@ -134,3 +158,5 @@ class Landing:
         for member in self._members:
             self._parameters[member.order].release()
             self._release_gradient(member)
+        self._awaited.clear()
+        self._hooks.remove()

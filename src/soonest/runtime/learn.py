@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import TypeVar
@@ -20,9 +21,11 @@ from soonest.runtime.profile import Record, now_s, rate_of, trace_of, typical
 _WARM_STEPS = 4
 """The first step shows the order of the layers; only warm ones show their times."""
 
-_COARSER = (4.0, math.inf)
-"""Cuts that two ranks try besides the usual one, as factors. Where the network is fast, fewer ops
-cost the processors less than they delay."""
+_CUTS = (1.0, 4.0, math.inf)
+"""Cuts that two ranks try, as factors of the usual one. Where the network is fast, fewer ops cost
+the processors less than they delay."""
+_NEAR = 0.1
+"""Cuts that come this near to the fastest have another turn."""
 _MARGIN = 0.02
 """A coarser cut must be faster by this: it gives away what a slower network will ask for."""
 
@@ -30,14 +33,37 @@ _MARGIN = 0.02
 _T = TypeVar("_T")
 
 
+def steps_of_learning(ranks: int) -> int:
+    """After how many steps, at the latest, the plan stays."""
+    return 1 + _WARM_STEPS * (1 + (2 * len(_CUTS) if ranks == 2 else 0))
+
+
+def next_cut(step_s: Mapping[float, Sequence[float]]) -> tuple[float, bool]:
+    """The coarseness to go on with, and whether it stays.
+
+    Args:
+        step_s: how long steps took, seconds, by coarseness.
+    """
+    for cut in _CUTS:
+        if cut not in step_s:
+            return cut, False
+    least_s = min(min(taken) for taken in step_s.values())
+    near = [cut for cut in _CUTS if min(step_s[cut]) < (1 + _NEAR) * least_s]
+    for cut in near:
+        if len(near) > 1 and len(step_s[cut]) < _WARM_STEPS:
+            return cut, False
+    typical_s = {cut: median(taken) for cut, taken in step_s.items()}
+    best = min(near, key=typical_s.__getitem__)
+    return (best if typical_s[best] < (1 - _MARGIN) * typical_s[1.0] else 1.0), True
+
+
 class Learner:
     """Makes a plan after the first step, and once more after a few warm ones.
 
-    With two ranks, coarser plans are then tried for a few steps each, and the fastest stays. With
-    more the cut decides how sums are rounded, and must not depend on measurements.
+    With two ranks, coarser plans then take turns with it, and the fastest stays. With more the cut
+    decides how sums are rounded, and must not depend on measurements.
 
-    All ranks call it after the same steps and take the first rank's measurements, so they plan
-    alike.
+    All ranks call it after the same steps and take the first rank's decisions, so they plan alike.
 
     Args:
         network: what combining costs on this group.
@@ -48,36 +74,43 @@ class Learner:
         self._network = network
         self._window = window
         self._steps = 0
+        self._done = False
         self._traces: list[Trace] = []
         self._rates: list[float] = []
         self._before: Record | None = None
+        self._tried: float | None = None
         self._ended_s: list[float] = []
-        self._step_s: dict[float, float] = {}
+        self._step_s: dict[float, list[float]] = {}
 
     def __call__(self, engine: Engine) -> None:
         """To be called after every step that used combined gradients."""
+        if self._done:
+            return
         self._steps += 1
         if self._steps == 1:
             self._first(engine)
             return
-        cuts = (1.0, *_COARSER) if engine.group.size() == 2 else (1.0,)
-        turn, number = divmod(self._steps - 2, _WARM_STEPS)
-        if turn >= len(cuts):
-            return
-        self._ended_s.append(now_s())
-        if turn == 0:
+        if self._tried is None:
             self._note(engine)
-        if number == _WARM_STEPS - 1:
-            self._step_s[cuts[turn]] = median(b - a for a, b in pairwise(self._ended_s))
-            self._ended_s = []
-            self._again(engine, cuts[turn + 1] if turn + 1 < len(cuts) else self._fastest())
+        self._ended_s.append(now_s())
+        if len(self._ended_s) == _WARM_STEPS:
+            self._turn_ends(engine)
 
-    def _fastest(self) -> float:
-        """The coarseness that stays."""
-        best = min(self._step_s, key=self._step_s.__getitem__)
-        return best if self._step_s[best] < (1 - _MARGIN) * self._step_s[1.0] else 1.0
+    def _turn_ends(self, engine: Engine) -> None:
+        """Goes on with the plan to try next, or with the one that stays."""
+        if self._tried is not None:
+            taken = [end - start for start, end in pairwise(self._ended_s)]
+            self._step_s.setdefault(self._tried, []).extend(taken)
+        self._ended_s = []
+        engine.attention.learning = False
+        trace = typical(self._traces).to_json() if self._traces else None
+        mine = (trace, next_cut(self._step_s) if engine.group.size() == 2 else (1.0, True))
+        trace, (self._tried, self._done) = self._first_rank(engine, mine)
+        if trace is not None:
+            self._bind(engine, engine.layout, Trace.from_json(trace), self._tried)
 
     def _first(self, engine: Engine) -> None:
+        engine.attention.learning = True
         trace = self._trace(engine, engine.record, engine.observed)
         engine.flush()
         self._note_rate(engine, engine.record)
@@ -93,12 +126,6 @@ class Learner:
             self._traces.append(self._trace(engine, self._before, self._before))
             self._note_rate(engine, self._before)
         self._before = engine.record
-
-    def _again(self, engine: Engine, coarseness: float) -> None:
-        mine = (typical(self._traces).to_json() if self._traces else None, coarseness)
-        trace, coarseness = self._first_rank(engine, mine)
-        if trace is not None:
-            self._bind(engine, engine.layout, Trace.from_json(trace), coarseness)
 
     def _note_rate(self, engine: Engine, record: Record) -> None:
         rate = rate_of(record, engine.program.plan)

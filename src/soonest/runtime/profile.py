@@ -14,6 +14,10 @@ from soonest.runtime.layout import Member
 
 NEVER = math.nan
 _ENOUGH_OPS = 4
+_LOOK_S = 30e-6
+"""What it costs to note when one parameter is needed."""
+_SHARE = 1e-3
+"""Of the time of training, what that may take."""
 now_s = time.perf_counter
 
 
@@ -25,9 +29,14 @@ class Record:
     Args:
         members: how many parameters.
         ops, buckets: how many the plan has.
+        closely: whether to note when each parameter is needed; otherwise only the first of those
+            that arrive together.
     """
 
-    def __init__(self, members: int, ops: int = 0, buckets: int = 0) -> None:
+    def __init__(
+        self, members: int, ops: int = 0, buckets: int = 0, *, closely: bool = True
+    ) -> None:
+        self.closely = closely
         self.backward_began = NEVER
         self.ready = [NEVER] * members
         self.backward_ended = NEVER
@@ -54,14 +63,43 @@ class Record:
 
     @property
     def complete(self) -> bool:
-        """Whether it has a whole forward pass, as the period of a step needs it."""
-        return not math.isnan(self.ended + self.backward_began + self.forward_ended)
+        """Whether it shows a whole forward pass, as the period of a step needs it."""
+        times = self.ended + self.backward_began + self.forward_ended
+        return self.closely and not math.isnan(times)
 
     def first_use(self) -> list[int]:
         """Members in the order in which the forward pass needed them; the unused ones last."""
         used = [m for m, at in enumerate(self.needed) if not math.isnan(at)]
         unused = [m for m, at in enumerate(self.needed) if math.isnan(at)]
         return sorted(used, key=self.needed.__getitem__) + unused
+
+
+class Attention:
+    """Which steps to watch closely: after learning only so many that they cost next to nothing.
+
+    Args:
+        members: how many parameters.
+
+    Attributes:
+        learning: all steps are to be watched closely.
+    """
+
+    def __init__(self, members: int) -> None:
+        self._pause_s = members * _LOOK_S / _SHARE
+        self._next_s = -math.inf
+        self.learning = False
+
+    def closely(self) -> bool:
+        """Whether to watch the step that begins now."""
+        now = now_s()
+        if now < self._next_s and not self.learning:
+            return False
+        self._next_s = now + self._pause_s
+        return True
+
+    def refresh(self) -> None:
+        """The next step is a new one."""
+        self._next_s = -math.inf
 
 
 def trace_of(
