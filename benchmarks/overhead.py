@@ -24,7 +24,7 @@ from typing import Any
 
 ARMS = ("ddp", "soonest")
 MODELS = ("gpt", "cnn", "mlp")
-WARM_UP, TURN = 16, 10
+TURN = 10
 MEMORY_STEPS = 10
 MEMORY_LAYERS, MEMORY_WIDTH = 8, 2048
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -140,8 +140,8 @@ def mlp() -> tuple[Any, Callable[[], Any]]:
     return model, lambda: nn.functional.cross_entropy(model(inputs), labels)
 
 
-def make(name: str, arm: str) -> tuple[Callable[[], float], Callable[[], None]]:
-    """One step of training as a function, and what waits until nothing is in flight."""
+def make(name: str, arm: str) -> tuple[Callable[[], float], Any]:
+    """One step of training as a function, and soonest's handle if that is what trains."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
@@ -150,14 +150,14 @@ def make(name: str, arm: str) -> tuple[Callable[[], float], Callable[[], None]]:
     torch.manual_seed(0)
     model, loss_of = {"gpt": gpt, "cnn": cnn, "mlp": mlp}[name]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    flush: Callable[[], None] = lambda: None  # noqa: E731
+    handle = None
     if arm == "ddp":
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
         # The closure calls the model by its name: let that lead through DDP.
         cells = dict(zip(loss_of.__code__.co_freevars, loss_of.__closure__ or (), strict=True))
         cells["model"].cell_contents = wrapped
     else:
-        flush = soonest.prioritize(model, optimizer).flush
+        handle = soonest.prioritize(model, optimizer)
 
     def step() -> float:
         loss = loss_of()
@@ -166,7 +166,7 @@ def make(name: str, arm: str) -> tuple[Callable[[], float], Callable[[], None]]:
         optimizer.step()
         return loss.item()
 
-    return step, flush
+    return step, handle
 
 
 def compare(name: str, rounds: int) -> None:
@@ -174,23 +174,24 @@ def compare(name: str, rounds: int) -> None:
 
     from soonest.lab.messages import tell
 
-    made = {arm: make(name, arm) for arm in ARMS}
+    (ddp, _), (ours, handle) = (make(name, arm) for arm in ARMS)
+    steps = {"ddp": ddp, "soonest": ours}
     losses: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for arm, (step, flush) in made.items():
-        losses[arm] += [step() for _ in range(WARM_UP)]
-        flush()
+    while not handle.settled:
+        losses["soonest"].append(ours())
+    handle.flush()
+    losses["ddp"] += [ddp() for _ in losses["soonest"]]
     turns_ms: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for number in range(rounds):
         for arm in ARMS if number % 2 else ARMS[::-1]:
-            step, flush = made[arm]
             dist.barrier()
             began = time.perf_counter()
-            losses[arm] += [step() for _ in range(TURN)]
-            flush()
+            losses[arm] += [steps[arm]() for _ in range(TURN)]
+            handle.flush()
             turns_ms[arm].append((time.perf_counter() - began) / TURN * 1e3)
     assert losses["ddp"] == losses["soonest"], "the losses differ, which they must not"
     assert all(math.isfinite(loss) for loss in losses["ddp"])
-    ddp, ours = (statistics.median(turns_ms[arm]) for arm in ARMS)
+    ddp_ms, soonest_ms = (statistics.median(turns_ms[arm]) for arm in ARMS)
     ratios = [b / a for a, b in zip(turns_ms["ddp"], turns_ms["soonest"], strict=True)]
     if dist.get_rank() == 0:
         import torch
@@ -200,8 +201,9 @@ def compare(name: str, rounds: int) -> None:
         tell(
             "compared",
             parameters=sum(p.numel() for p in model.parameters()),
-            ddp_ms=ddp,
-            soonest_ms=ours,
+            ddp_ms=ddp_ms,
+            soonest_ms=soonest_ms,
+            buckets=len(handle.plan.buckets),
             ratio=statistics.median(ratios),
             turns_ms=turns_ms,
         )

@@ -33,6 +33,7 @@ class Arm:
         forward: does a forward pass; returns the loss.
         update: does the rest of a step with it: backward pass, sharing, update.
         flush: waits until nothing is in flight.
+        ready: whether steps are from now on as they stay.
         settle: makes the parameters whole on this rank, so that they can be verified.
         timeline: of the last complete step, if the arm measures it.
         observe: makes the arm measure it; steps may take longer from then on.
@@ -44,6 +45,7 @@ class Arm:
     forward: Callable[[], Tensor]
     update: Callable[[Tensor], None]
     flush: Callable[[], None] = _nothing
+    ready: Callable[[], bool] = lambda: True
     settle: Callable[[], None] = _nothing
     timeline: Callable[[], Timeline | None] = lambda: None
     observe: Callable[[], None] = _nothing
@@ -167,6 +169,7 @@ def prioritized(settings: Settings, time: Time) -> Arm:
         replay,
         optimizer,
         flush=handle.flush,
+        ready=lambda: handle.settled,
         timeline=handle.timeline,
         detach=handle.detach,
     )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from soonest.bench.settings import SWEPT, Settings, warm_up
+from soonest.bench.settings import SWEPT, WARM_UP, Settings
 
 
 class Progress:
@@ -50,7 +50,7 @@ class Progress:
                 self._done_s += self._step_s(arm) * (1 + SWEPT)
                 self.doing = f"{arm}: bucket size {message['bucket']}"
             case "made":
-                self._done_s += self._step_s(arm) * warm_up(arm, self._settings.hosts)
+                self._done_s += self._step_s(arm) * self._warm_up(arm)
             case "round":
                 self._done_s += self._round_s(arm)
                 turn = f"round {message['round'] + 1} of {self._settings.rounds}"
@@ -61,7 +61,13 @@ class Progress:
 
     def _making_s(self, arm: str) -> float:
         tried = len(self._settings.sweep()) * (1 + SWEPT) if arm == "ddp-tuned" else 0
-        return self._step_s(arm) * (warm_up(arm, self._settings.hosts) + tried)
+        return self._step_s(arm) * (self._warm_up(arm) + tried)
+
+    def _warm_up(self, arm: str) -> int:
+        """About so many steps; soonest plans meanwhile."""
+        if arm != "soonest":
+            return WARM_UP
+        return 22 if self._settings.hosts == 2 else 6
 
     def _round_s(self, arm: str) -> float:
         return self._step_s(arm) * (self._settings.steps + 1)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from soonest.bench.arms import Arm, maker
 from soonest.bench.load import Load
-from soonest.bench.settings import SWEPT, Settings, warm_up
+from soonest.bench.settings import SWEPT, WARM_UP, Settings
 from soonest.core.timeline import Timeline
 from soonest.lab.messages import tell
 from soonest.lab.replay import measure_overhead_s
@@ -62,7 +62,7 @@ class Comparison:
         _first("making", arm=name)
         arm = maker(name)(self.settings, lambda arm, what: self._try(name, arm, what))
         dist.barrier()
-        steps(arm, warm_up(name, self.settings.hosts))
+        warm_up(arm)
         _first("made", arm=name)
         self.arms[name], self.step_ms[name], self.load[name] = arm, [], []
 
@@ -129,6 +129,14 @@ class Comparison:
         if wrong:
             _first("wrong", faults=wrong)
         return bool(wrong)
+
+
+def warm_up(arm: Arm) -> None:
+    number = 0
+    while number < WARM_UP or not arm.ready():
+        arm.update(arm.forward())
+        number += 1
+    arm.flush()
 
 
 def steps(arm: Arm, number: int) -> list[float]:

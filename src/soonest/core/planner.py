@@ -25,7 +25,7 @@ from soonest.core.trace import Trace
 # again, because the network idles until the first gradients of a backward pass fill a bucket.
 # Between 14 and 32 parts simulated steps of real models differ by a percent or two; fewer are safer
 # where an op takes many messages.
-PARTS, PARTS_FOR_MANY, MANY_RANKS = 24, 16, 9
+PARTS, PARTS_FOR_MANY, MANY_RANKS = 24.0, 16.0, 9
 FRONT_PARTS = 256
 BACK_SHARE = 1 / 4
 # With fewer bytes per rank than this, an op costs its latency and little else.
@@ -53,7 +53,8 @@ def cut(
         flats: the flat buffers.
         ranks: how many.
         method: of all buckets.
-        coarseness: by which factor buckets are larger than usual; infinite for one of each dtype.
+        coarseness: by which factor buckets are larger than usual; ``PARTS`` leaves two of each
+            dtype, a small one for the first layers and the rest, and infinity leaves one.
     """
     total = sum(flat.numel * flat.itemsize for flat in flats)
     parts = PARTS_FOR_MANY if ranks >= MANY_RANKS else PARTS
@@ -73,16 +74,17 @@ def _cut_points(flat: Flat, smallest: float, target: float) -> Iterator[int]:
     layers = [slot.layer for slot in flat.slots] + [None]
     changes = [a != b for a, b in pairwise(layers)]
     layer_ends = [end for end, change in zip(slot_ends, changes, strict=True) if change]
+    whole = flat.numel * flat.itemsize
     at = 0
     yield at
-    if math.isinf(smallest):
-        yield flat.numel
-        return
     while at < flat.numel:
-        behind = (flat.numel - at) * flat.itemsize
+        behind = whole - at * flat.itemsize
         largest = min(target, max(behind / 2, target * BACK_SHARE))
         size = min(max(at * flat.itemsize, smallest), largest) / flat.itemsize
-        at = _next_cut(flat, at, size, layer_ends, slot_ends)
+        if math.isinf(smallest) or (at and whole <= target):
+            at = flat.numel
+        else:
+            at = _next_cut(flat, at, size, layer_ends, slot_ends)
         if (flat.numel - at) * flat.itemsize < smallest:
             at = flat.numel
         yield at

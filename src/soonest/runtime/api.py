@@ -42,6 +42,14 @@ class Handle:
         """The plan in use; None in a group of one rank and after ``detach``."""
         return self._engine.program.plan if self._engine else None
 
+    @property
+    def settled(self) -> bool:
+        """Whether the plan stays; on every rank after the same step.
+
+        Before, the first steps are observed, and several plans may take turns.
+        """
+        return self._engine is None or self._engine.settled
+
     def flush(self) -> None:
         """Waits until every parameter, gradient and optimizer state has its value.
 
@@ -149,6 +157,7 @@ def prioritize(
         lane.close()
         layout.move_out()
         raise
+    engine.settled = given is not None
     _engines.add(engine)
     weakref.finalize(engine, lane.close).atexit = False  # at exit, what is in flight goes first
     return Handle(engine)

@@ -40,6 +40,7 @@ class Engine:
 
     Attributes:
         attention: which steps to watch closely.
+        settled: the plan stays.
         observed: the record of the first forward pass, once a backward pass has followed it.
     """
 
@@ -71,6 +72,7 @@ class Engine:
         self._hooks: list[Any] = []
         self._last_complete: tuple[Record, Plan, list[Member]] | None = None
         self._module_hooks = guard.ModuleHooks(model)
+        self.settled = False
         self.attention = Attention(len(layout.members))
         takeover.take_over(optimizer, self)
         self.bind(layout, plan)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from soonest.core.network import Network
 from soonest.core.plan import Plan
-from soonest.core.planner import make_plan
+from soonest.core.planner import PARTS, make_plan
 from soonest.core.trace import Trace
 from soonest.runtime import collectives
 from soonest.runtime.agree import agree_on_plan
@@ -21,21 +21,18 @@ from soonest.runtime.profile import Record, now_s, rate_of, trace_of, typical
 _WARM_STEPS = 4
 """The first step shows the order of the layers; only warm ones show their times."""
 
-_CUTS = (1.0, 4.0, math.inf)
+_CUTS = (1.0, 4.0, PARTS, math.inf)
 """Cuts that two ranks try, as factors of the usual one. Where the network is fast, fewer ops cost
 the processors less than they delay."""
-_NEAR = 0.1
-"""Cuts that come this near to the fastest have another turn."""
+_NEAR = 0.25
+"""Cuts that come this near to the fastest have more turns."""
+_TURNS = 3
+"""So many of them: single steps of one plan can differ by a third."""
 _MARGIN = 0.02
 """A coarser cut must be faster by this: it gives away what a slower network will ask for."""
 
 
 _T = TypeVar("_T")
-
-
-def steps_of_learning(ranks: int) -> int:
-    """After how many steps, at the latest, the plan stays."""
-    return 1 + _WARM_STEPS * (1 + (2 * len(_CUTS) if ranks == 2 else 0))
 
 
 def next_cut(step_s: Mapping[float, Sequence[float]]) -> tuple[float, bool]:
@@ -49,9 +46,9 @@ def next_cut(step_s: Mapping[float, Sequence[float]]) -> tuple[float, bool]:
             return cut, False
     least_s = min(min(taken) for taken in step_s.values())
     near = [cut for cut in _CUTS if min(step_s[cut]) < (1 + _NEAR) * least_s]
-    for cut in near:
-        if len(near) > 1 and len(step_s[cut]) < _WARM_STEPS:
-            return cut, False
+    least_tried = min(near, key=lambda cut: len(step_s[cut]))
+    if len(near) > 1 and len(step_s[least_tried]) < _TURNS * (_WARM_STEPS - 1):
+        return least_tried, False
     typical_s = {cut: median(taken) for cut, taken in step_s.items()}
     best = min(near, key=typical_s.__getitem__)
     return (best if typical_s[best] < (1 - _MARGIN) * typical_s[1.0] else 1.0), True
@@ -108,6 +105,7 @@ class Learner:
         trace, (self._tried, self._done) = self._first_rank(engine, mine)
         if trace is not None:
             self._bind(engine, engine.layout, Trace.from_json(trace), self._tried)
+        engine.settled = self._done
 
     def _first(self, engine: Engine) -> None:
         engine.attention.learning = True
