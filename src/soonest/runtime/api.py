@@ -70,7 +70,11 @@ class Handle:
         return self._engine.no_sync() if self._engine else nullcontext()
 
     def timeline(self) -> Timeline | None:
-        """The last complete step as measured on this rank; None before there is one."""
+        """The last step as measured on this rank; None before there is one.
+
+        Once the plan has settled, only so many steps are measured that it costs a thousandth of
+        the time.
+        """
         return self._engine.timeline() if self._engine else None
 
     def detach(self) -> None:
