@@ -124,6 +124,24 @@ def test_the_timeline_is_that_of_one_whole_step() -> None:
         assert all(0 <= span.start_s <= timeline.step_s for span in timeline.of("send"))
 
 
+def settles() -> tuple[int, int]:
+    """How many ops the last timeline shows, and how many the plan has."""
+    model, optimizer = build()
+    handle = soonest.prioritize(model, optimizer)
+    while not handle.settled:
+        steps(model, optimizer, 1)
+    steps(model, optimizer, 3)
+    timeline = handle.timeline()
+    assert timeline is not None
+    assert handle.plan is not None
+    return len(timeline.of("send")), len(handle.plan.ops)
+
+
+def test_the_timeline_is_that_of_the_plan_that_stays() -> None:
+    for shown, planned in run_ranks(settles, 2):
+        assert shown == planned
+
+
 def tries_plans() -> list[int]:
     """Over the steps, how many buckets the plan has."""
     model, optimizer = build()
@@ -185,6 +203,7 @@ def hooked() -> list[int]:
     handle = soonest.prioritize(model, optimizer)
     while not handle.settled:
         steps(model, optimizer, 1)
+    handle._engine.attention.closely = lambda: False  # type: ignore[union-attr, method-assign]
     for _ in range(2):
         steps(model, optimizer, 1)
         found.append(now())

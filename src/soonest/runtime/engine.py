@@ -115,15 +115,14 @@ class Engine:
         exact = torch.promote_types(grads.dtype, torch.float32)
         return torch.tensor(1.0 / self.group.size(), dtype=exact, device=grads.device)
 
-    def _new_record(self) -> Record:
-        plan, closely = self.program.plan, self.attention.closely()
+    def _new_record(self, *, closely: bool = True) -> Record:
+        plan = self.program.plan
         return Record(len(self.layout.members), len(plan.ops), len(plan.buckets), closely=closely)
 
     # In the forward pass
 
     def forward_begins(self) -> None:
         if self._sweeps_begun == 0:  # what was read before it does not show the order of use
-            self.attention.refresh()
             self.record = self._new_record()
             self._landing.watch()
 
@@ -151,7 +150,7 @@ class Engine:
     def _begin(self) -> Sweep:
         """The first gradient of a backward pass that is to be combined."""
         self.lane.check()
-        record = self._new_record()
+        record = self._new_record(closely=self.attention.closely())
         record.backward_began = self._forward_ended
         if math.isnan(self._forward_ended):  # the user does not call the model itself
             record.backward_began = now_s()
