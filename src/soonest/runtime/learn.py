@@ -71,7 +71,6 @@ class Learner:
         self._network = network
         self._window = window
         self._steps = 0
-        self._done = False
         self._traces: list[Trace] = []
         self._rates: list[float] = []
         self._before: Record | None = None
@@ -81,7 +80,7 @@ class Learner:
 
     def __call__(self, engine: Engine) -> None:
         """To be called after every step that used combined gradients."""
-        if self._done:
+        if engine.settled:
             return
         self._steps += 1
         if self._steps == 1:
@@ -102,10 +101,9 @@ class Learner:
         engine.attention.learning = False
         trace = typical(self._traces).to_json() if self._traces else None
         mine = (trace, next_cut(self._step_s) if engine.group.size() == 2 else (1.0, True))
-        trace, (self._tried, self._done) = self._first_rank(engine, mine)
+        trace, (self._tried, engine.settled) = self._first_rank(engine, mine)
         if trace is not None:
             self._bind(engine, engine.layout, Trace.from_json(trace), self._tried)
-        engine.settled = self._done
 
     def _first(self, engine: Engine) -> None:
         engine.attention.learning = True
