@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import tempfile
 import time
@@ -15,10 +16,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from soonest.core.network import Cost, Network
+from soonest.core.plan import METHODS
+from soonest.runtime import calibrate
+
 # Ranks are forked from one process that has torch imported: that costs a tenth of starting each
 # anew.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "soonest"])
+
+
+def mixed_network(ranks: int) -> Network:
+    """Costs that make plans of small models use several methods, the same in every run."""
+    slopes = {"exchange": 2 * (ranks - 1), "all_gather": 3 * (ranks - 1), "all_reduce": 0.8}
+    latencies = {"all_reduce": 3e-3, "all_gather": 2e-3}
+    kinds = {kind for kinds in METHODS.values() for kind in kinds}
+    return Network(
+        {
+            kind: Cost.linear(latencies.get(kind, 1e-3), 32768e3 / slopes.get(kind, 0.6))
+            for kind in sorted(kinds)
+        }
+    )
 
 
 class RankFailedError(AssertionError):
@@ -32,6 +50,7 @@ def run_ranks(
     timeout_s: float = 120,
     collective_timeout_s: float = 60,
     may_die: bool = False,
+    calibrated: bool = False,
 ) -> list[Any]:
     """Calls ``function(*args)`` on every rank, in a gloo group on loopback.
 
@@ -39,16 +58,18 @@ def run_ranks(
         function: defined at the top of a module.
         ranks: how many processes.
         may_die: a rank that dies without an answer yields None instead of an error.
+        calibrated: measure the network, instead of taking ``mixed_network`` for it.
 
     Returns:
         What each rank returned, by rank.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
+        given = (store.port, collective_timeout_s, folder, calibrated)
         processes = [
             _context.Process(
                 target=_rank,
-                args=(function, args, rank, ranks, store.port, collective_timeout_s, folder),
+                args=(function, args, rank, ranks, *given),
                 daemon=True,
             )
             for rank in range(ranks)
@@ -92,8 +113,12 @@ def _rank(
     port: int,
     collective_timeout_s: float,
     folder: str,
+    calibrated: bool,
 ) -> None:
     torch.set_num_threads(1)
+    if not calibrated:
+        calibrate.network_of = lambda ranks, **_: mixed_network(ranks.group.size())
+    os.environ.setdefault("SOONEST_CACHE", "")
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     dist.init_process_group(
         "gloo",

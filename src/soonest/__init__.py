@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from soonest.core.plan import Plan
+from soonest.core.plan import METHODS, Plan
 from soonest.core.timeline import Timeline
 from soonest.errors import PeerLostError, PlanMismatchError, ReadTooEarlyError, SoonestError
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from soonest.runtime import Handle, prioritize
 
 __all__ = [
+    "METHODS",
     "Handle",
     "PeerLostError",
     "Plan",

@@ -10,7 +10,7 @@ from soonest.core.bounds import lower_bound_s
 from soonest.core.network import Network
 from soonest.core.trace import Layer, Trace
 
-ONE_BYTE_PER_S = Network(0.0, 1.0)
+ONE_BYTE_PER_S = Network.linear(0.0, 1.0)
 
 
 def model(*layers: tuple[int, int, int]) -> Trace:
@@ -37,11 +37,12 @@ def test_by_hand(trace: Trace, seconds: float):
 
 def test_the_latency_of_one_transfer_cannot_be_hidden():
     trace = model((20, 2, 3), (1, 2, 3))
-    assert lower_bound_s(trace, Network(7.0, 1.0)) == lower_bound_s(trace, ONE_BYTE_PER_S) + 7.0
+    late = lower_bound_s(trace, Network.linear(7.0, 1.0))
+    assert late == lower_bound_s(trace, ONE_BYTE_PER_S) + 7.0
 
 
 def test_nothing_to_send_needs_no_latency():
-    assert lower_bound_s(model((0, 2, 3)), Network(7.0, 1.0)) == 5.0
+    assert lower_bound_s(model((0, 2, 3)), Network.linear(7.0, 1.0)) == 5.0
 
 
 def test_updates_follow_the_backward_pass_one_by_one():
@@ -84,5 +85,5 @@ def test_the_bound_is_the_best_preemptive_schedule(
     layers: list[tuple[int, int, int]], latency_s: int
 ):
     trace = model(*layers)
-    bound = lower_bound_s(trace, Network(latency_s, 1.0))
+    bound = lower_bound_s(trace, Network.linear(latency_s, 1.0))
     assert bound == pytest.approx(shortest_step_s(trace, latency_s))

@@ -49,6 +49,18 @@ def test_a_bucket_with_only_the_count_of_a_slot_carries_the_slot():
     assert plan.slots_of == ((0,), (0,))
 
 
+def test_ops_of_a_bucket_follow_each_other():
+    first = replace(PLAN.buckets[0], method="split")
+    second = replace(PLAN.buckets[1], method="shard")
+    kinds = "reduce_scatter", "ring_reduce_scatter", "all_gather_parts", "all_gather_parameters"
+    ops = tuple(Op(index % 2, kind) for index, kind in enumerate(kinds))
+    plan = replace(PLAN, buckets=(first, second), ops=ops)
+    assert plan.before == (-1, -1, 0, 1)
+    assert plan.reduces == {1, 2}, "parameters are shared after the gradients are combined"
+    assert PLAN.before == (-1, -1)
+    assert PLAN.reduces == {0, 1}
+
+
 def test_describe_names_size_and_layers():
     assert PLAN.describe(1) == "bucket 1 (0.00 MB of a, b)"
     many = replace(PLAN.buckets[1], layers=("a", "b", "c", "d", "e"))
@@ -64,10 +76,18 @@ def test_describe_names_size_and_layers():
         ({"buckets": (PLAN.buckets[0], replace(PLAN.buckets[1], start=15))}, "must start at 16"),
         ({"buckets": (PLAN.buckets[0], replace(PLAN.buckets[1], stop=16))}, "not be empty"),
         ({"buckets": PLAN.buckets[:1], "ops": PLAN.ops[1:]}, "16 of flat buffer 0's 80"),
-        ({"ops": PLAN.ops[:1]}, "each once"),
-        ({"ops": (*PLAN.ops, PLAN.ops[0])}, "each once"),
-        ({"ops": (PLAN.ops[0], PLAN.ops[0])}, "each once"),
-        ({"ops": (PLAN.ops[0], Op(0, "all_gather"))}, "each once"),
+        ({"ops": PLAN.ops[:1]}, "are missing, but its method takes all_reduce"),
+        ({"ops": (*PLAN.ops, PLAN.ops[0])}, "are all_reduce, all_reduce, but"),
+        ({"ops": (PLAN.ops[0], PLAN.ops[0])}, "are missing, but its method takes all_reduce"),
+        ({"ops": (PLAN.ops[0], Op(0, "all_gather"))}, "are all_gather, but"),
+        ({"ops": (*PLAN.ops, Op(2, "all_reduce"))}, "of bucket 2, there is none"),
+        (
+            {
+                "buckets": (replace(PLAN.buckets[0], method="split"), PLAN.buckets[1]),
+                "ops": (Op(0, "all_gather_parts"), Op(0, "reduce_scatter"), PLAN.ops[1]),
+            },
+            "takes reduce_scatter, all_gather_parts, in this order",
+        ),
         ({"window": 0}, "window is 0"),
     ],
 )
@@ -79,7 +99,7 @@ def test_parts_that_do_not_fit_are_refused(change: dict, message: str):
 @given(st.data())
 def test_json_round_trip_keeps_the_fingerprint(data: st.DataObject):
     flats = data.draw(strategies.flats(data.draw(strategies.traces())))
-    plan = first_plan(flats, ranks=data.draw(strategies.ranks))
+    plan = first_plan(flats, data.draw(strategies.networks), ranks=data.draw(strategies.ranks))
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan
     assert again.fingerprint == plan.fingerprint

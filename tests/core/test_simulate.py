@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import strategies
 from soonest.core.bounds import lower_bound_s
-from soonest.core.network import Network
-from soonest.core.plan import Bucket, Flat, Op, Plan
+from soonest.core.network import Cost, Network
+from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan
 from soonest.core.planner import first_plan, flats_of, make_plan
 from soonest.core.simulate import simulate, step_time_s
 from soonest.core.timeline import Timeline
@@ -45,7 +45,7 @@ def plan_of(trace: Trace, order: Sequence[int], *, fused: int = 1, window: int =
 
 
 def network(latency_s: float = 0.0) -> Network:
-    return Network(latency_s, UNIT_BYTES)
+    return Network.linear(latency_s, UNIT_BYTES)
 
 
 def sends(timeline: Timeline) -> list[tuple[float, float]]:
@@ -76,6 +76,44 @@ def test_ops_keep_their_order_even_if_that_idles_the_network():
     timeline = simulate(trace, plan_of(trace, [0, 1]), network())
     assert sends(timeline) == [(4, 5), (5, 9)]
     assert timeline.step_s == pytest.approx(10)
+
+
+def two_ops(method: str, trace: Trace, jobs: Sequence[tuple[int, int]]) -> Plan:
+    """A plan with one bucket per layer; ``jobs`` are bucket and number of the op."""
+    plain = plan_of(trace, range(len(trace.layers)))
+    buckets = tuple(replace(bucket, method=method) for bucket in plain.buckets)
+    ops = tuple(Op(bucket, METHODS[method][stage]) for bucket, stage in jobs)
+    return replace(plain, buckets=buckets, ops=ops, window=2)
+
+
+def slow_ops() -> Network:
+    """Every op takes half a second a unit, and half a second of latency."""
+    kinds = {kind for kinds in METHODS.values() for kind in kinds}
+    return Network({kind: Cost.linear(0.5, 2 * UNIT_BYTES) for kind in kinds})
+
+
+def test_a_second_op_waits_for_the_first_of_its_bucket():
+    trace = model((2, 1, 1), (4, 1, 1))
+    plan = two_ops("split", trace, [(1, 0), (0, 0), (1, 1), (0, 1)])
+    timeline = simulate(trace, plan, slow_ops())
+    # Latencies of 0.5 s are part of the spans, and pass while others transfer.
+    assert sends(timeline) == [(1, 3.5), (3, 4.5), (4, 6.5), (6, 7.5)]
+    assert timeline.step_s == pytest.approx(9.5)
+    chained = two_ops("split", trace, [(1, 0), (1, 1), (0, 0), (0, 1)])
+    assert step_time_s(trace, chained, slow_ops()) > timeline.step_s
+
+
+def test_parameters_are_shared_after_the_update_of_a_part():
+    trace = model((2, 1, 1), (4, 1, 5), update_s=4 * 6)
+    plan = two_ops("shard", trace, [(1, 0), (0, 0), (0, 1), (1, 1)])
+    timeline = simulate(trace, plan, slow_ops())
+    part_s = 4 * 6 / 2 * 128 / sum(layer.bytes for layer in trace.layers)
+    # All is summed by 8.5 s, the backward pass over by 6; each of two ranks updates a half.
+    assert sends(timeline)[:2] == [(5, 7.5), (7, 8.5)]
+    shared = sends(timeline)[2]
+    assert shared[0] == pytest.approx(8.5 + part_s)
+    assert not timeline.of("update"), "no rank updates a whole layer"
+    assert timeline.of("wait")[0].end_s == pytest.approx(shared[1])
 
 
 @pytest.mark.parametrize(("window", "ends"), [(1, [4, 7, 10]), (2, [4, 5, 7]), (3, [4, 5, 6])])
@@ -155,7 +193,8 @@ def test_a_layer_with_nothing_to_send_does_not_wait():
 
 def test_a_plan_of_nothing_is_computation_alone():
     trace = model((0, 2, 3), (0, 1, 1))
-    assert step_time_s(trace, first_plan(flats_of(trace), ranks=2), network()) == pytest.approx(7)
+    plan = first_plan(flats_of(trace), network(), ranks=2)
+    assert step_time_s(trace, plan, network()) == pytest.approx(7)
 
 
 def test_spans_are_named_by_the_plan():
@@ -178,7 +217,7 @@ def cases(draw: st.DrawFn) -> tuple[Trace, Plan, Network]:
     ranks, window = draw(strategies.ranks), draw(strategies.windows)
     if draw(st.booleans()):
         return trace, make_plan(trace, flats, network, ranks=ranks, window=window), network
-    plan = first_plan(flats, ranks=ranks, window=window)
+    plan = first_plan(flats, network, ranks=ranks, window=window)
     shuffled = tuple(draw(st.permutations(plan.ops)))
     return trace, Plan(ranks, flats, plan.buckets, shuffled, window), network
 
@@ -237,7 +276,7 @@ def test_the_compute_track_is_one_step_without_gaps(case: tuple[Trace, Plan, Net
 @given(strategies.traces(), st.data())
 def test_no_step_beats_the_bound(trace: Trace, data: st.DataObject):
     network, window = data.draw(strategies.networks), data.draw(strategies.windows)
-    first = first_plan(flats_of(trace), ranks=2)
+    first = first_plan(flats_of(trace), network, ranks=2)
     shuffled = tuple(data.draw(st.permutations(first.ops)))
     bound = lower_bound_s(trace, network)
     for ops in (shuffled, make_plan(trace, first.flats, network, ranks=2, window=window).ops):

@@ -79,7 +79,7 @@ def test_a_rank_that_does_not_come_is_named_after_the_timeout() -> None:
         name, message, took_s = results[rank]
         assert name == PeerLostError.__name__
         assert "rank 1 " in message
-        assert "step 7: bucket 0" in message
+        assert "step 7: bucket " in message
         assert took_s < 4 + 15
 
 

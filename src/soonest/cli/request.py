@@ -18,7 +18,7 @@ class FailedError(Exception):
 
 def rate(text: str) -> float:
     """A link's rate, such as ``200mbit``, in bits per second."""
-    from soonest.core.network import parse_rate
+    from soonest.core.units import parse_rate
 
     try:
         return parse_rate(text)

@@ -39,7 +39,7 @@ def lower_bound_s(trace: Trace, network: Network) -> float:
 
     Args:
         trace: the model; the time of an update is shared out by bytes.
-        network: what an all-reduce costs.
+        network: what combining costs; the best of all methods counts, in latency and per byte.
 
     Returns:
         Seconds.
@@ -50,7 +50,7 @@ def lower_bound_s(trace: Trace, network: Network) -> float:
     for layer, head, tail in zip(trace.layers, trace.ready_s(), trace.tail_s(), strict=True):
         if not layer.bytes:
             continue  # It neither sends nor waits.
-        transfer += network.transfer_s("allreduce", layer.bytes)
+        transfer += layer.bytes * network.s_per_byte
         update += layer.bytes * update_per_byte
         sent = head + network.latency_s + transfer
         bound = max(bound, sent + tail, trace.backward_s + update + tail)

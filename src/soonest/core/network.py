@@ -3,54 +3,195 @@
 from __future__ import annotations
 
 import math
-import re
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
+
+from soonest.core.plan import METHODS
 
 MAX_BYTES_PER_S = 1e30
 """As good as infinite, but finite, so that JSON can carry it."""
 _TINY_S = 1e-9
+_FAR_BYTES = 1e12
+_OUTLIER = 5.0
+"""Times the usual deviation: what is further off is no measurement of the network."""
 
 
-@dataclass(frozen=True, slots=True)
-class Network:
-    """Cost of an all-reduce on the group at hand: ``latency_s + size_bytes / bytes_per_s``.
+@dataclass(frozen=True)
+class Cost:
+    """What one kind of op takes by size: linear between the sizes given, and beyond them.
 
     Args:
-        latency_s: cost of a tensor of no size, seconds.
-        bytes_per_s: bytes of the *tensor* combined per second; this is not the rate of a link.
+        sizes_bytes: of the bucket, ascending, at least one; below the first nothing gets cheaper.
+        seconds: at these sizes, on an idle network; never falling.
+        latency_s: the part of it that passes while another op transfers.
+        error: relative, of a single measurement; zero if nothing was measured.
 
     Raises:
-        ValueError: the latency is negative or the bandwidth is not above zero.
+        ValueError: these are no costs.
     """
 
-    latency_s: float
-    bytes_per_s: float
+    sizes_bytes: tuple[float, ...]
+    seconds: tuple[float, ...]
+    latency_s: float = 0.0
+    error: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.latency_s < math.inf:
-            raise ValueError(f"latency_s is {self.latency_s!r}, but must be zero or more")
-        if not 0 < self.bytes_per_s < math.inf:
-            raise ValueError(f"bytes_per_s is {self.bytes_per_s!r}, but must be above zero")
+        if not len(self.sizes_bytes) == len(self.seconds) > 0:
+            raise ValueError("a cost needs sizes and as many times")
+        if any(b <= a for a, b in pairwise(self.sizes_bytes)) or self.sizes_bytes[0] < 0:
+            raise ValueError(f"sizes {self.sizes_bytes} must be ascending, from zero or more")
+        if any(b < a for a, b in pairwise(self.seconds)):
+            raise ValueError(f"times {self.seconds} must not fall as sizes grow")
+        if not 0 <= self.latency_s <= self.seconds[0] or not math.isfinite(self.seconds[-1]):
+            raise ValueError(
+                f"latency_s is {self.latency_s!r}, but must be from zero to the time of the "
+                f"smallest size, {self.seconds[0]!r}"
+            )
 
-    def transfer_s(self, method: str, size_bytes: float) -> float:
-        """Seconds for which one op keeps the network to itself: the cost without the latency."""
-        if method != "allreduce":
-            raise ValueError(f"no cost is known for method {method!r}, only for 'allreduce'")
-        return size_bytes / self.bytes_per_s
+    @classmethod
+    def linear(cls, latency_s: float, bytes_per_s: float) -> Cost:
+        """``latency_s + size / bytes_per_s``.
+
+        Args:
+            latency_s: of a bucket of no size, all of it hidden behind others' transfers.
+            bytes_per_s: bytes of the *bucket* combined per second; this is not the rate of a link.
+        """
+        if not 0 <= latency_s < math.inf:
+            raise ValueError(f"latency_s is {latency_s!r}, but must be zero or more")
+        if not 0 < bytes_per_s < math.inf:
+            raise ValueError(f"bytes_per_s is {bytes_per_s!r}, but must be above zero")
+        # Far beyond any bucket, so that nothing is lost in the difference to the latency.
+        far = max(_FAR_BYTES, 1e3 * latency_s * bytes_per_s)
+        return cls((0.0, far), (latency_s, latency_s + far / bytes_per_s), latency_s)
+
+    @classmethod
+    def fit(cls, samples: Iterable[tuple[float, float]], *, spaced_s: float | None = None) -> Cost:
+        """Fits measured times: medians per size, outliers dropped, made never falling.
+
+        Falling times are replaced by their mean (M. Ayer et al., "An empirical distribution
+        function for sampling with incomplete information", Ann. Math. Statist. 26, 1955).
+
+        Args:
+            samples: ``(size_bytes, seconds)``, at least one, in any order, sizes repeated at will.
+            spaced_s: time from op to op of the smallest size, if there is always another in
+                flight; what is missing to the time of one alone is latency. Without it, all is
+                latency that is left of a line through the two smallest sizes at no size.
+        """
+        by_size: defaultdict[float, list[float]] = defaultdict(list)
+        for size, seconds in samples:
+            by_size[float(size)].append(max(seconds, _TINY_S))
+        if not by_size:
+            raise ValueError("a cost cannot be fitted to no samples: measure at least one size")
+        sizes: tuple[float, ...] = tuple(sorted(by_size))
+        kept = [_without_outliers(by_size[size]) for size in sizes]
+        seconds = _never_falling([median(times) for times in kept])
+        spread = [_deviation(times) / median(times) for times in kept]
+        least = seconds[0]
+        if spaced_s is not None:
+            latency_s = min(max(0.0, least - spaced_s), least)
+        else:
+            latency_s = min(max(0.0, _at_nothing(sizes, seconds)), least)
+        return cls(sizes, tuple(seconds), latency_s, median(spread))
+
+    def alone_s(self, size_bytes: float) -> float:
+        """Seconds that an op takes on an idle network."""
+        sizes, seconds = self.sizes_bytes, self.seconds
+        if size_bytes <= sizes[0] or len(sizes) == 1:
+            return seconds[0]
+        right = min(bisect_right(sizes, size_bytes), len(sizes) - 1)
+        slope = (seconds[right] - seconds[right - 1]) / (sizes[right] - sizes[right - 1])
+        return seconds[right - 1] + (size_bytes - sizes[right - 1]) * slope
+
+    def transfer_s(self, size_bytes: float) -> float:
+        """Seconds for which an op keeps the network to itself."""
+        return self.alone_s(size_bytes) - self.latency_s
+
+    @property
+    def s_per_byte(self) -> float:
+        """The least that one more byte costs."""
+        if len(self.sizes_bytes) == 1:
+            return 0.0
+        points = pairwise(zip(self.sizes_bytes, self.seconds, strict=True))
+        return min((t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in points)
+
+    def slowed(self, factor: float) -> Cost:
+        """With transfers that take so many times as long."""
+        late = self.latency_s
+        seconds = tuple(late + factor * (second - late) for second in self.seconds)
+        return Cost(self.sizes_bytes, seconds, late, self.error)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What combining costs on the group at hand.
+
+    Args:
+        costs: by kind of op, see ``plan.METHODS``; those of ``all_reduce`` at least.
+
+    Raises:
+        ValueError: there are none of it.
+    """
+
+    costs: Mapping[str, Cost]
+
+    def __post_init__(self) -> None:
+        if "all_reduce" not in self.costs:
+            raise ValueError("a network needs the cost of all_reduce, what else there may be")
+
+    def op(self, kind: str) -> Cost:
+        """What one kind of op takes.
+
+        Raises:
+            ValueError: that is not known.
+        """
+        if kind not in self.costs:
+            raise ValueError(f"no cost is known for op {kind!r}, only for {', '.join(self.costs)}")
+        return self.costs[kind]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those whose costs are known."""
+        return tuple(m for m, kinds in METHODS.items() if all(k in self.costs for k in kinds))
 
     def cost_s(self, method: str, size_bytes: float) -> float:
-        """Seconds that one op takes on an idle network."""
-        return self.latency_s + self.transfer_s(method, size_bytes)
+        """Seconds that a bucket takes on an idle network, with all ops of its method.
+
+        Raises:
+            ValueError: that is not known.
+        """
+        return sum(self.op(kind).alone_s(size_bytes) for kind in METHODS.get(method, (method,)))
+
+    def best(self, size_bytes: float, methods: Sequence[str]) -> str:
+        """The cheapest of some methods for a bucket; of equal ones the first."""
+        return min(methods, key=lambda method: self.cost_s(method, size_bytes))
+
+    @property
+    def s_per_byte(self) -> float:
+        """The least that one more byte costs, by whatever method."""
+        return min(sum(self.op(kind).s_per_byte for kind in METHODS[m]) for m in self.methods)
+
+    @property
+    def latency_s(self) -> float:
+        """The least time before anything transfers, by whatever method."""
+        return min(self.op(METHODS[method][0]).latency_s for method in self.methods)
+
+    def slowed(self, factor: float) -> Network:
+        """One with transfers that take so many times as long."""
+        return Network({kind: cost.slowed(factor) for kind, cost in self.costs.items()})
+
+    @classmethod
+    def linear(cls, latency_s: float, bytes_per_s: float) -> Network:
+        """One of which only all-reduces are known, see ``Cost.linear``."""
+        return cls({"all_reduce": Cost.linear(latency_s, bytes_per_s)})
 
     @classmethod
     def ideal(cls, ranks: int, link_bps: float, latency_s: float = 0.0) -> Network:
-        """A ring all-reduce over links that do nothing else.
-
-        Each of its 2(n-1) rounds sends 1/n of the tensor over every link.
+        """Links that do nothing else, each carrying what the method must send, in full duplex.
 
         Args:
             ranks: how many.
@@ -59,45 +200,29 @@ class Network:
         """
         if ranks < 1 or not link_bps > 0:
             raise ValueError(f"{ranks} ranks on links of {link_bps} bit/s: both must be above zero")
-        if ranks == 1:
-            return cls(0.0, MAX_BYTES_PER_S)
-        rounds = 2 * (ranks - 1)
-        return cls(rounds * latency_s, link_bps * ranks / (8 * rounds))
-
-    @classmethod
-    def fit(cls, samples: Sequence[tuple[int, float]]) -> Network:
-        """Fits latency and bandwidth to measured all-reduces.
-
-        The median per size keeps single hiccups out. Least squares of the *relative* errors let
-        small tensors decide the latency and large ones the bandwidth.
-
-        Args:
-            samples: ``(size_bytes, seconds)``, at least one, in any order, sizes repeated at will.
-        """
-        if not samples:
-            raise ValueError("a network cannot be fitted to no samples: measure at least one size")
-        by_size: defaultdict[int, list[float]] = defaultdict(list)
-        for size, seconds in samples:
-            by_size[size].append(seconds)
-        points = [(float(s), max(median(seconds), _TINY_S)) for s, seconds in by_size.items()]
-        # Minimise the sum of ((latency + size * per_byte) / seconds - 1)^2.
-        w = sum(1 / t**2 for _, t in points)
-        ws = sum(s / t**2 for s, t in points)
-        wss = sum(s * s / t**2 for s, t in points)
-        wt = sum(1 / t for _, t in points)
-        wst = sum(s / t for s, t in points)
-        determinant = w * wss - ws * ws
-        if determinant > 1e-12 * w * wss:
-            latency = max((wt * wss - ws * wst) / determinant, _TINY_S)
-        else:  # One size only tells no latency from bandwidth.
-            latency = _TINY_S if wss else wt / w
-        per_byte = (wst - ws * latency) / wss if wss else 0.0
-        if per_byte < 1 / MAX_BYTES_PER_S:  # Larger tensors took no longer.
-            latency, per_byte = wt / w, 1 / MAX_BYTES_PER_S
-        return cls(latency, 1 / per_byte)
+        others = ranks - 1
+        # Per kind, the messages that follow each other and how often a link carries the bucket.
+        ring, direct = (others, others / ranks), (min(1, others), others / ranks)
+        kinds = {
+            "all_reduce": (2 * others, 2 * others / ranks),
+            "all_gather": (others, others),
+            "exchange": (min(1, others), others),
+            "reduce_scatter": direct,
+            "all_gather_parts": direct,
+            "ring_reduce_scatter": ring,
+            "all_gather_parameters": ring,
+        }
+        return cls(
+            {
+                kind: Cost.linear(
+                    messages * latency_s, link_bps / (8 * times) if times else MAX_BYTES_PER_S
+                )
+                for kind, (messages, times) in kinds.items()
+            }
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {kind: asdict(cost) for kind, cost in self.costs.items()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Network:
@@ -107,38 +232,49 @@ class Network:
             ValueError: a field is missing or unknown, or no cost.
         """
         try:
-            return cls(**data)
-        except TypeError as error:
+            return cls(
+                {
+                    kind: Cost(
+                        **{
+                            **cost,
+                            "sizes_bytes": tuple(cost["sizes_bytes"]),
+                            "seconds": tuple(cost["seconds"]),
+                        }
+                    )
+                    for kind, cost in data.items()
+                }
+            )
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is no network: {error}") from None
 
 
-_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+def _at_nothing(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """Where the line through the two smallest sizes meets no size at all."""
+    if len(sizes) == 1:
+        return seconds[0]
+    (s0, s1), (t0, t1) = sizes[:2], seconds[:2]
+    return t0 - s0 * (t1 - t0) / (s1 - s0)
 
 
-def parse_rate(text: str) -> float:
-    """Bits per second of ``318mbit``, ``2.5Gbit`` or ``25gbit``.
-
-    As in ``tc``, a bare number is bits per second, and ``mbps`` is mega*bytes* per second.
-    """
-    match = re.fullmatch(r"([\d.]+)([kmgt]?)(bit|bps)?", text.strip().lower())
-    number = _number(match[1]) if match else None
-    if match is None or not number or (match[2] and not match[3]):
-        raise ValueError(f"{text!r} is no rate: give for example 318mbit, 2.5gbit or 100kbit")
-    return number * _PREFIXES[match[2]] * (8 if match[3] == "bps" else 1)
+def _without_outliers(values: Sequence[float]) -> list[float]:
+    middle, deviation = median(values), _deviation(values)
+    near = [v for v in values if abs(v - middle) <= _OUTLIER * max(deviation, _TINY_S)]
+    return near or list(values)
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of ``11us``, ``1.5ms``, ``2s`` or ``0``."""
-    match = re.fullmatch(r"([\d.]+)\s*(ns|us|µs|ms|s)?", text.strip().lower())
-    number = _number(match[1]) if match else None
-    if match is None or number is None or (number and not match[2]):
-        raise ValueError(f"{text!r} is no duration: give for example 11us, 1.5ms or 2s")
-    return number * _SECONDS[match[2] or "s"]
+def _deviation(values: Sequence[float]) -> float:
+    """Median deviation from the median."""
+    middle = median(values)
+    return median(abs(value - middle) for value in values)
 
 
-def _number(digits: str) -> float | None:
-    try:
-        return float(digits)
-    except ValueError:
-        return None
+def _never_falling(values: Sequence[float]) -> list[float]:
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = value, 1
+        while blocks and blocks[-1][0] > mean:
+            before, many = blocks.pop()
+            mean = (mean * count + before * many) / (count + many)
+            count += many
+        blocks.append((mean, count))
+    return [mean for mean, count in blocks for _ in range(count)]

@@ -13,8 +13,40 @@ FORMAT = 1
 ALIGN_BYTES = 64
 """Parameters start at multiples of this, as in torch's own allocator: kernels round alike."""
 
-METHODS: dict[str, tuple[str, ...]] = {"allreduce": ("all_reduce",)}
+METHODS: dict[str, tuple[str, ...]] = {
+    "allreduce": ("all_reduce",),
+    "gather": ("all_gather",),
+    "exchange": ("exchange",),
+    "split": ("reduce_scatter", "all_gather_parts"),
+    "hierarchical": ("reduce_inside", "all_reduce_across", "all_gather_inside"),
+    "shard": ("ring_reduce_scatter", "all_gather_parameters"),
+    "shard_direct": ("reduce_scatter", "all_gather_parameters"),
+}
 """Every method with the ops that carry it out, in the order in which they follow each other."""
+
+SHARED_PARAMETERS = "all_gather_parameters"
+"""The op that follows an update instead of preceding it; methods that end with it shard."""
+
+
+def shards(method: str) -> bool:
+    """Whether under this method each rank updates only its part of the parameters."""
+    return METHODS[method][-1] == SHARED_PARAMETERS
+
+
+def borders(numel: int, ranks: int, itemsize: int) -> list[int]:
+    """Where the ranks' parts of a slice begin and end: equal, aligned, the last ones shorter.
+
+    Args:
+        numel: elements of the slice.
+        ranks: how many parts.
+        itemsize: bytes of one element.
+
+    Returns:
+        ``ranks + 1`` elements, from 0 to ``numel``.
+    """
+    align = max(1, ALIGN_BYTES // itemsize)
+    part = -(-numel // (ranks * align)) * align
+    return [min(rank * part, numel) for rank in range(ranks + 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +190,39 @@ class Plan:
                     f"the buckets cover {reached[index]} of flat buffer {index}'s "
                     f"{flat.numel} elements"
                 )
-        expected = {(i, k) for i, b in enumerate(self.buckets) for k in METHODS[b.method]}
-        if len(self.ops) != len(expected) or {(o.bucket, o.kind) for o in self.ops} != expected:
-            raise ValueError("the ops of a plan are those of its buckets' methods, each once")
+        kinds: list[list[str]] = [[] for _ in self.buckets]
+        for op in self.ops:
+            if not 0 <= op.bucket < len(kinds):
+                raise ValueError(f"an op is of bucket {op.bucket}, there is none")
+            kinds[op.bucket].append(op.kind)
+        for index, (bucket, found) in enumerate(zip(self.buckets, kinds, strict=True)):
+            if tuple(found) != METHODS[bucket.method]:
+                raise ValueError(
+                    f"the ops of bucket {index} are {', '.join(found) or 'missing'}, but its "
+                    f"method takes {', '.join(METHODS[bucket.method])}, in this order"
+                )
         if self.window < 1:
             raise ValueError(f"window is {self.window}, but at least one op must be in flight")
 
     def bucket_bytes(self, index: int) -> int:
         bucket = self.buckets[index]
         return (bucket.stop - bucket.start) * self.flats[bucket.flat].itemsize
+
+    @cached_property
+    def before(self) -> tuple[int, ...]:
+        """Per op, the op of the same bucket that must be done before it; -1 for the first one."""
+        last: dict[int, int] = {}
+        found: list[int] = []
+        for index, op in enumerate(self.ops):
+            found.append(last.get(op.bucket, -1))
+            last[op.bucket] = index
+        return tuple(found)
+
+    @cached_property
+    def reduces(self) -> frozenset[int]:
+        """The ops with which the gradients of a bucket are combined."""
+        last = {op.bucket: i for i, op in enumerate(self.ops) if op.kind != SHARED_PARAMETERS}
+        return frozenset(last.values())
 
     @cached_property
     def slots_of(self) -> tuple[tuple[int, ...], ...]:

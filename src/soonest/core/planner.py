@@ -1,9 +1,10 @@
 """Chooses what is sent in one piece, and in which order.
 
-The cut depends on sizes, layers and the number of ranks only, never on measured times: with more
-than two ranks the cut points decide how sums are rounded, and results must be equal from run to
-run. The order may depend on times, for it changes no number. With two ranks nothing does, so there
-coarser cuts may be tried.
+The cut and the methods depend on sizes, layers, the number of ranks and the calibrated network,
+never on times measured while training: with more than two ranks they decide how sums are rounded,
+and results must be equal from run to run (a calibration is kept from one to the next). The order
+may depend on times, for it changes no number. With two ranks nothing does, so there coarser cuts
+may be tried.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from soonest.core.network import Network
-from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan
+from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan, shards
 from soonest.core.simulate import Run, Workload, run
 from soonest.core.trace import Trace
 
@@ -28,10 +29,13 @@ from soonest.core.trace import Trace
 PARTS, PARTS_FOR_MANY, MANY_RANKS = 24.0, 16.0, 9
 FRONT_PARTS = 256
 BACK_SHARE = 1 / 4
-# With fewer bytes per rank than this, an op costs its latency and little else.
-TARGET_FLOOR_BYTES, SMALLEST_FLOOR_BYTES = 16 << 10, 2 << 10
+# A bucket should be so large that it costs this many times as much as an empty one: smaller ones
+# cost little but their latency. At the front they may be smaller than that by a factor.
+WORTH, FRONT_WORTH = 2.0, 8.0
 # A bucket may be this much smaller or larger than it should be to end at a border of a layer.
 LOW, HIGH = 0.6, 1.4
+
+_MOST_BYTES = float(1 << 40)
 
 MAX_WORK = 200_000
 """Ops and layers that the improvement of an order may simulate: a fraction of a second."""
@@ -45,27 +49,63 @@ def flats_of(trace: Trace, itemsize: int = 4) -> tuple[Flat, ...]:
 
 
 def cut(
-    flats: Sequence[Flat], *, ranks: int, method: str = "allreduce", coarseness: float = 1.0
+    flats: Sequence[Flat],
+    network: Network,
+    *,
+    ranks: int,
+    methods: Sequence[str] | None = None,
+    coarseness: float = 1.0,
 ) -> tuple[Bucket, ...]:
     """Cuts flat buffers into buckets: small parameters are fused, large ones are sliced.
 
     Args:
         flats: the flat buffers.
+        network: what combining costs; gives each bucket the cheapest method for its size.
         ranks: how many.
-        method: of all buckets.
+        methods: to choose from; all but sharding ones if None.
         coarseness: by which factor buckets are larger than usual; ``PARTS`` leaves two of each
             dtype, a small one for the first layers and the rest, and infinity leaves one.
     """
+    methods = choices(network) if methods is None else methods
     total = sum(flat.numel * flat.itemsize for flat in flats)
     parts = PARTS_FOR_MANY if ranks >= MANY_RANKS else PARTS
-    target = max(coarseness * total / parts, TARGET_FLOOR_BYTES * ranks)
-    smallest = max(coarseness * total / FRONT_PARTS, SMALLEST_FLOOR_BYTES * ranks)
+    worth = worthwhile_bytes(network, methods)
+    target = max(coarseness * total / parts, worth)
+    smallest = max(coarseness * total / FRONT_PARTS, worth / FRONT_WORTH)
     return tuple(
-        Bucket(index, start, stop, method, _layers_between(flat, start, stop))
+        Bucket(
+            index,
+            start,
+            stop,
+            network.best((stop - start) * flat.itemsize, methods),
+            _layers_between(flat, start, stop),
+        )
         for index, flat in enumerate(flats)
         if flat.slots
         for start, stop in pairwise(_cut_points(flat, smallest, target))
     )
+
+
+def choices(network: Network) -> tuple[str, ...]:
+    """The methods that a plan may use if the user has not said otherwise."""
+    return tuple(method for method in network.methods if not shards(method))
+
+
+def worthwhile_bytes(network: Network, methods: Sequence[str]) -> float:
+    """The least size that costs ``WORTH`` times as much as none.
+
+    For a line it is where half of the time goes into latency (R. W. Hockney's n 1/2).
+    """
+
+    def cost_s(size: float) -> float:
+        return network.cost_s(network.best(size, methods), size)
+
+    enough_s = WORTH * cost_s(0.0)
+    low, high = 0.0, _MOST_BYTES if enough_s else 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost_s(middle) < enough_s else (low, middle)
+    return high
 
 
 def _cut_points(flat: Flat, smallest: float, target: float) -> Iterator[int]:
@@ -118,6 +158,7 @@ def order(
     buckets: Sequence[Bucket],
     network: Network,
     *,
+    ranks: int,
     window: int = 2,
 ) -> tuple[Op, ...]:
     """The order in which the buckets are sent, from the profile of a model.
@@ -127,18 +168,10 @@ def order(
     Operational Research 11, 1982), and a bounded local search improves it in the simulator.
     """
     alone = _first_needed(trace, buckets)
-    work = Workload.of(trace, flats, buckets, network, alone=alone)
-    return _ops(buckets, _improve(work, _schrage(work, window), window), alone)
-
-
-def _ops(
-    buckets: Sequence[Bucket], sequence: Sequence[int], alone: Sequence[int] = ()
-) -> tuple[Op, ...]:
-    return tuple(
-        Op(index, kind, index in alone)
-        for index in sequence
-        for kind in METHODS[buckets[index].method]
-    )
+    work = Workload.of(trace, flats, buckets, network, ranks=ranks, alone=alone)
+    sequence = _improve(work, _schrage(work, window), window)
+    jobs = (work.jobs[index] for index in sequence)
+    return tuple(Op(job.bucket, job.kind, job.bucket in work.alone) for job in jobs)
 
 
 def _first_needed(trace: Trace, buckets: Sequence[Bucket]) -> list[int]:
@@ -152,28 +185,36 @@ def _first_needed(trace: Trace, buckets: Sequence[Bucket]) -> list[int]:
 
 
 def _schrage(work: Workload, window: int) -> list[int]:
-    """Whenever the network gets free, sends the bucket with the longest tail among those ready."""
-    coming = sorted(range(len(work.ready_s)), key=lambda i: (work.ready_s[i], i))
+    """Whenever the network gets free, sends what has the longest tail among what is ready."""
+    jobs = work.jobs
+    following = {job.before: index for index, job in enumerate(jobs) if job.before >= 0}
+    coming = [(work.ready_of(job, 0.0), i) for i, job in enumerate(jobs) if job.before < 0]
+    heapq.heapify(coming)
     waiting: list[tuple[float, int]] = []
+    least_latency_s = min((job.latency_s for job in jobs), default=0.0)
     sequence: list[int] = []
     ends: list[float] = []
+    ended: dict[int, float] = {}
     end = 0.0
-    arrived = 0
-    while len(sequence) < len(coming):
-        behind = 1 if sequence and sequence[-1] in work.alone else window
+    while len(sequence) < len(jobs):
+        behind = 1 if sequence and jobs[sequence[-1]].bucket in work.alone else window
         slot_free = ends[-behind] if len(ends) >= behind else 0.0
         # All that are ready by now can start their transfer at the same time.
-        now = max(slot_free, end - work.latency_s)
-        if not waiting and work.ready_s[coming[arrived]] > now:
-            now = work.ready_s[coming[arrived]]
-        while arrived < len(coming) and work.ready_s[coming[arrived]] <= now:
-            heapq.heappush(waiting, (-work.tail_s[coming[arrived]], coming[arrived]))
-            arrived += 1
+        now = max(slot_free, end - least_latency_s)
+        if not waiting and coming[0][0] > now:
+            now = coming[0][0]
+        while coming and coming[0][0] <= now:
+            _, index = heapq.heappop(coming)
+            heapq.heappush(waiting, (-work.tail_s[jobs[index].bucket], index))
         chosen = heapq.heappop(waiting)[1]
-        issued = max(slot_free, work.ready_s[chosen])
-        end = max(issued + work.latency_s, end) + work.transfer_s[chosen]
+        job = jobs[chosen]
+        ready_s = work.ready_of(job, ended.get(job.before, 0.0))
+        end = ended[chosen] = max(max(slot_free, ready_s) + job.latency_s, end) + job.transfer_s
         sequence.append(chosen)
         ends.append(end)
+        if chosen in following:
+            after = following[chosen]
+            heapq.heappush(coming, (work.ready_of(jobs[after], end), after))
     return sequence
 
 
@@ -201,7 +242,7 @@ def _moves(work: Workload, sequence: list[int], result: Run) -> Iterator[list[in
     The critical op is the one for which the forward pass last stood still: no change behind it can
     shorten the step. Slices of one parameter never pass each other.
     """
-    kinds = [work.layers_of[bucket] for bucket in sequence]
+    kinds = [work.layers_of[work.jobs[index].bucket] for index in sequence]
     for right in range(_critical(work, sequence, result), 0, -1):
         for left in range(right - 1, -1, -1):
             between = sequence[left + 1 : right]
@@ -218,7 +259,9 @@ def _critical(work: Workload, sequence: list[int], result: Run) -> int:
     waits = [i for i, (start, _) in enumerate(result.forwards) if start > before[i]]
     if not waits:
         return 0
-    return max(i for i, bucket in enumerate(sequence) if waits[-1] in work.layers_of[bucket])
+    layer = waits[-1]
+    carried = [work.layers_of[work.jobs[index].bucket] for index in sequence]
+    return max(i for i, layers in enumerate(carried) if layer in layers)
 
 
 def make_plan(
@@ -228,31 +271,46 @@ def make_plan(
     *,
     ranks: int,
     window: int = 2,
+    methods: Sequence[str] | None = None,
     coarseness: float = 1.0,
+    pace: float = 1.0,
 ) -> Plan:
     """The plan for a model whose layers and network have been measured.
 
     Args:
         trace: its layers have the names of ``Slot.layer``.
         flats: the flat buffers.
-        network: cost of an all-reduce.
+        network: what combining costs.
         ranks: how many.
         window: how many ops may be in flight at once.
-        coarseness: see ``cut``.
+        methods, coarseness: see ``cut``.
+        pace: transfers take so many times as long as ``network`` says. Only the order depends on
+            this.
     """
-    buckets = cut(flats, ranks=ranks, coarseness=coarseness)
-    ops = order(trace, flats, buckets, network, window=window)
+    buckets = cut(flats, network, ranks=ranks, methods=methods, coarseness=coarseness)
+    ops = order(trace, flats, buckets, network.slowed(pace), ranks=ranks, window=window)
     return Plan(ranks, tuple(flats), buckets, ops, window)
 
 
-def first_plan(flats: Sequence[Flat], *, ranks: int, window: int = 2) -> Plan:
-    """The plan before anything was measured: the order in which a backward pass makes gradients.
+def first_plan(
+    flats: Sequence[Flat],
+    network: Network,
+    *,
+    ranks: int,
+    window: int = 2,
+    methods: Sequence[str] | None = None,
+) -> Plan:
+    """The plan before the model was measured: the order in which a backward pass makes gradients.
 
-    Flat buffers side by side are walked at the same relative pace.
+    Flat buffers side by side are walked at the same relative pace. Parameters that are shared
+    behind an update come in the order in which a forward pass needs them.
     """
-    buckets = cut(flats, ranks=ranks)
-    sequence = sorted(
+    buckets = cut(flats, network, ranks=ranks, methods=methods)
+    backward = sorted(
         range(len(buckets)),
         key=lambda i: (-buckets[i].stop / flats[buckets[i].flat].numel, buckets[i].flat),
     )
-    return Plan(ranks, tuple(flats), buckets, _ops(buckets, sequence), window)
+    ops = [Op(i, kind) for i in backward for kind in METHODS[buckets[i].method]]
+    ahead = [op for op in ops if op.kind != SHARED_PARAMETERS]
+    behind = [op for op in reversed(ops) if op.kind == SHARED_PARAMETERS]
+    return Plan(ranks, tuple(flats), buckets, (*ahead, *behind), window)

@@ -13,31 +13,52 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from soonest.core.network import Network
-from soonest.core.plan import Bucket, Flat, Plan
+from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Plan
 from soonest.core.timeline import Span, Timeline
 from soonest.core.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """A trace, its buckets and a network in numbers, to be run under any order of the buckets.
+class Job:
+    """One op of one bucket, in numbers.
 
     Args:
-        latency_s: of every op.
-        transfer_s: per bucket, how long it keeps the network to itself.
+        bucket: index of the bucket.
+        kind: of the op.
+        latency_s: passes while others transfer.
+        transfer_s: how long it keeps the network to itself.
+        before: index of the job of the same bucket that comes before it; -1 for the first one.
+        last: whether the bucket is combined or, if its parameters are shared, in place with it.
+    """
+
+    bucket: int
+    kind: str
+    latency_s: float
+    transfer_s: float
+    before: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A trace, its buckets and a network in numbers, to be run under any order of the ops.
+
+    Args:
+        jobs: the ops of all buckets, by bucket, and of one bucket in their order.
         ready_s: per bucket, when the gradients of all layers that it carries are ready.
         tail_s: per bucket, the forward computation that cannot start before it landed.
         layers_of: per bucket, the indices of the layers that it carries.
+        part_s: per bucket, how long a rank takes to update its part, where it is sharded.
         backward_s: length of the backward pass.
         forward_s, update_s: per layer.
-        alone: buckets behind whose op no other is issued before it is done.
+        alone: buckets behind whose ops no other is issued before they are done.
     """
 
-    latency_s: float
-    transfer_s: list[float]
+    jobs: list[Job]
     ready_s: list[float]
     tail_s: list[float]
     layers_of: list[list[int]]
+    part_s: list[float]
     backward_s: float
     forward_s: list[float]
     update_s: list[float]
@@ -51,6 +72,7 @@ class Workload:
         buckets: Sequence[Bucket],
         network: Network,
         *,
+        ranks: int,
         alone: Iterable[int] = (),
     ) -> Workload:
         """Raises ``ValueError`` where a bucket carries a layer that the trace does not have."""
@@ -63,20 +85,32 @@ class Workload:
             ) from None
         ready, tail = trace.ready_s(), trace.tail_s()
         update_per_byte = trace.update_us * 1e-6 / max(1, trace.total_bytes)
+        sizes = [(b.stop - b.start) * flats[b.flat].itemsize for b in buckets]
+        jobs: list[Job] = []
+        for bucket, size in enumerate(sizes):
+            kinds = METHODS[buckets[bucket].method]
+            for stage, kind in enumerate(kinds):
+                cost = network.op(kind)
+                before = len(jobs) - 1 if stage else -1
+                transfer_s, last = cost.transfer_s(size), stage == len(kinds) - 1
+                jobs.append(Job(bucket, kind, cost.latency_s, transfer_s, before, last))
         return cls(
-            latency_s=network.latency_s,
-            transfer_s=[
-                network.transfer_s(b.method, (b.stop - b.start) * flats[b.flat].itemsize)
-                for b in buckets
-            ],
+            jobs=jobs,
             ready_s=[max((ready[i] for i in layers), default=0.0) for layers in layers_of],
             tail_s=[max((tail[i] for i in layers), default=0.0) for layers in layers_of],
             layers_of=layers_of,
+            part_s=[size * update_per_byte / ranks for size in sizes],
             backward_s=ready[0],
             forward_s=[layer.fwd_us * 1e-6 for layer in trace.layers],
             update_s=[layer.bytes * update_per_byte for layer in trace.layers],
             alone=frozenset(alone),
         )
+
+    def ready_of(self, job: Job, before_s: float) -> float:
+        """When a job can be issued, if the one before it of the same bucket ended then."""
+        if job.kind == SHARED_PARAMETERS:  # after the update, which ``optimizer.step()`` allows
+            return max(before_s, self.backward_s) + self.part_s[job.bucket]
+        return self.ready_s[job.bucket] if job.before < 0 else before_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +119,8 @@ class Run:
 
     Args:
         transfers: per op, start and end of its transfer; its latency is just before.
-        updates: per layer, start and end of its update; None if it has nothing to send.
+        updates: per layer, start and end of its update; None if it has nothing to send, or if each
+            rank updates but a part of it.
         forwards: per layer, start and end of its forward computation.
     """
 
@@ -103,26 +138,36 @@ def run(work: Workload, order: Sequence[int], window: int) -> Run:
 
     Args:
         work: what to run.
-        order: the bucket of each op, in the order of issue.
+        order: indices of all jobs, in the order of issue; those of a bucket in theirs.
         window: how many ops may be in flight.
     """
     transfers: list[tuple[float, float]] = []
+    ended = [0.0] * len(work.jobs)
     combined: list[float | None] = [None] * len(work.forward_s)
+    landed = [0.0] * len(work.forward_s)
     end = 0.0
-    for position, bucket in enumerate(order):
-        behind = 1 if position and order[position - 1] in work.alone else window
+    alone = False
+    for position, index in enumerate(order):
+        job = work.jobs[index]
+        behind = 1 if alone else window
         slot_free = transfers[position - behind][1] if position >= behind else 0.0
-        issued = max(work.ready_s[bucket], slot_free)
-        start = max(issued + work.latency_s, end)  # Behind the op in front, whatever is ready.
-        end = start + work.transfer_s[bucket]
+        issued = max(work.ready_of(job, ended[job.before]), slot_free)
+        start = max(issued + job.latency_s, end)  # Behind the op in front, whatever is ready.
+        end = ended[index] = start + job.transfer_s
         transfers.append((start, end))
-        for layer in work.layers_of[bucket]:
-            combined[layer] = end
+        alone = job.bucket in work.alone
+        if job.last:
+            shared = job.kind == SHARED_PARAMETERS
+            for layer in work.layers_of[job.bucket]:
+                if shared:
+                    landed[layer] = end
+                else:
+                    combined[layer] = end
     updates = _updates(work, combined)
     forwards: list[tuple[float, float]] = []
     now = work.backward_s
-    for duration, update in zip(work.forward_s, updates, strict=True):
-        start = max(now, update[1]) if update else now
+    for duration, update, there in zip(work.forward_s, updates, landed, strict=True):
+        start = max(now, there, update[1] if update else 0.0)
         now = start + duration
         forwards.append((start, now))
     return Run(transfers, updates, forwards)
@@ -153,8 +198,9 @@ def _updates(work: Workload, combined: Sequence[float | None]) -> list[tuple[flo
 
 def _run_plan(trace: Trace, plan: Plan, network: Network) -> Run:
     alone = [op.bucket for op in plan.ops if op.alone]
-    work = Workload.of(trace, plan.flats, plan.buckets, network, alone=alone)
-    return run(work, [op.bucket for op in plan.ops], plan.window)
+    work = Workload.of(trace, plan.flats, plan.buckets, network, ranks=plan.ranks, alone=alone)
+    index = {(job.bucket, job.kind): i for i, job in enumerate(work.jobs)}
+    return run(work, [index[op.bucket, op.kind] for op in plan.ops], plan.window)
 
 
 def step_time_s(trace: Trace, plan: Plan, network: Network) -> float:
@@ -183,7 +229,8 @@ def simulate(trace: Trace, plan: Plan, network: Network, *, title: str = "soones
         now = end
     for op, (start, end) in zip(plan.ops, result.transfers, strict=True):
         name = plan.describe(op.bucket)
-        spans.append(Span("network", "send", name, start - network.latency_s, end))
+        latency_s = network.op(op.kind).latency_s
+        spans.append(Span("network", "send", name, start - latency_s, end))
     for layer, update in zip(trace.layers, result.updates, strict=True):
         if update:
             spans.append(Span("update", "update", layer.name, *update))

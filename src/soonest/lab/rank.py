@@ -89,6 +89,8 @@ def torchrun_env(
         "GLOO_SOCKET_IFNAME": interface,
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
+        # What was measured on other links does not hold here.
+        "SOONEST_CACHE": "",
         # Without it every rank warns that the lab has no name server.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }

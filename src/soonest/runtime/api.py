@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from soonest.core.plan import Plan, first_difference
+from soonest.core.plan import Plan, first_difference, shards
 from soonest.core.planner import first_plan
 from soonest.core.timeline import Timeline
 from soonest.runtime import agree, calibrate, collectives, update
@@ -97,6 +97,7 @@ def prioritize(
     timeout_s: float | None = None,
     plan: Plan | str | Path | None = None,
     separable: bool | None = None,
+    method: str | None = None,
 ) -> Handle:
     """Trains ``model`` data-parallel, sending first what the next forward pass needs first.
 
@@ -120,6 +121,8 @@ def prioritize(
             the optimizers of ``torch.optim`` that do, no for any other class. Where it is not, all
             parameters are updated together inside ``optimizer.step()``, and only the backward pass
             is overlapped.
+        method: combine every bucket so, a key of ``soonest.METHODS``, instead of choosing the
+            cheapest by size.
 
     Returns:
         A handle; it need not be kept.
@@ -135,6 +138,7 @@ def prioritize(
     if parent.size() == 1:
         return Handle(None)
     group = collectives.private_group(parent, timeout_s)
+    ranks = collectives.ranks_of(group)
     peers = Peers(group)
     order = [slot.name for flat in given.flats for slot in flat.slots] if given else []
     agree.agree_on_model(group, model)
@@ -144,18 +148,24 @@ def prioritize(
         if given is not None and (wrong := _misfit(given, layout, group.size())):
             raise ValueError(f"the plan is not for this model and group: {wrong} (plan / here)")
         collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
-        network = calibrate.measure(group, layout.parameters[0].device)
-        first = given or first_plan(layout.flats, ranks=group.size(), window=WINDOW)
+        methods = _methods(method, ranks)
+        network = calibrate.network_of(
+            ranks, methods=methods, device=layout.parameters[0].device, wire=None
+        )
+        first = given or first_plan(
+            layout.flats, network, ranks=group.size(), window=WINDOW, methods=methods
+        )
         agree.agree_on_plan(group, first)
+        learner = Learner(network, window=WINDOW, methods=methods)
         engine = Engine(
             model,
             optimizer,
             separable=update.is_separable(optimizer) if separable is None else separable,
             layout=layout,
             plan=first,
-            group=group,
+            ranks=ranks,
             lane=lane,
-            after_step=Learner(network, WINDOW) if given is None else _nothing,
+            after_step=learner if given is None else _nothing,
         )
     except BaseException:
         lane.close()
@@ -178,6 +188,14 @@ def _finish() -> None:
             engine.lane.wait_all()
         # A thread that still runs when the interpreter ends may take the process down with it.
         engine.lane.close()
+
+
+def _methods(forced: str | None, ranks: collectives.Ranks) -> tuple[str, ...]:
+    """Those that the plan may use."""
+    if forced is None:
+        return tuple(method for method in ranks.methods if not shards(method))
+    collectives.check_method(forced, ranks)
+    return (forced,)
 
 
 def _nothing(engine: Engine) -> None:

@@ -1,33 +1,229 @@
-"""Measures the network."""
+"""Measures what each method costs on the group at hand, and remembers it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from soonest.core.network import Network
+from soonest.core.network import Cost, Network
+from soonest.core.plan import METHODS
 from soonest.runtime import collectives
+from soonest.runtime.collectives import Piece, Ranks, Running
 
-# Sizes and repetitions that show latency and bandwidth and take well under a second on 100 Mbit/s.
-_LADDER = ((4 << 10, 5), (256 << 10, 3), (1 << 20, 3))
+BUDGET_S = 2.0
+SIZES = tuple(1024 * 8**power for power in range(6))
+"""Bytes of a bucket, 1 kB to 32 MB."""
+_TIMES = 4
+"""Of each op and size; where that takes long, once."""
+_DROPPED = 2.0
+"""A method that costs so many times as much as the cheapest is not measured with more bytes."""
+_STREAM = 6
+"""Ops that follow each other, with two in flight."""
+_FORMAT = 1
+_CHECKED = (1, 3)
+"""Sizes, by index, at which a remembered calibration is compared with the network of today."""
+_ALIKE = 2.0
+"""It holds as long as they differ by no more than this factor."""
+
+Watch = Callable[[int], None]
 
 
-def measure(group: collectives.Group, device: torch.device) -> Network:
-    """Times all-reduces of a few sizes on the group at hand; a collective call.
+def network_of(
+    ranks: Ranks, *, methods: Sequence[str], device: torch.device, wire: torch.dtype | None
+) -> Network:
+    """What combining costs on these ranks: remembered, or else measured; a collective call.
+
+    Args:
+        ranks: who combines.
+        methods: whose costs are needed.
+        device: of the buckets.
+        wire: see ``collectives.Piece``.
 
     Returns:
         The first rank's fit, on every rank.
     """
-    samples: list[tuple[int, float]] = []
-    for size_bytes, times in _LADDER:
-        tensor = torch.zeros(size_bytes // 4, device=device)
-        collectives.start(
-            "all_reduce", group, tensor
-        ).wait()  # buffers and connections are made now
-        for _ in range(times):
-            began = time.perf_counter()
-            collectives.start("all_reduce", group, tensor).wait()
-            samples.append((size_bytes, time.perf_counter() - began))
-    fit = collectives.first_rank_object(group, Network.fit(samples).to_json())
+    file = _file(_key(ranks, methods, device, wire))
+    known = _read(file) if file and ranks.group.rank() == 0 else None
+    known = collectives.first_rank_object(ranks.group, known)
+    if known is not None:
+        network = Network.from_json(known)
+        if _still_holds(network, ranks, device, wire):
+            return network
+    network = measure(ranks, methods=methods, device=device, wire=wire)
+    if file and ranks.group.rank() == 0:
+        _write(file, network)
+    return network
+
+
+def measure(
+    ranks: Ranks,
+    *,
+    methods: Sequence[str],
+    device: torch.device,
+    wire: torch.dtype | None = None,
+    budget_s: float = BUDGET_S,
+    sizes: Sequence[int] = SIZES,
+    watch: Watch = lambda size: None,
+) -> Network:
+    """Times the ops of some methods at several sizes; a collective call.
+
+    Sizes grow until the time is used up. Costs beyond the last one are extrapolated.
+
+    Args:
+        ranks, methods, device, wire: see ``network_of``.
+        budget_s: about so long may it take, seconds; the two smallest sizes are always measured.
+        sizes: of buckets, bytes, ascending.
+        watch: told of each size that is measured.
+
+    Returns:
+        The first rank's fit, on every rank.
+    """
+    began_s = time.perf_counter()
+    needed = dict.fromkeys(("allreduce", *methods))
+    samples: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+    live, spaced, dropped = list(needed), dict[str, float](), dict[str, float]()
+    row_s = 0.0
+    for number, (size, larger) in enumerate(pairwise((*sizes, sizes[-1]))):
+        watch(size)
+        kinds = list(dict.fromkeys(kind for method in live for kind in METHODS[method]))
+        piece = _piece(size, device, wire)
+        left_s = budget_s - (time.perf_counter() - began_s)
+        times = collectives.first_rank_object(
+            ranks.group, _TIMES if number < 2 or 2 * _TIMES * row_s < left_s else 1
+        )
+        found = {kind: _time(kind, ranks, piece, times) for kind in kinds}
+        if not number:
+            spaced = {kind: _spaced_s(kind, ranks, piece) for kind in kinds}
+        row = {kind: median(took) for kind, took in found.items()}
+        for kind, factor in dropped.items():  # assumed to stay as much dearer as it was
+            found[kind] = [factor * row["all_reduce"]]
+        for kind, took in found.items():
+            samples[kind] += [(size, seconds) for seconds in took]
+        growth = larger / size
+        row_s = sum(row.values()) * growth
+        spent_s = time.perf_counter() - began_s
+        go_on = number == 0 or (growth > 1 and spent_s + row_s < budget_s)
+        decided = go_on, (_worthwhile(needed, live, row) if number else live)
+        go_on, live = collectives.first_rank_object(ranks.group, decided)
+        if not go_on:
+            break
+        kept = {kind for method in live for kind in METHODS[method]}
+        dropped |= {kind: row[kind] / row["all_reduce"] for kind in kinds if kind not in kept}
+    costs = {kind: Cost.fit(took, spaced_s=spaced[kind]) for kind, took in samples.items()}
+    fit = collectives.first_rank_object(ranks.group, Network(costs).to_json())
     return Network.from_json(fit)
+
+
+def _worthwhile(needed: dict[str, None], live: list[str], row: dict[str, float]) -> list[str]:
+    """The methods to go on with."""
+    cost_s = {method: sum(row[kind] for kind in METHODS[method]) for method in live}
+    least_s = min(cost_s.values())
+    kept = [method for method in live if cost_s[method] <= _DROPPED * least_s]
+    return [method for method in needed if method in kept or method == "allreduce"]
+
+
+def _piece(size_bytes: int, device: torch.device, wire: torch.dtype | None) -> Piece:
+    buffer = torch.zeros(max(1, size_bytes // 4), device=device)
+    return Piece(buffer, buffer.clone(), wire)
+
+
+def _time(kind: str, ranks: Ranks, piece: Piece, times: int) -> list[float]:
+    """Seconds of several ops, one after the other; one more makes buffers and connections."""
+    took: list[float] = []
+    for _ in range(times + (times > 1)):
+        began_s = time.perf_counter()
+        _finish(collectives.start(kind, ranks, piece))
+        took.append(time.perf_counter() - began_s)
+    return took[times > 1 :]
+
+
+def _spaced_s(kind: str, ranks: Ranks, piece: Piece) -> float:
+    """Seconds from the end of one op to that of the next, while two are in flight."""
+    pieces = [piece, Piece(piece.gradients.clone(), piece.parameters.clone(), piece.wire)]
+    flying = [collectives.start(kind, ranks, pieces[0])]
+    ended_s: list[float] = []
+    for number in range(1, _STREAM):
+        flying.append(collectives.start(kind, ranks, pieces[number % 2]))
+        _finish(flying.pop(0))
+        ended_s.append(time.perf_counter())
+    _finish(flying.pop())
+    return (ended_s[-1] - ended_s[0]) / (len(ended_s) - 1)
+
+
+def _finish(running: Running) -> None:
+    while running.work is not None:
+        running.work.wait()
+        running.go_on()
+
+
+# What is remembered from one run to the next
+
+
+def _still_holds(
+    network: Network, ranks: Ranks, device: torch.device, wire: torch.dtype | None
+) -> bool:
+    """Whether the network is about as fast as it was."""
+    fits = True
+    for size in (SIZES[index] for index in _CHECKED):
+        took = median(_time("all_reduce", ranks, _piece(size, device, wire), 3))
+        known = network.op("all_reduce").alone_s(size)
+        fits = fits and known / _ALIKE <= took <= known * _ALIKE
+    return collectives.first_rank_object(ranks.group, fits)
+
+
+def _key(
+    ranks: Ranks, methods: Sequence[str], device: torch.device, wire: torch.dtype | None
+) -> dict[str, Any]:
+    hosts = collectives.gather_objects(ranks.group, collectives.host_name())
+    return {
+        "format": _FORMAT,
+        "hosts": hosts,
+        "backend": dist.get_backend(ranks.group),
+        "interface": os.environ.get("GLOO_SOCKET_IFNAME", ""),
+        "methods": list(methods),
+        "device": device.type,
+        "wire": str(wire),
+        "torch": torch.__version__,
+    }
+
+
+def _file(key: dict[str, Any]) -> Path | None:
+    """Where a calibration is kept; None if the user wants none to be."""
+    folder = os.environ.get("SOONEST_CACHE")
+    if folder == "":
+        return None
+    if folder is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "soonest"
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(folder) / f"network-{name}.json"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        Network.from_json(data)
+    except (OSError, ValueError):  # none yet, or no longer readable: it is measured anew
+        return None
+    return data
+
+
+def _write(file: Path, network: Network) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(network.to_json()), encoding="utf-8")
+        partial.replace(file)
+    except OSError:  # a place to remember it is a convenience
+        pass

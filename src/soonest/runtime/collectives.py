@@ -3,16 +3,366 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
-from typing import Any
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from soonest.core.plan import METHODS, borders
+
 Group = dist.ProcessGroup
-Work = dist.Work
+
+
+class Work(Protocol):
+    """Something in flight."""
+
+    def wait(self, timeout: datetime.timedelta = ...) -> bool: ...
+    def is_completed(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that combine, and how they can talk.
+
+    Args:
+        group: all of them.
+        inside: those that share this rank's host; None if no two share one, if all do, or if hosts
+            have different numbers of ranks.
+        across: on each host the one with this rank's place there; None along with ``inside``.
+    """
+
+    group: Group
+    inside: Group | None = None
+    across: Group | None = None
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those that these ranks can carry out."""
+        return tuple(name for name in METHODS if name != "hierarchical" or self.inside)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One bucket's part of the buffers of this rank.
+
+    Args:
+        gradients: contiguous, of any floating dtype, ``numel`` elements.
+        parameters: the same part of the buffer of parameters.
+        wire: dtype in which gradients are sent, their own if None. Sums are rounded to it in
+            between where the backend makes them, and accumulate in float32 where this rank does.
+    """
+
+    gradients: Tensor
+    parameters: Tensor
+    wire: torch.dtype | None = None
+
+    def packed(self, part: slice = slice(None)) -> Tensor:
+        """Gradients as they are sent."""
+        return self.gradients[part].to(self.wire) if self.wire else self.gradients[part]
+
+    def unpack(self, received: Tensor, part: slice = slice(None)) -> None:
+        """Takes over what was sent; equal on every rank, as the sender takes it over as well."""
+        if self.wire:
+            self.gradients[part].copy_(received)
+
+
+Op = Iterator[Work]
+"""An op: what it yields it waits for, one after the other, and what follows is this rank's work.
+
+All ranks' pieces have the same size and dtypes. Afterwards ``gradients``, or this rank's part of
+them, are the sums over all ranks, or ``parameters`` are those of each part's owner.
+"""
+
+
+def all_reduce(ranks: Ranks, piece: Piece) -> Op:
+    """The backend's own sum. Rounding depends on where in the piece an element lies."""
+    sent = piece.packed()
+    yield ranks.group.allreduce([sent])
+    piece.unpack(sent)
+
+
+def all_gather(ranks: Ranks, piece: Piece) -> Op:
+    """All ranks get everything and sum it in the order of ranks."""
+    sent = piece.packed()
+    every = sent.new_empty(ranks.group.size() * sent.numel())
+    yield ranks.group._allgather_base(every, sent)
+    _sum_in_order(every, ranks.group.size(), piece.gradients)
+
+
+def exchange(ranks: Ranks, piece: Piece) -> Op:
+    """As ``all_gather``, but every rank sends to every other directly: one hop for all.
+
+    An all-to-all of copies: gloo closes all connections when waiting for a single message times
+    out, and here that is how one notices that another rank has given up.
+    """
+    sent = piece.packed().repeat(ranks.group.size())
+    every = torch.empty_like(sent)
+    yield ranks.group.alltoall_base(every, sent, [], [])
+    _sum_in_order(every, ranks.group.size(), piece.gradients)
+
+
+def reduce_scatter(ranks: Ranks, piece: Piece) -> Op:
+    """Every rank gets its part of everybody's gradients directly, and sums that."""
+    yield from _scatter_sum(ranks.group, piece)
+
+
+def ring_reduce_scatter(ranks: Ranks, piece: Piece) -> Op:
+    """Partial sums go round once, each rank adding its share: for large pieces.
+
+    So every link carries one stream at a time, which TCP uses better than many (P. Patarasuk and
+    X. Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", J. Parallel
+    Distrib. Comput. 69, 2009). With a wire dtype partial sums would be rounded on each hop, and
+    are not sent.
+    """
+    if piece.wire:
+        yield from reduce_scatter(ranks, piece)
+        return
+    group, whole = ranks.group, piece.gradients
+    n, rank = group.size(), group.rank()
+    parts = [whole[start:stop] for start, stop in pairwise(_borders(whole, n))]
+    # The sum of part k sets out from rank k + 1, so it ends on rank k.
+    passing = [parts[(rank - hop) % n] for hop in range(1, n + 1)]
+    coming = [torch.empty_like(part) for part in passing[1:]]
+    # Receives first: what arrives unexpected has to be asked for, and waits for that.
+    receives = [_receive(group, part, (rank - 1) % n, hop) for hop, part in enumerate(coming)]
+    sends: list[Work] = []
+    going = passing[0]
+    for hop, part in enumerate(coming):
+        sends += _send(group, going, (rank + 1) % n, hop)
+        yield from receives[hop]
+        going = part.add_(passing[hop + 1])
+    yield from sends
+    passing[-1].copy_(going)
+
+
+def all_gather_parts(ranks: Ranks, piece: Piece) -> Op:
+    """Every rank sends its part of the gradients to every other directly."""
+    yield from _share_parts(ranks.group, piece)
+
+
+def all_gather_parameters(ranks: Ranks, piece: Piece) -> Op:
+    """Every rank's part of the parameters goes round to every other."""
+    group, whole = ranks.group, piece.parameters
+    at = _borders(whole, group.size())
+    mine = whole[at[group.rank()] : at[group.rank() + 1]]
+    size = at[1]
+    even = at[-1] == size * group.size()
+    sent = mine.clone() if even else torch.cat([mine, mine.new_zeros(size - mine.numel())])
+    every = whole if even else whole.new_empty(size * group.size())
+    yield group._allgather_base(every, sent)
+    if not even:
+        whole.copy_(every[: whole.numel()])
+
+
+def reduce_inside(ranks: Ranks, piece: Piece) -> Op:
+    """The ranks of a host share out the gradients, and each sums its part of theirs."""
+    assert ranks.inside
+    yield from _scatter_sum(ranks.inside, piece)
+
+
+def all_reduce_across(ranks: Ranks, piece: Piece) -> Op:
+    """Each rank sums its part over the hosts."""
+    assert ranks.inside
+    assert ranks.across
+    sent = piece.packed(_own(piece.gradients, ranks.inside))
+    if sent.numel():
+        yield ranks.across.allreduce([sent])
+    piece.unpack(sent, _own(piece.gradients, ranks.inside))
+
+
+def all_gather_inside(ranks: Ranks, piece: Piece) -> Op:
+    """The ranks of a host give each other their parts."""
+    assert ranks.inside
+    yield from _share_parts(ranks.inside, piece)
+
+
+_OPS: dict[str, Callable[[Ranks, Piece], Op]] = {
+    op.__name__: op
+    for op in (
+        all_reduce,
+        all_gather,
+        exchange,
+        reduce_scatter,
+        ring_reduce_scatter,
+        all_gather_parts,
+        all_gather_parameters,
+        reduce_inside,
+        all_reduce_across,
+        all_gather_inside,
+    )
+}
+
+
+class Running:
+    """An op in flight.
+
+    Args:
+        op: what it does; it begins now.
+    """
+
+    def __init__(self, op: Op) -> None:
+        self._op = op
+        self.work = next(op, None)
+
+    def go_on(self) -> None:
+        """What was waited for has ended: does what follows until there is something to wait for."""
+        self.work = next(self._op, None)
+
+
+def start(kind: str, ranks: Ranks, piece: Piece) -> Running:
+    """Starts one op of a plan."""
+    return Running(_OPS[kind](ranks, piece))
+
+
+def combine(method: str, ranks: Ranks, tensor: Tensor, *, wire: torch.dtype | None = None) -> None:
+    """Sums a tensor over the ranks by one method, in place, and waits for it; a collective call.
+
+    With ``shard`` the parts that ranks sum are gathered like parameters.
+
+    Args:
+        method: a key of ``METHODS``.
+        ranks: over which.
+        tensor: of any shape, strides and floating dtype; the same on every rank.
+        wire: see ``Piece``.
+
+    Raises:
+        ValueError: there is no such method, or not on these ranks.
+    """
+    check_method(method, ranks)
+    if not tensor.numel() or ranks.group.size() == 1:
+        return
+    flat = tensor.contiguous().view(-1)
+    piece = Piece(flat, flat, wire)
+    for kind in METHODS[method]:
+        for work in _OPS[kind](ranks, piece):
+            work.wait()
+    if flat.data_ptr() != tensor.data_ptr():
+        tensor.copy_(flat.view(tensor.shape))
+
+
+def check_method(method: str, ranks: Ranks) -> None:
+    """Raises ValueError if there is no such method, or not on these ranks."""
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r}: there are {', '.join(METHODS)}")
+    if method not in ranks.methods:
+        raise ValueError(
+            f"method {method!r} needs several hosts with the same number of ranks, two or more, on "
+            "each: take another method, or start the ranks so"
+        )
+
+
+def _sum_in_order(every: Tensor, n: int, out: Tensor) -> None:
+    """Sums ``n`` tensors that lie one behind the other: so the bits are the same on every rank."""
+    exact = torch.promote_types(out.dtype, torch.float32)
+    first, *others = every.view(n, -1).unbind()
+    if not others:
+        out.copy_(first)
+    elif every.dtype == out.dtype == exact:
+        torch.add(first, others[0], out=out)
+        for other in others[1:]:
+            out.add_(other)
+    else:
+        total = first.to(exact)
+        for other in others:
+            total += other
+        out.copy_(total)
+
+
+def _borders(whole: Tensor, n: int) -> list[int]:
+    return borders(whole.numel(), n, whole.element_size())
+
+
+def _own(whole: Tensor, group: Group) -> slice:
+    at = _borders(whole, group.size())
+    return slice(at[group.rank()], at[group.rank() + 1])
+
+
+def _sizes(whole: Tensor, group: Group) -> tuple[list[int], int]:
+    """Elements of every rank's part, and of this rank's."""
+    sizes = [stop - start for start, stop in pairwise(_borders(whole, group.size()))]
+    return sizes, sizes[group.rank()]
+
+
+def _scatter_sum(group: Group, piece: Piece) -> Op:
+    sizes, mine = _sizes(piece.gradients, group)
+    sent = piece.packed()
+    every = sent.new_empty(group.size() * mine)
+    yield group.alltoall_base(every, sent, [mine] * group.size(), sizes)
+    _sum_in_order(every, group.size(), piece.gradients[_own(piece.gradients, group)])
+
+
+def _share_parts(group: Group, piece: Piece) -> Op:
+    sizes, mine = _sizes(piece.gradients, group)
+    sent = piece.packed(_own(piece.gradients, group)).repeat(group.size())
+    every = sent.new_empty(piece.gradients.numel()) if piece.wire else piece.gradients
+    yield group.alltoall_base(every, sent, sizes, [mine] * group.size())
+    piece.unpack(every)
+
+
+class _Message:
+    """A message in flight. Waiting for it must not time out early: gloo would close all."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, timeout: datetime.timedelta | None = None) -> bool:
+        return self._work.wait()
+
+    def is_completed(self) -> bool:
+        return False
+
+
+def _receive(group: Group, part: Tensor, source: int, tag: int) -> list[Work]:
+    return [_Message(group.recv([part], source, tag))] if part.numel() else []
+
+
+def _send(group: Group, part: Tensor, target: int, tag: int) -> list[Work]:
+    return [_Message(group.send([part], target, tag))] if part.numel() else []
+
+
+def ranks_of(group: Group, host: str | None = None) -> Ranks:
+    """Finds out which ranks share a host; a collective call.
+
+    Args:
+        group: all ranks.
+        host: a name for this rank's host; by default machine and network namespace.
+    """
+    hosts = gather_objects(group, host or host_name())
+    rank, members = group.rank(), dist.get_process_group_ranks(group)
+    by_host = [[r for r, other in enumerate(hosts) if other == name] for name in sorted(set(hosts))]
+    sizes = {len(these) for these in by_host}
+    if len(by_host) == 1 or len(sizes) > 1 or 1 in sizes:
+        return Ranks(group)
+    across = [list(place) for place in zip(*by_host, strict=True)]
+    mine = [next(these for these in groups if rank in these) for groups in (by_host, across)]
+    return Ranks(group, *(_subgroup(group, [members[r] for r in these]) for these in mine))
+
+
+def host_name() -> str:
+    """Names this machine; containers and emulated hosts on it are machines of their own."""
+    try:
+        return f"{socket.gethostname()} {os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _subgroup(group: Group, members: list[int]) -> Group:
+    made = dist.new_group(
+        members,
+        timeout=datetime.timedelta(seconds=timeout_of(group)),
+        backend=dist.get_backend(group),
+        use_local_synchronization=True,
+        group_desc="soonest",
+    )
+    assert isinstance(made, Group)
+    return made
 
 
 def private_group(parent: Group | None, timeout_s: float | None) -> Group:
@@ -40,19 +390,6 @@ def timeout_of(group: Group) -> float:
     options = getattr(backend, "options", None)
     timeout = getattr(options, "_timeout", None) or dist.default_pg_timeout
     return timeout.total_seconds()
-
-
-def all_reduce(group: Group, tensor: Tensor) -> Work:
-    """Starts summing a contiguous tensor over the ranks, in place."""
-    return group.allreduce([tensor])
-
-
-_STARTERS: dict[str, Callable[[Group, Tensor], Work]] = {"all_reduce": all_reduce}
-
-
-def start(kind: str, group: Group, tensor: Tensor) -> Work:
-    """Starts one op of a plan on its bucket's slice of the gradient buffer."""
-    return _STARTERS[kind](group, tensor)
 
 
 def broadcast(group: Group, tensors: Sequence[Tensor]) -> None:

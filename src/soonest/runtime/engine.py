@@ -16,7 +16,7 @@ from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
 from soonest.errors import SoonestError
 from soonest.runtime import guard, takeover
-from soonest.runtime.collectives import Group
+from soonest.runtime.collectives import Ranks
 from soonest.runtime.landing import Landing
 from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Layout, Member
@@ -33,7 +33,7 @@ class Engine:
         model, optimizer: the user's own; both are changed in place.
         separable: whether updates may run one bucket at a time.
         layout, plan: to begin with.
-        group: over which to combine.
+        ranks: over which to combine.
         lane: what executes the plan.
         after_step: called at the end of each ``step()`` that used combined gradients; on every
             rank after the same steps.
@@ -54,13 +54,13 @@ class Engine:
         separable: bool,
         layout: Layout,
         plan: Plan,
-        group: Group,
+        ranks: Ranks,
         lane: Lane,
         after_step: Callable[[Engine], None],
     ) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.group = group
+        self.ranks = ranks
         self.lane = lane
         self._separable = separable
         self._cls = type(optimizer)
@@ -89,7 +89,7 @@ class Engine:
         self._latest: Sweep | None = None
         self.layout = layout
         self._updater = Updater(self.optimizer, self._cls, layout.members)
-        self.program = Program(plan, layout, self.group, self._updater)
+        self.program = Program(plan, layout, self.ranks, self._updater)
         self._landing = Landing(self.program, self.lane, self._module_hooks)
         self.attention.refresh()
         self.record = self._new_record()
@@ -113,7 +113,7 @@ class Engine:
     def _share(self, grads: Tensor) -> Tensor:
         """What to multiply gradients by: as a tensor, and not a number, it is ready for use."""
         exact = torch.promote_types(grads.dtype, torch.float32)
-        return torch.tensor(1.0 / self.group.size(), dtype=exact, device=grads.device)
+        return torch.tensor(1.0 / self.ranks.group.size(), dtype=exact, device=grads.device)
 
     def _new_record(self, *, closely: bool = True) -> Record:
         plan = self.program.plan

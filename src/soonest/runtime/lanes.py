@@ -14,7 +14,7 @@ import torch
 
 from soonest.errors import PeerLostError, ReadTooEarlyError, SoonestError
 from soonest.runtime import modes
-from soonest.runtime.collectives import Work
+from soonest.runtime.collectives import Running, Work
 from soonest.runtime.sweep import Sweep
 
 _LOOK_S = 1.0
@@ -80,7 +80,8 @@ class ThreadLane:
         self._blame = blame
         self._sweeps: tuple[Sweep, ...] = ()  # replaced, never changed: both threads walk it
         self._news: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: no more
-        self._works: queue.SimpleQueue[Work | None] = queue.SimpleQueue()  # as they were started
+        # In the order in which they were started.
+        self._running: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._issuing = threading.Lock()
         self._updating = threading.Lock()
@@ -183,7 +184,7 @@ class ThreadLane:
 
     def close(self) -> None:
         self._news.put(False)
-        self._works.put(None)
+        self._running.put(None)
         for thread in self._threads:
             if threading.current_thread() is not thread:
                 thread.join(timeout=_LOOK_S)
@@ -202,8 +203,8 @@ class ThreadLane:
                 pass
 
     def _end_ops(self) -> None:
-        while (work := self._works.get()) is not None:
-            while not self._complete(work):
+        while (running := self._running.get()) is not None:
+            while not self._complete(running):
                 if self._error is not None:
                     return
                 self._look_around()
@@ -211,15 +212,17 @@ class ThreadLane:
             if self._delegated:
                 self._news.put(True)
 
-    def _complete(self, work: Work) -> bool:
+    def _complete(self, running: Running) -> bool:
         """Waits for the oldest op in flight; False if it is still so after a while."""
         sweep = next((r for r in self._sweeps if r.in_flight), None)
         if sweep is None:  # all was taken away from here: something failed
             return False
         op = sweep.combined
         try:
-            if not _ended(work):
-                return False
+            while running.work is not None:
+                if not _ended(running.work):
+                    return False
+                running.go_on()
         except RuntimeError as error:
             raise self._stopped(sweep, op, error) from error
         sweep.record.op_ended(op)
@@ -260,11 +263,11 @@ class ThreadLane:
             sweep, op = found
             sweep.record.op_started(op)
             try:
-                work = sweep.program.issue(sweep, op)
+                running = sweep.program.issue(sweep, op)
             except RuntimeError as error:
                 raise self._stopped(sweep, op, error) from error
             sweep.issued += 1
-            self._works.put(work)
+            self._running.put(running)
             return True
 
     def _next_op(self) -> tuple[Sweep, int] | None:
@@ -313,7 +316,7 @@ class ThreadLane:
             self._changed.notify_all()
         self._sweeps = ()
         self._news.put(False)
-        self._works.put(None)
+        self._running.put(None)
 
 
 def _ended(work: Work) -> bool:

@@ -16,7 +16,7 @@ from soonest.runtime import collectives
 from soonest.runtime.agree import agree_on_plan
 from soonest.runtime.engine import Engine
 from soonest.runtime.layout import Layout
-from soonest.runtime.profile import Record, now_s, rate_of, trace_of, typical
+from soonest.runtime.profile import Record, now_s, pace_of, trace_of, typical
 
 _WARM_STEPS = 4
 """The first step shows the order of the layers; only warm ones show their times."""
@@ -65,14 +65,16 @@ class Learner:
     Args:
         network: what combining costs on this group.
         window: how many ops may be in flight.
+        methods: that the plans may use.
     """
 
-    def __init__(self, network: Network, window: int) -> None:
+    def __init__(self, network: Network, *, window: int, methods: Sequence[str]) -> None:
         self._network = network
         self._window = window
+        self._methods = methods
         self._steps = 0
         self._traces: list[Trace] = []
-        self._rates: list[float] = []
+        self._paces: list[float] = []
         self._before: Record | None = None
         self._tried: float | None = None
         self._ended_s: list[float] = []
@@ -100,7 +102,7 @@ class Learner:
         self._ended_s = []
         engine.attention.learning = False
         trace = typical(self._traces).to_json() if self._traces else None
-        mine = (trace, next_cut(self._step_s) if engine.group.size() == 2 else (1.0, True))
+        mine = (trace, next_cut(self._step_s) if engine.ranks.group.size() == 2 else (1.0, True))
         trace, (self._tried, engine.settled) = self._first_rank(engine, mine)
         if trace is not None:
             self._bind(engine, engine.layout, Trace.from_json(trace), self._tried)
@@ -109,7 +111,7 @@ class Learner:
         engine.attention.learning = True
         trace = self._trace(engine, engine.record, engine.observed)
         engine.flush()
-        self._note_rate(engine, engine.record)
+        self._note_pace(engine, engine.record)
         members = engine.layout.members
         order = [members[index].name for index in engine.observed.first_use()]
         trace, order = self._first_rank(engine, (trace.to_json(), order))
@@ -120,37 +122,37 @@ class Learner:
     def _note(self, engine: Engine) -> None:
         if self._before is not None and self._before.complete:
             self._traces.append(self._trace(engine, self._before, self._before))
-            self._note_rate(engine, self._before)
+            self._note_pace(engine, self._before)
         self._before = engine.record
 
-    def _note_rate(self, engine: Engine, record: Record) -> None:
-        rate = rate_of(record, engine.program.plan)
-        if rate is not None:
-            self._rates.append(rate)
+    def _note_pace(self, engine: Engine, record: Record) -> None:
+        pace = pace_of(record, engine.program.plan, self._network)
+        if pace:
+            self._paces.append(pace)
 
     def _trace(self, engine: Engine, backward: Record, forward: Record) -> Trace:
         return trace_of(backward, forward, engine.layout.members, model=type(engine.model).__name__)
 
     def _first_rank(self, engine: Engine, mine: _T) -> _T:
         engine.flush()  # nothing else may be on the group now
-        return collectives.first_rank_object(engine.group, mine)
+        return collectives.first_rank_object(engine.ranks.group, mine)
 
     def _plan(self, engine: Engine, layout: Layout, trace: Trace, coarseness: float) -> Plan:
-        network = self._network
-        if self._rates:  # under the real load, and past what short tests can get through at once
-            network = Network(network.latency_s, median(self._rates))
         return make_plan(
             trace,
             layout.flats,
-            network,
-            ranks=engine.group.size(),
+            self._network,
+            ranks=engine.ranks.group.size(),
             window=self._window,
+            methods=self._methods,
             coarseness=coarseness,
+            # Under the real load, and past what short tests can get through at once.
+            pace=median(self._paces) if self._paces else 1.0,
         )
 
     def _bind(self, engine: Engine, layout: Layout, trace: Trace, coarseness: float) -> None:
-        first = engine.group.rank() == 0
+        first = engine.ranks.group.rank() == 0
         mine = self._plan(engine, layout, trace, coarseness).to_json() if first else None
-        plan = Plan.from_json(collectives.first_rank_object(engine.group, mine))
-        agree_on_plan(engine.group, plan)
+        plan = Plan.from_json(collectives.first_rank_object(engine.ranks.group, mine))
+        agree_on_plan(engine.ranks.group, plan)
         engine.bind(layout, plan)

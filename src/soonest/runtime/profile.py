@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
+from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.timeline import Span, Timeline, covered_s
 from soonest.core.trace import Layer, Trace
@@ -158,22 +159,22 @@ def typical(traces: Sequence[Trace]) -> Trace:
     return Trace(first.model, layers, median(trace.update_us for trace in traces))
 
 
-def rate_of(record: Record, plan: Plan) -> float | None:
-    """Bytes of buckets combined per second while ops were in flight; None if none was.
+def pace_of(record: Record, plan: Plan, network: Network) -> float | None:
+    """How many times as long as ``network`` says ops take while training; None if none was sent.
 
-    Ops in flight at the same time share the network, so only all of them together show its rate.
+    Ops in flight at the same time share the network, so only all of them together show its pace.
     Those of a backward pass may wait for a slower rank's gradients, so if there are enough others,
     they do not count.
     """
     spans = [
-        (start, end, plan.bucket_bytes(op.bucket))
+        (start, end, network.op(op.kind).transfer_s(plan.bucket_bytes(op.bucket)))
         for op, start, end in zip(plan.ops, record.op_start, record.op_end, strict=True)
         if not math.isnan(start + end)
     ]
     later = [span for span in spans if span[0] >= record.backward_ended]
     chosen = later if len(later) >= _ENOUGH_OPS else spans
-    busy_s = covered_s((start, end) for start, end, _ in chosen)
-    return sum(size for *_, size in chosen) / busy_s if busy_s else None
+    expected_s = sum(transfer_s for *_, transfer_s in chosen)
+    return covered_s((start, end) for start, end, _ in chosen) / expected_s if expected_s else None
 
 
 def _layers(record: Record, members: Sequence[Member]) -> dict[str, list[int]]:

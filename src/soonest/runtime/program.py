@@ -9,6 +9,7 @@ from torch import Tensor
 
 from soonest.core.plan import Plan
 from soonest.runtime import collectives
+from soonest.runtime.collectives import Piece, Ranks, Running
 from soonest.runtime.layout import Layout, Member
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Program:
     Args:
         plan: made for ``layout.flats``.
         layout: the buffers.
-        group: over which to combine.
+        ranks: over which to combine.
         updater: what to do once gradients are combined.
 
     Attributes:
@@ -32,12 +33,18 @@ class Program:
         by_need: the buckets in the order in which the forward pass needs what awaits them.
     """
 
-    def __init__(self, plan: Plan, layout: Layout, group: collectives.Group, updater: Updater):
+    def __init__(self, plan: Plan, layout: Layout, ranks: Ranks, updater: Updater):
         self.plan = plan
         self.layout = layout
-        self.group = group
         self.updater = updater
-        self._slices = [layout.grads[b.flat][b.start : b.stop] for b in plan.buckets]
+        self._ranks = ranks
+        self._pieces = [
+            Piece(
+                layout.grads[bucket.flat][bucket.start : bucket.stop],
+                layout.parameters[bucket.flat][bucket.start : bucket.stop],
+            )
+            for bucket in plan.buckets
+        ]
         position = {op.bucket: index for index, op in enumerate(plan.ops)}
         members = layout.members
         at = {(member.flat, member.slot.start): member.order for member in members}
@@ -47,7 +54,7 @@ class Program:
             slots = [plan.flats[bucket.flat].slots[slot] for slot in plan.slots_of[index]]
             counted = [slot for slot in slots if bucket.start <= slot.count_at < bucket.stop]
             offsets = torch.tensor([slot.count_at - bucket.start for slot in counted])
-            offsets = offsets.to(device=self._slices[index].device, dtype=torch.long)
+            offsets = offsets.to(device=layout.grads[bucket.flat].device, dtype=torch.long)
             self._counts.append((offsets, [at[bucket.flat, slot.start] for slot in counted]))
             for slot in slots:
                 self.buckets_of[at[bucket.flat, slot.start]].append(index)
@@ -58,17 +65,22 @@ class Program:
         first = [min((m.order for m in waiting), default=len(members)) for waiting in self.awaiting]
         self.by_need = sorted(range(len(plan.buckets)), key=first.__getitem__)
 
-    def issue(self, sweep: Sweep, op: int) -> collectives.Work:
+    def issue(self, sweep: Sweep, op: int) -> Running:
         """Starts one op."""
         kind, bucket = self.plan.ops[op].kind, self.plan.ops[op].bucket
-        gradients = self._slices[bucket]
+        if self.plan.before[op] < 0:
+            self._count(sweep, bucket)
+        return collectives.start(kind, self._ranks, self._pieces[bucket])
+
+    def _count(self, sweep: Sweep, bucket: int) -> None:
+        """Puts behind every gradient whether this rank has it."""
         offsets, members = self._counts[bucket]
         if members:
+            gradients = self._pieces[bucket].gradients
             gradients.index_fill_(0, offsets, 1.0)
             if not sweep.unused.isdisjoint(members):
                 unused = [member in sweep.unused for member in members]
                 gradients.index_fill_(0, offsets[unused], 0.0)
-        return collectives.start(kind, self.group, gradients)
 
     def update(self, sweep: Sweep, bucket: int) -> None:
         """Updates the parameters whose gradients this bucket completes."""

@@ -87,11 +87,14 @@ class Sweep:
             return None
         if self.in_flight and ops[self.issued - 1].alone:
             return None
-        return None if self.missing[ops[self.issued].bucket] else self.issued
+        if self.missing[ops[self.issued].bucket] or self.plan.before[self.issued] >= self.combined:
+            return None
+        return self.issued
 
     def complete_op(self) -> None:
         """The oldest op in flight is done."""
-        self.reduced[self.plan.ops[self.combined].bucket] = True
+        if self.combined in self.plan.reduces:
+            self.reduced[self.plan.ops[self.combined].bucket] = True
         self.combined += 1
 
     def next_update(self) -> int | None:

@@ -1,0 +1,36 @@
+"""Rates and durations as people write them."""
+
+from __future__ import annotations
+
+import re
+
+_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+
+
+def parse_rate(text: str) -> float:
+    """Bits per second of ``318mbit``, ``2.5Gbit`` or ``25gbit``.
+
+    As in ``tc``, a bare number is bits per second, and ``mbps`` is mega*bytes* per second.
+    """
+    match = re.fullmatch(r"([\d.]+)([kmgt]?)(bit|bps)?", text.strip().lower())
+    number = _number(match[1]) if match else None
+    if match is None or not number or (match[2] and not match[3]):
+        raise ValueError(f"{text!r} is no rate: give for example 318mbit, 2.5gbit or 100kbit")
+    return number * _PREFIXES[match[2]] * (8 if match[3] == "bps" else 1)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``11us``, ``1.5ms``, ``2s`` or ``0``."""
+    match = re.fullmatch(r"([\d.]+)\s*(ns|us|µs|ms|s)?", text.strip().lower())
+    number = _number(match[1]) if match else None
+    if match is None or number is None or (number and not match[2]):
+        raise ValueError(f"{text!r} is no duration: give for example 11us, 1.5ms or 2s")
+    return number * _SECONDS[match[2] or "s"]
+
+
+def _number(digits: str) -> float | None:
+    try:
+        return float(digits)
+    except ValueError:
+        return None

@@ -1,0 +1,147 @@
+"""The measured network: what is measured, what is agreed on, what is remembered."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import soonest
+from ranks import run_ranks
+from soonest.core.network import Network
+from soonest.core.plan import METHODS
+from soonest.runtime import calibrate, collectives
+
+CPU = torch.device("cpu")
+
+
+def ranks_here() -> collectives.Ranks:
+    host = f"host {dist.get_rank() // 2}"
+    return collectives.ranks_of(collectives.private_group(None, None), host)
+
+
+def measures(methods: list[str], sizes: list[int]) -> tuple[dict[str, Any], list[int]]:
+    seen: list[int] = []
+    network = calibrate.measure(
+        ranks_here(), methods=methods, device=CPU, sizes=sizes, watch=seen.append
+    )
+    return network.to_json(), seen
+
+
+def test_every_rank_gets_the_same_costs_of_every_method() -> None:
+    sizes = [1024, 8192, 65536]
+    (first, seen), *others = run_ranks(measures, 4, list(METHODS), sizes)
+    network = Network.from_json(first)
+    assert network.methods == tuple(METHODS)
+    assert all(cost.seconds[0] > 0 for cost in network.costs.values())
+    assert all(set(cost.sizes_bytes) <= set(sizes) for cost in network.costs.values())
+    assert seen[:2] == sizes[:2]
+    assert [fit for fit, _ in others] == [first] * 3
+
+
+def test_only_what_is_asked_for_is_measured_besides_all_reduce() -> None:
+    fit, _ = run_ranks(measures, 2, ["exchange"], [1024, 8192])[0]
+    assert set(fit) == {"all_reduce", "exchange"}
+
+
+def hopeless() -> tuple[bool, list[float]]:
+    """A gather that takes a hundred times as long as anything else."""
+    times = {"all_reduce": 1e-3, "all_gather": 0.1, "exchange": 2e-3}
+    timed: list[tuple[str, int]] = []
+
+    def time(kind: str, ranks: Any, piece: Any, many: int) -> list[float]:
+        timed.append((kind, piece.gradients.nbytes))
+        return [times[kind] * piece.gradients.nbytes / 1024] * many
+
+    calibrate._time = time
+    sizes = [1024, 2048, 4096, 8192]
+    network = calibrate.measure(
+        ranks_here(), methods=["gather", "exchange"], device=CPU, sizes=sizes, budget_s=1e3
+    )
+    measured = [size for kind, size in timed if kind == "all_gather"]
+    return measured == sizes[:2], [network.op("all_gather").alone_s(size) for size in sizes]
+
+
+def test_what_is_much_dearer_is_not_measured_with_more_bytes_and_stays_dearer() -> None:
+    for stopped, seconds in run_ranks(hopeless, 2):
+        assert stopped
+        assert seconds == pytest.approx([0.1, 0.2, 0.4, 0.8])
+
+
+def remembers(folder: str, change: float | None, garble: bool = False) -> int:
+    """How often the network is measured if the calibration left is off by a factor."""
+    os.environ["SOONEST_CACHE"] = folder
+    measure, measured = calibrate.measure, 0
+
+    def counted(*args: Any, **options: Any) -> Network:
+        nonlocal measured
+        measured += 1
+        return measure(*args, **options, sizes=[1024, 8192, 65536])
+
+    calibrate.measure = counted
+    ranks = ranks_here()
+    for _ in range(2):
+        calibrate.network_of(ranks, methods=["exchange"], device=CPU, wire=None)
+        dist.barrier()
+        for file in Path(folder).glob("*.json") if dist.get_rank() == 0 else ():
+            if change is not None:
+                costs = json.loads(file.read_text())
+                for cost in costs.values():
+                    cost["seconds"] = [change * seconds for seconds in cost["seconds"]]
+                file.write_text(json.dumps(costs))
+            if garble:
+                file.write_text("{")
+        dist.barrier()
+    return measured
+
+
+def test_a_calibration_is_remembered(tmp_path: Path) -> None:
+    # Whatever else this machine does, times do not differ by so much.
+    calibrate_twice = run_ranks(remembers, 2, str(tmp_path), None, calibrated=True)
+    assert calibrate_twice[0] == calibrate_twice[1] >= 1
+    (file,) = tmp_path.glob("*.json")
+    assert Network.from_json(json.loads(file.read_text())).methods == ("allreduce", "exchange")
+
+
+def test_a_calibration_of_another_network_is_not_used(tmp_path: Path) -> None:
+    assert run_ranks(remembers, 2, str(tmp_path), 1e3, calibrated=True) == [2, 2]
+
+
+def test_a_broken_file_is_measured_anew(tmp_path: Path) -> None:
+    assert run_ranks(remembers, 2, str(tmp_path), None, True, calibrated=True) == [2, 2]
+
+
+@pytest.mark.parametrize("folder", ["", "/proc/nowhere"])
+def test_without_a_place_for_it_nothing_is_remembered(folder: str) -> None:
+    assert run_ranks(remembers, 2, folder, None, calibrated=True) == [2, 2]
+
+
+def trains(method: str | None) -> tuple[str, list[str], list[float]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 7))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = soonest.prioritize(model, optimizer, method=method)
+    for step in range(8):
+        optimizer.zero_grad()
+        model(torch.full((2, 40), 0.1 * (step + dist.get_rank()))).square().sum().backward()
+        optimizer.step()
+    handle.flush()
+    assert handle.plan
+    return (
+        handle.plan.fingerprint,
+        sorted({bucket.method for bucket in handle.plan.buckets}),
+        [float(p.double().sum()) for p in model.parameters()],
+    )
+
+
+@pytest.mark.parametrize("method", [None, "gather", "split"])
+def test_training_on_a_measured_network(method: str | None) -> None:
+    first, *others = run_ranks(trains, 3, method, calibrated=True)
+    assert others == [first] * 2
+    assert method is None or first[1] == [method]
