@@ -55,6 +55,16 @@ def test_small_is_exchanged_and_large_is_split():
     assert network.best(1e6, ("allreduce", "exchange")) == "allreduce"
 
 
+def test_what_was_given_up_early_is_not_chosen_for_large_buckets():
+    cheap_so_far = Cost((10.0, 20.0), (1.0, 1.0))
+    network = Network({"all_reduce": Cost((10.0, 1000.0), (2.0, 50.0)), "exchange": cheap_so_far})
+    both = ("allreduce", "exchange")
+    assert [network.best(size, both) for size in (5, 20, 21, 1e6)] == [
+        "exchange", "exchange", "allreduce", "allreduce"
+    ]  # fmt: skip
+    assert network.best(1e6, ("exchange",)) == "exchange"
+
+
 def test_of_equal_methods_the_first_is_chosen():
     assert Network.ideal(4, 1e9).best(1e6, ("allreduce", "split")) == "allreduce"
 

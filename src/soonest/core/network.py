@@ -90,7 +90,7 @@ class Cost:
         sizes: tuple[float, ...] = tuple(sorted(by_size))
         kept = [_without_outliers(by_size[size]) for size in sizes]
         seconds = _never_falling([median(times) for times in kept])
-        spread = [_deviation(times) / median(times) for times in kept]
+        spread = [_deviation(times) / median(times) for times in kept if len(times) > 1] or [0.0]
         least = seconds[0]
         if spaced_s is not None:
             latency_s = min(max(0.0, least - spaced_s), least)
@@ -167,8 +167,14 @@ class Network:
         return sum(self.op(kind).alone_s(size_bytes) for kind in METHODS.get(method, (method,)))
 
     def best(self, size_bytes: float, methods: Sequence[str]) -> str:
-        """The cheapest of some methods for a bucket; of equal ones the first."""
-        return min(methods, key=lambda method: self.cost_s(method, size_bytes))
+        """The cheapest of some methods for a bucket; of equal ones the first.
+
+        Where some were measured with so many bytes, it is one of those: others were given up.
+        """
+        reach = {m: min(self.op(k).sizes_bytes[-1] for k in METHODS[m]) for m in methods}
+        enough = min(size_bytes, max(reach.values()))
+        known = [method for method in methods if reach[method] >= enough]
+        return min(known, key=lambda method: self.cost_s(method, size_bytes))
 
     @property
     def s_per_byte(self) -> float:

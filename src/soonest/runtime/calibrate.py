@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -21,17 +22,19 @@ from soonest.core.plan import METHODS
 from soonest.runtime import collectives
 from soonest.runtime.collectives import Piece, Ranks, Running
 
-BUDGET_S = 2.0
-SIZES = tuple(1024 * 8**power for power in range(6))
-"""Bytes of a bucket, 1 kB to 32 MB."""
-_TIMES = 4
+BUDGET_S = 1.8
+SIZES = tuple(1024 * 4**power for power in range(9))
+"""Bytes of a bucket, 1 kB to 64 MB."""
+_TIMES = 3
 """Of each op and size; where that takes long, once."""
 _DROPPED = 2.0
-"""A method that costs so many times as much as the cheapest is not measured with more bytes."""
+_DROPPED_FROM = 64 << 10
+"""From so many bytes on, a method that costs so many times as much as the cheapest, and ever more, is
+not measured with still more."""
 _STREAM = 6
 """Ops that follow each other, with two in flight."""
 _FORMAT = 1
-_CHECKED = (1, 3)
+_CHECKED = (1, 4)
 """Sizes, by index, at which a remembered calibration is compared with the network of today."""
 _ALIKE = 2.0
 """It holds as long as they differ by no more than this factor."""
@@ -78,7 +81,8 @@ def measure(
 ) -> Network:
     """Times the ops of some methods at several sizes; a collective call.
 
-    Sizes grow until the time is used up. Costs beyond the last one are extrapolated.
+    Sizes grow until the time is used up. Costs beyond the last one are extrapolated, and where a
+    method is far too dear it is not measured any further.
 
     Args:
         ranks, methods, device, wire: see ``network_of``.
@@ -92,7 +96,8 @@ def measure(
     began_s = time.perf_counter()
     needed = dict.fromkeys(("allreduce", *methods))
     samples: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
-    live, spaced, dropped = list(needed), dict[str, float](), dict[str, float]()
+    live, spaced = list(needed), dict[str, float]()
+    before: dict[str, float] = {}
     row_s = 0.0
     for number, (size, larger) in enumerate(pairwise((*sizes, sizes[-1]))):
         watch(size)
@@ -100,37 +105,43 @@ def measure(
         piece = _piece(size, device, wire)
         left_s = budget_s - (time.perf_counter() - began_s)
         times = collectives.first_rank_object(
-            ranks.group, _TIMES if number < 2 or 2 * _TIMES * row_s < left_s else 1
+            ranks.group, _TIMES if number < 2 or _TIMES * row_s < left_s / 2 else 1
         )
+        if not number:  # buffers and connections are made now
+            for kind in kinds:
+                _time(kind, ranks, piece, 1)
         found = {kind: _time(kind, ranks, piece, times) for kind in kinds}
         if not number:
             spaced = {kind: _spaced_s(kind, ranks, piece) for kind in kinds}
         row = {kind: median(took) for kind, took in found.items()}
-        for kind, factor in dropped.items():  # assumed to stay as much dearer as it was
-            found[kind] = [factor * row["all_reduce"]]
         for kind, took in found.items():
             samples[kind] += [(size, seconds) for seconds in took]
         growth = larger / size
         row_s = sum(row.values()) * growth
         spent_s = time.perf_counter() - began_s
         go_on = number == 0 or (growth > 1 and spent_s + row_s < budget_s)
-        decided = go_on, (_worthwhile(needed, live, row) if number else live)
-        go_on, live = collectives.first_rank_object(ranks.group, decided)
+        dearer = _dearer(live, row)
+        kept = [
+            method
+            for method in live
+            if method == "allreduce"
+            or size < _DROPPED_FROM
+            or dearer[method] < max(_DROPPED, before.get(method, math.inf))
+        ]
+        before = dearer
+        go_on, live = collectives.first_rank_object(ranks.group, (go_on, kept))
         if not go_on:
             break
-        kept = {kind for method in live for kind in METHODS[method]}
-        dropped |= {kind: row[kind] / row["all_reduce"] for kind in kinds if kind not in kept}
     costs = {kind: Cost.fit(took, spaced_s=spaced[kind]) for kind, took in samples.items()}
     fit = collectives.first_rank_object(ranks.group, Network(costs).to_json())
     return Network.from_json(fit)
 
 
-def _worthwhile(needed: dict[str, None], live: list[str], row: dict[str, float]) -> list[str]:
-    """The methods to go on with."""
-    cost_s = {method: sum(row[kind] for kind in METHODS[method]) for method in live}
+def _dearer(methods: Sequence[str], op_s: Mapping[str, float]) -> dict[str, float]:
+    """How many times as much each method costs as the cheapest."""
+    cost_s = {method: sum(op_s[kind] for kind in METHODS[method]) for method in methods}
     least_s = min(cost_s.values())
-    kept = [method for method in live if cost_s[method] <= _DROPPED * least_s]
-    return [method for method in needed if method in kept or method == "allreduce"]
+    return {method: cost / least_s for method, cost in cost_s.items()}
 
 
 def _piece(size_bytes: int, device: torch.device, wire: torch.dtype | None) -> Piece:
@@ -139,13 +150,13 @@ def _piece(size_bytes: int, device: torch.device, wire: torch.dtype | None) -> P
 
 
 def _time(kind: str, ranks: Ranks, piece: Piece, times: int) -> list[float]:
-    """Seconds of several ops, one after the other; one more makes buffers and connections."""
+    """Seconds of several ops, one after the other."""
     took: list[float] = []
-    for _ in range(times + (times > 1)):
+    for _ in range(times):
         began_s = time.perf_counter()
         _finish(collectives.start(kind, ranks, piece))
         took.append(time.perf_counter() - began_s)
-    return took[times > 1 :]
+    return took
 
 
 def _spaced_s(kind: str, ranks: Ranks, piece: Piece) -> float:
