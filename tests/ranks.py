@@ -28,8 +28,13 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "soonest"])
 
 def mixed_network(ranks: int) -> Network:
     """Costs that make plans of small models use several methods, the same in every run."""
-    slopes = {"exchange": 2 * (ranks - 1), "all_gather": 3 * (ranks - 1), "all_reduce": 0.8}
-    latencies = {"all_reduce": 3e-3, "all_gather": 2e-3}
+    slopes = {
+        "exchange": 2 * (ranks - 1),
+        "all_gather": 3 * (ranks - 1),
+        "all_reduce": 0.8,
+        "reduce_scatter": 1.2,
+    }
+    latencies = {"all_reduce": 3e-3, "all_gather": 2e-3, "ring_reduce_scatter": 2e-3}
     kinds = {kind for kinds in METHODS.values() for kind in kinds}
     return Network(
         {

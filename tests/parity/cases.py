@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -204,6 +204,11 @@ class Case:
     soonest: dict[str, Any] = field(default_factory=dict[str, Any])
     rounding: float = 2e-4
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank keeps only its part of the optimizer's state."""
+        return bool(self.soonest.get("shard_optimizer"))
+
 
 UNUSED = {"find_unused_parameters": True}
 CASES: dict[str, Case] = {
@@ -239,6 +244,10 @@ CASES: dict[str, Case] = {
     "AdamW fused": Case(optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True)),
     "RMSprop": Case(optimizer=lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-2, momentum=0.5)),
     "Adagrad": Case(optimizer=lambda m: torch.optim.Adagrad(m.parameters(), lr=1e-2)),
+    **{
+        name: Case(optimizer=lambda m, of=name: getattr(torch.optim, of)(m.parameters(), lr=1e-2))
+        for name in ("NAdam", "RAdam", "Adadelta", "Adamax", "Rprop", "ASGD")
+    },
     "foreign optimizer": Case(optimizer=lambda m: SignSgd(m.parameters())),
     "LBFGS": Case(optimizer=lambda m: torch.optim.LBFGS(m.parameters(), max_iter=2), closure=True),
     "closure": Case(closure=True),
@@ -263,6 +272,21 @@ CASES: dict[str, Case] = {
     "zero_grad to zero, foreach": Case(
         optimizer=lambda m: sgd(m, momentum=0.9, foreach=True), zero="zero", zero_last=True
     ),
+}
+
+
+_SHARDED = (
+    "mlp", "cnn with BatchNorm", "channels-last cnn", "tied transformer", "lstm", "frozen layer",
+    "branch by rank, AdamW", "branch by rank, momentum", "branch by rank, zeroed",
+    "branch by rank, accumulated", "several dtypes", "SGD", "SGD foreach",
+    "SGD Nesterov, decay", "Adam amsgrad, tensor lr", "AdamW fused", "RMSprop", "Adagrad", "NAdam",
+    "RAdam", "Adadelta", "Adamax", "Rprop", "ASGD", "closure", "parameter groups",
+    "OneCycle made before", "accumulation with no_sync", "several backward passes", "clipping",
+    "state_dict in overlap", "EMA after every step", "zero_grad to zero, after the step",
+    "zero_grad of the model to zero",
+)  # fmt: skip
+CASES |= {
+    f"{name}, sharded": replace(CASES[name], soonest={"shard_optimizer": True}) for name in _SHARDED
 }
 
 
@@ -326,11 +350,14 @@ def train(case: Case, arm: str, steps: int = STEPS) -> dict[str, Any]:
         _look(case, model, ema, seen)
         if case.zero_last:
             clear()
-    seen.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+    if not case.sharded:  # where no rank has all of them any more
+        seen.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
     result = {
         "seen": seen,
         "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
-        "optimizer": copy.deepcopy(optimizer.state_dict()),
+        "optimizer": copy.deepcopy(
+            handle.optimizer_state_dict() if handle else optimizer.state_dict()
+        ),
         "ema": {name: p.detach().clone() for name, p in ema.named_parameters()},
     }
     if handle is not None:

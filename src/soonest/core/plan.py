@@ -201,6 +201,12 @@ class Plan:
                     f"the ops of bucket {index} are {', '.join(found) or 'missing'}, but its "
                     f"method takes {', '.join(METHODS[bucket.method])}, in this order"
                 )
+        sharded = {shards(bucket.method) for bucket in self.buckets}
+        shared = [op.kind == SHARED_PARAMETERS for op in self.ops]
+        if len(sharded) > 1 or shared != sorted(shared):
+            raise ValueError(
+                "a plan shards all buckets or none, and shares parameters behind all gradients"
+            )
         if self.window < 1:
             raise ValueError(f"window is {self.window}, but at least one op must be in flight")
 
@@ -217,6 +223,16 @@ class Plan:
             found.append(last.get(op.bucket, -1))
             last[op.bucket] = index
         return tuple(found)
+
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether each rank updates only its part of every bucket."""
+        return any(shards(bucket.method) for bucket in self.buckets)
+
+    @cached_property
+    def combining(self) -> int:
+        """How many ops combine gradients; those behind them share parameters."""
+        return sum(op.kind != SHARED_PARAMETERS for op in self.ops)
 
     @cached_property
     def reduces(self) -> frozenset[int]:

@@ -190,6 +190,8 @@ def _schrage(work: Workload, window: int) -> list[int]:
     following = {job.before: index for index, job in enumerate(jobs) if job.before >= 0}
     coming = [(work.ready_of(job, 0.0), i) for i, job in enumerate(jobs) if job.before < 0]
     heapq.heapify(coming)
+    combining = sum(job.kind != SHARED_PARAMETERS for job in jobs)
+    sharing: list[tuple[float, int]] = []
     waiting: list[tuple[float, int]] = []
     least_latency_s = min((job.latency_s for job in jobs), default=0.0)
     sequence: list[int] = []
@@ -214,7 +216,10 @@ def _schrage(work: Workload, window: int) -> list[int]:
         ends.append(end)
         if chosen in following:
             after = following[chosen]
-            heapq.heappush(coming, (work.ready_of(jobs[after], end), after))
+            shared = jobs[after].kind == SHARED_PARAMETERS
+            heapq.heappush(sharing if shared else coming, (work.ready_of(jobs[after], end), after))
+        if len(sequence) == combining:
+            coming = sharing
     return sequence
 
 
@@ -240,11 +245,14 @@ def _moves(work: Workload, sequence: list[int], result: Run) -> Iterator[list[in
     """Orders in which one op comes later or earlier, none behind the critical op.
 
     The critical op is the one for which the forward pass last stood still: no change behind it can
-    shorten the step. Slices of one parameter never pass each other.
+    shorten the step. Slices of one parameter never pass each other, and no gradients parameters.
     """
     kinds = [work.layers_of[work.jobs[index].bucket] for index in sequence]
+    shared = [work.jobs[index].kind == SHARED_PARAMETERS for index in sequence]
     for right in range(_critical(work, sequence, result), 0, -1):
         for left in range(right - 1, -1, -1):
+            if shared[left] != shared[right]:
+                break
             between = sequence[left + 1 : right]
             head, tail = sequence[:left], sequence[right + 1 :]
             if kinds[left] not in kinds[left + 1 : right + 1]:

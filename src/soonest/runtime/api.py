@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import atexit
 import json
+import warnings
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,7 +20,7 @@ from soonest.core.plan import Plan, first_difference, shards
 from soonest.core.planner import first_plan
 from soonest.core.timeline import Timeline
 from soonest.runtime import agree, calibrate, collectives, update
-from soonest.runtime.checks import check
+from soonest.runtime.checks import check, check_wire
 from soonest.runtime.engine import Engine
 from soonest.runtime.lanes import ThreadLane
 from soonest.runtime.layout import Layout
@@ -34,8 +37,10 @@ class Handle:
     It need not be kept: training goes on without it.
     """
 
-    def __init__(self, engine: Engine | None) -> None:
+    def __init__(self, engine: Engine | None, model: nn.Module, optimizer: Optimizer) -> None:
         self._engine = engine
+        self._model = model
+        self._optimizer = optimizer
 
     @property
     def plan(self) -> Plan | None:
@@ -77,8 +82,44 @@ class Handle:
         """
         return self._engine.timeline() if self._engine else None
 
+    def optimizer_state_dict(self) -> dict[str, Any]:
+        """What ``optimizer.state_dict()`` would return without soonest, on every rank.
+
+        Where the state is shared out over the ranks this gathers it, and every rank must call it.
+        ``optimizer.load_state_dict()`` takes it, with or without soonest, on any number of ranks.
+        """
+        engine = self._engine
+        return engine.state_dict() if engine else self._optimizer.state_dict()
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """As ``torch.nn.utils.clip_grad_norm_`` on all of the model's gradients, on every rank.
+
+        Where the optimizer's state is shared out over the ranks, so are gradients: then ranks only
+        tell each other the norms of their parts, and every rank must call it.
+
+        Args:
+            max_norm: of all gradients together, after this.
+            norm_type: which norm; may be infinity.
+            error_if_nonfinite: raise an error if the norm is not finite.
+
+        Returns:
+            The norm before, a scalar.
+
+        Raises:
+            RuntimeError: the norm is not finite, and ``error_if_nonfinite`` is set.
+        """
+        if self._engine and self._engine.state is not None:
+            return self._engine.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
+        return torch.nn.utils.clip_grad_norm_(
+            self._model.parameters(), max_norm, norm_type, error_if_nonfinite
+        )
+
     def detach(self) -> None:
         """Makes model and optimizer plain objects again, with all updates applied.
+
+        Where the optimizer's state is shared out over the ranks, every rank must call it.
 
         Training may go on with them, on this rank alone. After a failure the parameters keep the
         values that they have. Calling it again does nothing.
@@ -98,6 +139,8 @@ def prioritize(
     plan: Plan | str | Path | None = None,
     separable: bool | None = None,
     method: str | None = None,
+    shard_optimizer: bool = False,
+    wire_dtype: torch.dtype | None = None,
 ) -> Handle:
     """Trains ``model`` data-parallel, sending first what the next forward pass needs first.
 
@@ -123,6 +166,13 @@ def prioritize(
             is overlapped.
         method: combine every bucket so, a key of ``soonest.METHODS``, instead of choosing the
             cheapest by size.
+        shard_optimizer: let each rank update only its part of every bucket, and keep only the
+            optimizer state of that, if the optimizer is known to update each element by itself;
+            others are not sharded, and a warning says so. Then gradients may be read only between
+            ``backward()`` and ``step()``, and on every rank, as that gathers them.
+        wire_dtype: ``torch.bfloat16`` or ``torch.float16``: send gradients so, half as many bytes.
+            What each rank contributes, and the sums, are rounded to it; parameters are sent
+            exactly. In float16 gradients divided by the number of ranks must stay below 65504.
 
     Returns:
         A handle; it need not be kept.
@@ -132,25 +182,31 @@ def prioritize(
         PlanMismatchError: the ranks have different models or plans.
     """
     check(model, optimizer)
+    check_wire(wire_dtype)
     given = _loaded(plan)
     parent = process_group if process_group is not None else dist.group.WORLD
     assert parent is not None
     if parent.size() == 1:
-        return Handle(None)
+        return Handle(None, model, optimizer)
     group = collectives.private_group(parent, timeout_s)
     ranks = collectives.ranks_of(group)
+    sharded = shard_optimizer and _can_shard(optimizer, separable)
+    methods = _methods(method, ranks, sharded=sharded)
+    sharing = collectives.Ranks(collectives.private_group(parent, timeout_s)) if sharded else None
     peers = Peers(group)
     order = [slot.name for flat in given.flats for slot in flat.slots] if given else []
     agree.agree_on_model(group, model)
     layout = Layout(model, order)
     lane = ThreadLane(timeout_s=collectives.timeout_of(group), blame=peers.blame)
     try:
-        if given is not None and (wrong := _misfit(given, layout, group.size())):
-            raise ValueError(f"the plan is not for this model and group: {wrong} (plan / here)")
+        if given is not None:
+            if wrong := _misfit(given, layout, group.size()):
+                raise ValueError(f"the plan is not for this model and group: {wrong} (plan / here)")
+            for name in {bucket.method for bucket in given.buckets}:
+                _methods(name, ranks, sharded=sharded)
         collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
-        methods = _methods(method, ranks)
         network = calibrate.network_of(
-            ranks, methods=methods, device=layout.parameters[0].device, wire=None
+            ranks, methods=methods, device=layout.parameters[0].device, wire=wire_dtype
         )
         first = given or first_plan(
             layout.flats, network, ranks=group.size(), window=WINDOW, methods=methods
@@ -165,6 +221,8 @@ def prioritize(
             plan=first,
             ranks=ranks,
             lane=lane,
+            sharing=sharing,
+            wire=wire_dtype,
             after_step=learner if given is None else _nothing,
         )
     except BaseException:
@@ -174,7 +232,7 @@ def prioritize(
     engine.settled = given is not None
     _engines.add(engine)
     weakref.finalize(engine, lane.close).atexit = False  # at exit, what is in flight goes first
-    return Handle(engine)
+    return Handle(engine, model, optimizer)
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -190,12 +248,35 @@ def _finish() -> None:
         engine.lane.close()
 
 
-def _methods(forced: str | None, ranks: collectives.Ranks) -> tuple[str, ...]:
+def _methods(forced: str | None, ranks: collectives.Ranks, *, sharded: bool) -> tuple[str, ...]:
     """Those that the plan may use."""
     if forced is None:
-        return tuple(method for method in ranks.methods if not shards(method))
+        return tuple(method for method in ranks.methods if shards(method) == sharded)
     collectives.check_method(forced, ranks)
+    if shards(forced) != sharded:
+        raise ValueError(
+            f"method {forced!r} shares out the optimizer's state: say shard_optimizer=True"
+            if shards(forced)
+            else f"method {forced!r} does not share out the optimizer's state: "
+            "leave out shard_optimizer, or take method='shard'"
+        )
     return (forced,)
+
+
+def _can_shard(optimizer: Optimizer, separable: bool | None) -> bool:
+    if separable is False:
+        raise ValueError(
+            "shard_optimizer=True updates parts of parameters, which separable=False forbids: "
+            "leave out one of them"
+        )
+    if update.is_elementwise(optimizer):
+        return True
+    warnings.warn(
+        f"{type(optimizer).__name__} is not known to update each element by itself, so its state "
+        "is not shared out: every rank keeps all of it",
+        stacklevel=3,
+    )
+    return False
 
 
 def _nothing(engine: Engine) -> None:

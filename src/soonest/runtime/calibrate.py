@@ -29,8 +29,8 @@ _TIMES = 3
 """Of each op and size; where that takes long, once."""
 _DROPPED = 2.0
 _DROPPED_FROM = 64 << 10
-"""From so many bytes on, a method that costs so many times as much as the cheapest, and ever more, is
-not measured with still more."""
+"""From so many bytes on, a method that costs so many times as much as the cheapest, and ever more,
+is not measured with still more."""
 _STREAM = 6
 """Ops that follow each other, with two in flight."""
 _FORMAT = 1
@@ -154,7 +154,7 @@ def _time(kind: str, ranks: Ranks, piece: Piece, times: int) -> list[float]:
     took: list[float] = []
     for _ in range(times):
         began_s = time.perf_counter()
-        _finish(collectives.start(kind, ranks, piece))
+        collectives.run(kind, ranks, piece)
         took.append(time.perf_counter() - began_s)
     return took
 

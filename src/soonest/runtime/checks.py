@@ -54,6 +54,15 @@ def check(model: nn.Module, optimizer: Optimizer) -> None:
             )
 
 
+def check_wire(wire: torch.dtype | None) -> None:
+    """Raises ValueError if gradients cannot be sent so."""
+    if wire not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"wire_dtype is {wire}, but must be torch.bfloat16, torch.float16, or None for "
+            "gradients as they are"
+        )
+
+
 def _check_wrapping(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f"module {name!r}" if name else "the model"

@@ -57,11 +57,13 @@ class Piece:
         parameters: the same part of the buffer of parameters.
         wire: dtype in which gradients are sent, their own if None. Sums are rounded to it in
             between where the backend makes them, and accumulate in float32 where this rank does.
+        itemsize: bytes of an element by which the ranks' parts are aligned, if not its own.
     """
 
     gradients: Tensor
     parameters: Tensor
     wire: torch.dtype | None = None
+    itemsize: int | None = None
 
     def packed(self, part: slice = slice(None)) -> Tensor:
         """Gradients as they are sent."""
@@ -150,7 +152,7 @@ def all_gather_parts(ranks: Ranks, piece: Piece) -> Op:
 def all_gather_parameters(ranks: Ranks, piece: Piece) -> Op:
     """Every rank's part of the parameters goes round to every other."""
     group, whole = ranks.group, piece.parameters
-    at = _borders(whole, group.size())
+    at = borders(whole.numel(), group.size(), piece.itemsize or whole.element_size())
     mine = whole[at[group.rank()] : at[group.rank() + 1]]
     size = at[1]
     even = at[-1] == size * group.size()
@@ -221,6 +223,12 @@ def start(kind: str, ranks: Ranks, piece: Piece) -> Running:
     return Running(_OPS[kind](ranks, piece))
 
 
+def run(kind: str, ranks: Ranks, piece: Piece) -> None:
+    """Carries out one op and waits for it; a collective call."""
+    for work in _OPS[kind](ranks, piece):
+        work.wait()
+
+
 def combine(method: str, ranks: Ranks, tensor: Tensor, *, wire: torch.dtype | None = None) -> None:
     """Sums a tensor over the ranks by one method, in place, and waits for it; a collective call.
 
@@ -241,8 +249,7 @@ def combine(method: str, ranks: Ranks, tensor: Tensor, *, wire: torch.dtype | No
     flat = tensor.contiguous().view(-1)
     piece = Piece(flat, flat, wire)
     for kind in METHODS[method]:
-        for work in _OPS[kind](ranks, piece):
-            work.wait()
+        run(kind, ranks, piece)
     if flat.data_ptr() != tensor.data_ptr():
         tensor.copy_(flat.view(tensor.shape))
 
@@ -423,6 +430,13 @@ def gather_objects(group: Group, value: Any) -> list[Any]:
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def gather_numbers(group: Group, value: float) -> list[float]:
+    """Every rank's value, by rank; cheaper than ``gather_objects``."""
+    every = torch.empty(group.size(), dtype=torch.float64)
+    group._allgather_base(every, torch.tensor([value], dtype=torch.float64)).wait()
+    return every.tolist()
 
 
 def first_rank_object(group: Group, value: Any) -> Any:

@@ -22,6 +22,7 @@ from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Layout, Member
 from soonest.runtime.profile import NEVER, Attention, Record, now_s, timeline_of
 from soonest.runtime.program import Program
+from soonest.runtime.shards import ShardedState
 from soonest.runtime.sweep import Sweep
 from soonest.runtime.update import Updater, raw_step
 
@@ -35,6 +36,8 @@ class Engine:
         layout, plan: to begin with.
         ranks: over which to combine.
         lane: what executes the plan.
+        sharing: over which to share out the optimizer's state, if the plan shards.
+        wire: dtype in which gradients are sent; their own if None.
         after_step: called at the end of each ``step()`` that used combined gradients; on every
             rank after the same steps.
 
@@ -56,12 +59,17 @@ class Engine:
         plan: Plan,
         ranks: Ranks,
         lane: Lane,
+        sharing: Ranks | None,
+        wire: torch.dtype | None,
         after_step: Callable[[Engine], None],
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.ranks = ranks
         self.lane = lane
+        self._sharing = sharing
+        self._wire = wire
+        self.state: ShardedState | None = None
         self._separable = separable
         self._cls = type(optimizer)
         self._after_step = after_step
@@ -89,7 +97,10 @@ class Engine:
         self._latest: Sweep | None = None
         self.layout = layout
         self._updater = Updater(self.optimizer, self._cls, layout.members)
-        self.program = Program(plan, layout, self.ranks, self._updater)
+        self._bind_state(layout, plan)
+        self.program = Program(
+            plan, layout, self.ranks, self._updater, state=self.state, wire=self._wire
+        )
         self._landing = Landing(self.program, self.lane, self._module_hooks)
         self.attention.refresh()
         self.record = self._new_record()
@@ -100,6 +111,28 @@ class Engine:
             self._hooks.append(member.parameter.register_hook(before))
             self._hooks.append(member.parameter.register_post_accumulate_grad_hook(after))
         self._landing.watch()
+
+    def _bind_state(self, layout: Layout, plan: Plan) -> None:
+        if self.state is not None:
+            self.state.move(plan, layout)
+        elif plan.sharded:
+            assert self._sharing is not None
+            self.state = ShardedState(self._sharing, plan, layout)
+            self.adopt_state()
+
+    def check_state(self) -> None:
+        """Raises if this rank has only its part of the optimizer's state."""
+        if self.state is not None:
+            raise SoonestError(
+                f"the state of this {type(self.optimizer).__name__} is shared out over "
+                f"{self.ranks.group.size()} ranks (shard_optimizer=True): call "
+                "handle.optimizer_state_dict() on every rank instead, which gathers it"
+            )
+
+    def adopt_state(self) -> None:
+        """Keeps this rank's parts of what ``optimizer.state`` holds."""
+        if self.state is not None:
+            self.state.adopt(self.optimizer.__dict__["state"])
 
     @property
     def record(self) -> Record:
@@ -139,7 +172,9 @@ class Engine:
             raise self._unfinished(self._open)
         if member.order in self._landing.unknown:
             guard.land(member.parameter)  # what is added to must be known
-        self._landing.settle(member)
+        with guard.DisableGuard():
+            added_to = member.parameter.grad is member.grad
+        (self._landing.settle if added_to else self._landing.free)(member)
 
     def _after(self, member: Member, parameter: nn.Parameter) -> None:
         """A gradient has been written to ``parameter.grad``."""
@@ -200,7 +235,9 @@ class Engine:
         ready = sweep.record.ready
         late = [member for member in self.layout.members if math.isnan(ready[member.order])]
         for member in late:
-            self._landing.settle(member)
+            with guard.DisableGuard():
+                kept = member.parameter.grad is member.grad
+            (self._landing.settle if kept else self._landing.free)(member)
             if member.parameter.grad is not None:
                 self._contribute(sweep, member)
                 continue
@@ -291,6 +328,14 @@ class Engine:
             if self._open is None:
                 self._landing.all()
 
+    def complete(self) -> None:
+        """Makes every gradient whole again where ranks have parts of it; a collective call."""
+        self.lane.wait_all()
+        if self._latest is not None and not self._latest.whole:
+            self.program.gather_gradients(self._latest)
+            self._landing.all()
+        self.flush()
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         before, self._synchronizing = self._synchronizing, False
@@ -299,6 +344,38 @@ class Engine:
         finally:
             self._synchronizing = before
 
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's, with all state; a collective call if that is shared out."""
+        self.flush()
+        if self.state is None:
+            return self.optimizer.state_dict()
+        by_name = {member.name: member.parameter for member in self.layout.members}
+        copy: Any = object.__new__(self._cls)
+        copy.__dict__.update(self.optimizer.__dict__)
+        kept = self.optimizer.__dict__["state"]
+        copy.state = {**kept, **{by_name[n]: v for n, v in self.state.whole().items()}}
+        return self._cls.state_dict(copy)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float, error: bool) -> Tensor:
+        """Clips this rank's parts of the gradients by the norm of all; a collective call."""
+        assert self.state is not None
+        self.lane.wait_all()
+        sweep = self._latest
+        if sweep is None or sweep.step is not None:
+            raise SoonestError(
+                "there are no gradients to clip: call clip_grad_norm_ between backward() and step()"
+            )
+        with guard.DisableGuard():
+            return self.state.clip(
+                self.program.parts_with_gradient(sweep), max_norm, norm_type, error
+            )
+
+    def _hand_state_back(self, state: ShardedState) -> None:
+        by_name = {member.name: member.parameter for member in self.layout.members}
+        for name, values in state.whole().items():
+            self.optimizer.__dict__["state"][by_name[name]] = values
+        self.state = None
+
     def timeline(self) -> Timeline | None:
         return timeline_of(*self._last_complete) if self._last_complete else None
 
@@ -306,6 +383,8 @@ class Engine:
         """Leaves the model and the optimizer as they would be without soonest."""
         if self.lane.error is None:
             self.flush()
+            if self.state is not None:
+                self._hand_state_back(self.state)
         for hook in (*self._hooks, *self._model_hooks, self._module_hooks):
             hook.remove()
         self._landing.drop()

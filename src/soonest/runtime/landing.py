@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
+from soonest.errors import SoonestError
 from soonest.runtime import guard
 from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Member
@@ -83,17 +84,50 @@ class Landing:
             self._held[member.order] = None
 
     def settle(self, member: Member) -> None:
+        """Waits until the member's gradient has its value, and nothing still reads it."""
+        if self._held[member.order] is not None:
+            self._wait(member)
+            if self._partial(member):
+                self._complete(member)
+            self._release_gradient(member)
+
+    def free(self, member: Member) -> None:
         """Waits until nothing writes to, or still reads, the member's gradient."""
         if self._held[member.order] is not None:
             self._wait(member)
             self._release_gradient(member)
 
+    def _partial(self, member: Member) -> bool:
+        """Whether this rank has only its part of the member's gradient."""
+        held, sweep = self._held[member.order], member.sweep
+        if sweep is None or sweep.whole:
+            return False
+        if sweep.step is not None and member.order in sweep.step.zeroed:
+            return False
+        return held is not None and held.tensor is member.grad
+
+    def _complete(self, member: Member) -> None:
+        """A gradient of which this rank has but a part is to be read."""
+        sweep = member.sweep
+        assert sweep is not None
+        if sweep.step is not None:
+            raise SoonestError(
+                f"the gradient of {member.name!r} was read after optimizer.step(), but each rank "
+                "has only its part of it, as shard_optimizer=True: read it before step(), on every "
+                "rank, or clear gradients before the next backward pass"
+            )
+        for bucket in range(len(self._program.plan.buckets)):
+            self._lane.wait(sweep, bucket, updated=False)
+        self._program.gather_gradients(sweep)
+
     def land(self, member: Member) -> None:
         """Waits until the parameter has the value that the last ``step()`` gave it."""
         needed = now_s()
+        sweep = member.sweep
         if self.flying:
             self._wait(member)
-        sweep = member.sweep
+            if sweep and not sweep.step and member.order in self.unknown and self._partial(member):
+                self._complete(member)
         if self.record.closely or sweep is None or sweep.step is None:
             self._landed(member)
         else:
@@ -115,7 +149,8 @@ class Landing:
     def _landed(self, member: Member) -> None:
         if member.order in self.unknown:
             self._resolve(member)
-        if member.sweep is None or member.sweep.step is not None:
+        stepped = member.sweep is None or member.sweep.step is not None
+        if stepped and not self._partial(member):
             self._release_gradient(member)
 
     def _wait(self, member: Member) -> None:
@@ -130,6 +165,8 @@ class Landing:
     def _resolve(self, member: Member) -> None:
         """Its gradient is combined: now it shows whether any rank had one."""
         self.unknown.discard(member.order)
+        if member.sweep is not None and not member.sweep.whole:
+            return  # nobody can tell, and the gradient could not be read anyway
         with guard.DisableGuard():
             if member.parameter.grad is None and self._program.used_anywhere(member):
                 member.parameter.grad = member.grad
@@ -142,7 +179,7 @@ class Landing:
             if sweep.step is not None and not sweep.updated[self._program.last_of[member.order]]:
                 sweep.step.zeroed.add(member.order)
                 return
-        self.settle(member)
+        self.free(member)
         member.raw_grad.zero_()
 
     def all(self) -> None:
@@ -150,13 +187,18 @@ class Landing:
         for member in self._members:
             if member.order in self.unknown:
                 self._resolve(member)
-        self.drop()
+        self.drop(parts=False)
         self.flying = False
 
-    def drop(self) -> None:
-        """Releases everything, whether it has arrived or not."""
+    def drop(self, *, parts: bool = True) -> None:
+        """Releases everything, whether it has arrived or not.
+
+        Args:
+            parts: also gradients of which this rank has only its part.
+        """
         for member in self._members:
             self._parameters[member.order].release()
-            self._release_gradient(member)
+            if parts or not self._partial(member):
+                self._release_gradient(member)
         self._awaited.clear()
         self._hooks.remove()

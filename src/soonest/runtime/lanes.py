@@ -178,7 +178,7 @@ class ThreadLane:
 
     @staticmethod
     def _settled(sweep: Sweep) -> bool:
-        if sweep.step is None and sweep.combined == len(sweep.plan.ops):
+        if sweep.step is None and sweep.combined >= sweep.plan.combining:
             return True
         return sweep.finished or not sweep.closed
 
@@ -199,8 +199,12 @@ class ThreadLane:
 
     def _start_ops(self) -> None:
         while self._news.get() and self._error is None:
-            while self._issue() or (self._delegated > 0 and self._update()):
+            while self._issue() or (self._updates_in_lane() and self._update()):
                 pass
+
+    def _updates_in_lane(self) -> bool:
+        """Whether not to wait until somebody needs what is updated: others may wait for it, too."""
+        return self._delegated > 0 or any(sweep.plan.sharded for sweep in self._sweeps)
 
     def _end_ops(self) -> None:
         while (running := self._running.get()) is not None:
@@ -209,7 +213,7 @@ class ThreadLane:
                     return
                 self._look_around()
             self._issue()
-            if self._delegated:
+            if self._updates_in_lane():
                 self._news.put(True)
 
     def _complete(self, running: Running) -> bool:
@@ -271,7 +275,7 @@ class ThreadLane:
             return True
 
     def _next_op(self) -> tuple[Sweep, int] | None:
-        sweep = next((r for r in self._sweeps if r.issued < len(r.plan.ops)), None)
+        sweep = next((r for r in self._sweeps if r.issued < r.ops), None)
         op = sweep.next_op() if sweep is not None else None
         return None if sweep is None or op is None else (sweep, op)
 
@@ -290,9 +294,10 @@ class ThreadLane:
                 self.check()
             sweep.record.update_ended(bucket)
             with self._changed:
-                sweep.program.zero(sweep, bucket)
-                sweep.updated[bucket] = True
+                sweep.complete_update(bucket)
                 self._changed.notify_all()
+        if sweep.plan.sharded:  # what is updated can be shared now
+            self._news.put(True)
         self._progressed_at = time.monotonic()
         return True
 

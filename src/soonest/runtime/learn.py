@@ -105,12 +105,13 @@ class Learner:
         mine = (trace, next_cut(self._step_s) if engine.ranks.group.size() == 2 else (1.0, True))
         trace, (self._tried, engine.settled) = self._first_rank(engine, mine)
         if trace is not None:
+            engine.complete()
             self._bind(engine, engine.layout, Trace.from_json(trace), self._tried)
 
     def _first(self, engine: Engine) -> None:
         engine.attention.learning = True
         trace = self._trace(engine, engine.record, engine.observed)
-        engine.flush()
+        engine.complete()
         self._note_pace(engine, engine.record)
         members = engine.layout.members
         order = [members[index].name for index in engine.observed.first_use()]

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from soonest.core.plan import Plan
+from soonest.core.plan import SHARED_PARAMETERS, Plan
 from soonest.runtime import collectives
 from soonest.runtime.collectives import Piece, Ranks, Running
 from soonest.runtime.layout import Layout, Member
+from soonest.runtime.shards import ShardedState, Share, firsts_of
 
 if TYPE_CHECKING:
     from soonest.runtime.sweep import Sweep
@@ -25,6 +26,8 @@ class Program:
         layout: the buffers.
         ranks: over which to combine.
         updater: what to do once gradients are combined.
+        state: of this rank's parts, if the plan shards.
+        wire: dtype in which gradients are sent, where that is narrower than theirs.
 
     Attributes:
         buckets_of: per member, the buckets that carry it, by index of ``layout.members``.
@@ -33,15 +36,27 @@ class Program:
         by_need: the buckets in the order in which the forward pass needs what awaits them.
     """
 
-    def __init__(self, plan: Plan, layout: Layout, ranks: Ranks, updater: Updater):
+    def __init__(
+        self,
+        plan: Plan,
+        layout: Layout,
+        ranks: Ranks,
+        updater: Updater,
+        *,
+        state: ShardedState | None = None,
+        wire: torch.dtype | None = None,
+    ) -> None:
+        assert plan.sharded == (state is not None)
         self.plan = plan
         self.layout = layout
         self.updater = updater
         self._ranks = ranks
+        self.state = state
         self._pieces = [
             Piece(
                 layout.grads[bucket.flat][bucket.start : bucket.stop],
                 layout.parameters[bucket.flat][bucket.start : bucket.stop],
+                wire if wire and wire.itemsize < plan.flats[bucket.flat].itemsize else None,
             )
             for bucket in plan.buckets
         ]
@@ -50,12 +65,18 @@ class Program:
         at = {(member.flat, member.slot.start): member.order for member in members}
         self.buckets_of: list[list[int]] = [[] for _ in members]
         self._counts: list[tuple[Tensor, list[int]]] = []
+        self._firsts: list[tuple[Tensor, list[int]]] = []
         for index, bucket in enumerate(plan.buckets):
             slots = [plan.flats[bucket.flat].slots[slot] for slot in plan.slots_of[index]]
             counted = [slot for slot in slots if bucket.start <= slot.count_at < bucket.stop]
-            offsets = torch.tensor([slot.count_at - bucket.start for slot in counted])
-            offsets = offsets.to(device=layout.grads[bucket.flat].device, dtype=torch.long)
-            self._counts.append((offsets, [at[bucket.flat, slot.start] for slot in counted]))
+            device = layout.grads[bucket.flat].device
+            marks = [
+                (slot.count_at - bucket.start, at[bucket.flat, slot.start]) for slot in counted
+            ]
+            self._counts.append(_marks(marks, device))
+            firsts = firsts_of(plan, index) if plan.sharded else []
+            marks = [(first - bucket.start, at[bucket.flat, slot]) for first, slot in firsts]
+            self._firsts.append(_marks(marks, device))
             for slot in slots:
                 self.buckets_of[at[bucket.flat, slot.start]].append(index)
         self.last_of = [max(buckets, key=position.__getitem__) for buckets in self.buckets_of]
@@ -70,6 +91,8 @@ class Program:
         kind, bucket = self.plan.ops[op].kind, self.plan.ops[op].bucket
         if self.plan.before[op] < 0:
             self._count(sweep, bucket)
+            if self.plan.sharded:
+                self._sign(sweep, bucket)
         return collectives.start(kind, self._ranks, self._pieces[bucket])
 
     def _count(self, sweep: Sweep, bucket: int) -> None:
@@ -82,8 +105,26 @@ class Program:
                 unused = [member in sweep.unused for member in members]
                 gradients.index_fill_(0, offsets[unused], 0.0)
 
+    def _sign(self, sweep: Sweep, bucket: int) -> None:
+        """Marks gradients that this rank does not have by negative zeros.
+
+        A sum is negative zero only if all that is added is. So the owner of a part sees whether
+        any rank had a gradient, though the count behind it may belong to another rank's part.
+        """
+        offsets, members = self._firsts[bucket]
+        gradients = self._pieces[bucket].gradients
+        gradients[offsets] += 0.0  # makes positive what happens to be negative zero
+        if not sweep.unused.isdisjoint(members):
+            unused = [member in sweep.unused for member in members]
+            gradients.index_fill_(0, offsets[unused], -0.0)
+
     def update(self, sweep: Sweep, bucket: int) -> None:
-        """Updates the parameters whose gradients this bucket completes."""
+        """Updates the parameters whose gradients this bucket completes, or this rank's parts."""
+        if self.state is not None:
+            shares = [s for s in self.state.shares[bucket] if self._wanted_part(sweep, s)]
+            if shares:
+                self.updater.apply_shares(sweep.step, shares, self.state.parts)
+            return
         waiting = [m for m in self.awaiting[bucket] if self.wanted(sweep, m)]
         if waiting:
             self.updater.apply(sweep.step, waiting)
@@ -100,6 +141,43 @@ class Program:
             return False
         return member.order not in sweep.unused or self.used_anywhere(member)
 
+    def _wanted_part(self, sweep: Sweep, share: Share) -> bool:
+        """Whether the optimizer sees a gradient of this part of a parameter."""
+        order = share.member.order
+        if order not in sweep.step.gradients:
+            return False
+        return order not in sweep.unused or _positive(share.raw_grad)
+
+    def parts_with_gradient(self, sweep: Sweep) -> list[Tensor]:
+        """This rank's parts of all gradients that any rank has."""
+        assert self.state is not None
+        return [
+            share.raw_grad
+            for shares in self.state.shares
+            for share in shares
+            if share.member.order not in sweep.unused or _positive(share.raw_grad)
+        ]
+
+    def gather_gradients(self, sweep: Sweep) -> None:
+        """Completes gradients of which this rank has only its parts; a collective call."""
+        assert self.state is not None
+        for piece in self._pieces:
+            whole = Piece(piece.gradients, piece.gradients)
+            collectives.run(SHARED_PARAMETERS, self.state.ranks, whole)
+        sweep.whole = True
+
     def used_anywhere(self, member: Member) -> bool:
         """Whether any rank got a gradient for this parameter, once it is combined."""
         return bool(self.layout.grads[member.flat][member.slot.count_at] > 0)
+
+
+def _positive(gradient: Tensor) -> bool:
+    """Whether a gradient does not begin with a negative zero, see ``Program._sign``."""
+    first = gradient[:1]
+    return not bool(((first == 0) & torch.signbit(first)).any())
+
+
+def _marks(marks: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, list[int]]:
+    """Places in a bucket, and the members that they belong to."""
+    offsets = torch.tensor([offset for offset, _ in marks], dtype=torch.long, device=device)
+    return offsets, [member for _, member in marks]

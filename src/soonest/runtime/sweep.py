@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from soonest.core.plan import Plan
+from soonest.core.plan import SHARED_PARAMETERS, Plan
 
 if TYPE_CHECKING:
     from soonest.runtime.profile import Record
@@ -23,7 +23,7 @@ class Sweep:
         number: counts the sweeps of a training run, from 0.
         program: what the lane executes.
         record: where the lane and the engine note what happened when.
-        local: nothing is sent; the sweep only updates.
+        local: no gradients are sent; the sweep only updates.
 
     Attributes:
         missing: per bucket, how many of its parameters have no gradient yet.
@@ -33,7 +33,9 @@ class Sweep:
         closed: the backward pass is over.
         step: what ``optimizer.step()`` was called with; None before.
         reduced: per bucket, whether its gradients are combined.
+        shared: per bucket, whether this rank has updated its part; only where each updates one.
         updated: per bucket, whether the parameters that wait for it are updated.
+        whole: this rank has all of the gradients, not only its parts.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class Sweep:
         self.record = record
         self.missing = [0 if local else len(slots) for slots in plan.slots_of]
         self.unused: set[int] = set()
-        self.issued = self.combined = len(plan.ops) if local else 0
+        self.issued = self.combined = plan.combining if local else 0
         self.closed = local
         self.step: Any = None
         self.superseded = False
         self.reduced = bytearray([local] * len(plan.buckets))
+        self.shared = bytearray(len(plan.buckets))
         self.updated = bytearray(len(plan.buckets))
+        self.whole = not plan.sharded
 
     @property
     def plan(self) -> Plan:
@@ -59,6 +63,12 @@ class Sweep:
     @property
     def in_flight(self) -> int:
         return self.issued - self.combined
+
+    @property
+    def ops(self) -> int:
+        """How many ops of the plan are to be done: without an update there is nothing to share."""
+        unused = self.superseded and self.step is None
+        return self.plan.combining if unused else len(self.plan.ops)
 
     def arrived(self, buckets: Sequence[int]) -> bool:
         """Takes note of one more gradient.
@@ -83,19 +93,34 @@ class Sweep:
         whatever its timing.
         """
         ops = self.plan.ops
-        if self.issued == len(ops) or self.in_flight >= self.plan.window:
+        if self.issued >= self.ops or self.in_flight >= self.plan.window:
             return None
         if self.in_flight and ops[self.issued - 1].alone:
             return None
-        if self.missing[ops[self.issued].bucket] or self.plan.before[self.issued] >= self.combined:
+        op = ops[self.issued]
+        if self.missing[op.bucket] or self.plan.before[self.issued] >= self.combined:
+            return None
+        if op.kind == SHARED_PARAMETERS and not self.shared[op.bucket]:
             return None
         return self.issued
 
     def complete_op(self) -> None:
         """The oldest op in flight is done."""
-        if self.combined in self.plan.reduces:
-            self.reduced[self.plan.ops[self.combined].bucket] = True
+        op = self.plan.ops[self.combined]
+        if op.kind == SHARED_PARAMETERS:
+            self.program.zero(self, op.bucket)
+            self.updated[op.bucket] = True
+        elif self.combined in self.plan.reduces:
+            self.reduced[op.bucket] = True
         self.combined += 1
+
+    def complete_update(self, bucket: int) -> None:
+        """The parameters that wait for a bucket are updated, or this rank's part of them."""
+        if self.plan.sharded:
+            self.shared[bucket] = True
+        else:
+            self.program.zero(self, bucket)
+            self.updated[bucket] = True
 
     def next_update(self) -> int | None:
         """The bucket whose parameters to update now: of those that can be, the first needed."""
@@ -105,12 +130,12 @@ class Sweep:
 
     def _updatable(self) -> Iterator[int]:
         for bucket in self.program.by_need:
-            if self.reduced[bucket] and not self.updated[bucket]:
+            if self.reduced[bucket] and not self.updated[bucket] and not self.shared[bucket]:
                 yield bucket
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do, or nothing that anybody still wants."""
-        if self.combined < len(self.plan.ops):
+        if self.combined < self.ops:
             return False
         return self.superseded if self.step is None else all(self.updated)

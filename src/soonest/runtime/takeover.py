@@ -24,6 +24,14 @@ class Driver(Protocol):
 
     def flush(self) -> None: ...
 
+    def check_state(self) -> None:
+        """Raises if the optimizer's state is not all here."""
+        ...
+
+    def adopt_state(self) -> None:
+        """Whole states have been put into ``optimizer.state``."""
+        ...
+
 
 def take_over(optimizer: Optimizer, driver: Driver) -> None:
     """Lets ``optimizer`` call ``driver``.
@@ -32,6 +40,7 @@ def take_over(optimizer: Optimizer, driver: Driver) -> None:
         ValueError: something that cannot be seen through has replaced ``optimizer.step``.
     """
     cls = type(optimizer)
+    loading: list[bool] = []
 
     def step(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
         return driver.step(closure)
@@ -44,6 +53,8 @@ def take_over(optimizer: Optimizer, driver: Driver) -> None:
 
     def get_state(self: Optimizer) -> Any:
         driver.flush()  # updates in flight write to the state
+        if not loading:
+            driver.check_state()
         return self.__dict__["state"]
 
     def set_state(self: Optimizer, value: Any) -> None:
@@ -52,7 +63,12 @@ def take_over(optimizer: Optimizer, driver: Driver) -> None:
 
     def load_state_dict(self: Any, state_dict: Any) -> None:
         driver.flush()
-        cls.load_state_dict(self, state_dict)
+        loading.append(True)
+        try:
+            cls.load_state_dict(self, state_dict)
+        finally:
+            loading.pop()
+        driver.adopt_state()
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
         return (_bare, (cls,), self.__getstate__())

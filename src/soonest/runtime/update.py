@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from soonest.runtime.layout import Member
+from soonest.runtime.shards import Share
 
 _SEPARABLE = (
     torch.optim.SGD,
@@ -28,6 +29,16 @@ _SEPARABLE = (
     torch.optim.ASGD,
     torch.optim.Muon,
 )
+
+
+_ELEMENTWISE = tuple(
+    cls for cls in _SEPARABLE if cls not in (torch.optim.Adafactor, torch.optim.Muon)
+)
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether each *element* is known to be updated by itself, so that ranks can share them out."""
+    return type(optimizer) in _ELEMENTWISE
 
 
 def is_separable(optimizer: Optimizer) -> bool:
@@ -98,28 +109,68 @@ class Updater:
     def apply(self, call: StepCall, members: Sequence[Member]) -> None:
         """Updates these members, as ``optimizer.step()`` would have done when it was called."""
         state = self._optimizer.__dict__["state"]
+        jobs: list[_Job] = []
+        for member in members:
+            gradient = call.gradients[member.order]
+            if gradient is member.grad:
+                gradient = member.raw_grad
+            jobs.append(_Job(member.twin, gradient, member.order, member.parameter))
+        self._run(call, jobs, state)
+
+    def apply_shares(
+        self, call: StepCall, shares: Sequence[Share], state: dict[Any, dict[str, Any]]
+    ) -> None:
+        """Updates these parts of members.
+
+        Args:
+            call: as for ``apply``.
+            shares: the parts.
+            state: of the parts, by ``Share.key``.
+        """
+        jobs: list[_Job] = []
+        for share in shares:
+            member = share.member
+            gradient = call.gradients[member.order]
+            own = share.raw_grad if gradient is member.grad else share.cut(gradient)
+            jobs.append(_Job(share.twin, own, member.order, share.key))
+        self._run(call, jobs, state)
+
+    def _run(self, call: StepCall, jobs: Sequence[_Job], state: dict[Any, dict[str, Any]]) -> None:
         partial: Any = object.__new__(self._cls)
         partial.__dict__.update(call.attributes)
         partial.state = defaultdict(dict)
         params: list[list[Any]] = [[] for _ in call.groups]
-        for member in members:
-            gradient = call.gradients[member.order]
-            member.twin.grad = member.raw_grad if gradient is member.grad else gradient
-            params[self._group_of[member.order]].append(member.twin)
-            known = state.get(member.parameter)
+        for job in jobs:
+            job.twin.grad = job.gradient
+            params[self._group_of[job.order]].append(job.twin)
+            known = state.get(job.key)
             if known is not None:
-                partial.state[member.twin] = known
+                partial.state[job.twin] = known
         partial.param_groups = [
             {**group, "params": chosen}
             for group, chosen in zip(call.groups, params, strict=True)
             if chosen
         ]
         self._step(partial)
-        for member in members:
-            member.twin.grad = None
-            now = partial.state.get(member.twin)
+        for job in jobs:
+            job.twin.grad = None
+            now = partial.state.get(job.twin)
             if now is not None:
-                state[member.parameter] = now
+                state[job.key] = now
+
+
+class _Job(NamedTuple):
+    """What is updated: a parameter or a part of it, with its gradient.
+
+    Args:
+        order: of the member.
+        key: of its state.
+    """
+
+    twin: nn.Parameter
+    gradient: Tensor
+    order: int
+    key: Any
 
 
 def raw_step(cls: type[Optimizer]) -> Any:

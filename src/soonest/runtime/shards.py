@@ -1,0 +1,300 @@
+"""Parts of parameters, where each rank updates but its own, and their optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from soonest.core.plan import SHARED_PARAMETERS, Plan, borders
+from soonest.errors import PeerLostError, SoonestError
+from soonest.runtime import collectives
+from soonest.runtime.collectives import Piece, Ranks
+from soonest.runtime.layout import Layout, Member
+
+Key = tuple[str, int, int]
+"""A part of a parameter: its name, and the first and last but one of its elements in memory."""
+
+
+@dataclass(eq=False, slots=True)
+class Share:
+    """This rank's part of one parameter: consecutive elements, in the order of memory.
+
+    Args:
+        member: the parameter.
+        start, stop: of its elements.
+        raw_grad: that part of its gradient, one-dimensional.
+        twin: that part of the parameter, one-dimensional; what the optimizer updates.
+    """
+
+    member: Member
+    start: int
+    stop: int
+    raw_grad: Tensor
+    twin: nn.Parameter
+
+    @property
+    def key(self) -> Key:
+        return (self.member.name, self.start, self.stop)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This part of a tensor of the parameter's shape; a view only if its strides are alike."""
+        return _in_memory(whole, self.member.twin)[self.start : self.stop]
+
+
+def shares_of(plan: Plan, layout: Layout, rank: int) -> list[list[Share]]:
+    """Per bucket, the parts of parameters that a rank updates."""
+    found: list[list[Share]] = []
+    by_slot = {(member.flat, member.slot.start): member for member in layout.members}
+    for index, bucket in enumerate(plan.buckets):
+        shares: list[Share] = []
+        parameters, grads = layout.parameters[bucket.flat], layout.grads[bucket.flat]
+        for start, stop, slot in _overlaps(plan, index, rank):
+            member = by_slot[bucket.flat, slot]
+            twin = nn.Parameter(parameters[start:stop].detach())
+            for name, value in vars(member.parameter).items():
+                setattr(twin, name, value)
+            shares.append(Share(member, start - slot, stop - slot, grads[start:stop], twin))
+        found.append(shares)
+    return found
+
+
+def firsts_of(plan: Plan, index: int) -> list[tuple[int, int]]:
+    """The first element of each part of each parameter in a bucket, and where its slot starts."""
+    return [
+        (start, slot)
+        for rank in range(plan.ranks)
+        for start, _, slot in _overlaps(plan, index, rank)
+    ]
+
+
+def _overlaps(plan: Plan, index: int, rank: int) -> Iterator[tuple[int, int, int]]:
+    """Elements of a flat buffer where a rank's part of a bucket meets a slot, and its start."""
+    bucket = plan.buckets[index]
+    flat = plan.flats[bucket.flat]
+    at = borders(bucket.stop - bucket.start, plan.ranks, flat.itemsize)
+    first, last = bucket.start + at[rank], bucket.start + at[rank + 1]
+    for slot in (flat.slots[number] for number in plan.slots_of[index]):
+        start, stop = max(first, slot.start), min(last, slot.start + slot.numel)
+        if start < stop:
+            yield start, stop, slot.start
+        elif not slot.numel and not rank:  # its state is all in one hand, whoever's
+            yield slot.start, slot.start, slot.start
+
+
+class ShardedState:
+    """The optimizer state of this rank's parts.
+
+    Args:
+        ranks: over which it is shared out; for nothing else, so that this is in nobody's way.
+        plan, layout: of the parts.
+
+    Attributes:
+        parts: state dicts by part; created by the optimizer, as any.
+        shares: per bucket, this rank's parts.
+    """
+
+    def __init__(self, ranks: Ranks, plan: Plan, layout: Layout) -> None:
+        self.ranks = ranks
+        self.parts: dict[Key, dict[str, Any]] = {}
+        self._bind(plan, layout)
+
+    def _bind(self, plan: Plan, layout: Layout) -> None:
+        self._plan, self._layout = plan, layout
+        self.shares = shares_of(plan, layout, self.ranks.group.rank())
+
+    def _all(self) -> Iterator[Share]:
+        return (share for shares in self.shares for share in shares)
+
+    def adopt(self, state: dict[Any, dict[str, Any]]) -> None:
+        """Keeps this rank's parts of whole states, and takes those away.
+
+        Args:
+            state: by parameter, as ``optimizer.state`` holds it.
+        """
+        for share in self._all():
+            whole = state.get(share.member.parameter)
+            if whole is not None:
+                shape = share.member.twin.shape
+                self.parts[share.key] = {
+                    name: share.cut(value).clone() if _per_element(value, shape) else _copy(value)
+                    for name, value in whole.items()
+                }
+        for member in self._layout.members:
+            state.pop(member.parameter, None)
+
+    def move(self, plan: Plan, layout: Layout) -> None:
+        """Shares the state out anew; a collective call if the parts change."""
+        same = (plan.flats, _cuts(plan)) == (self._plan.flats, _cuts(self._plan))
+        if same:
+            self._bind(plan, layout)
+            return
+        shares: dict[str, list[Share]] = {}
+        for part in shares_of(plan, layout, self.ranks.group.rank()):
+            for share in part:
+                shares.setdefault(share.member.name, []).append(share)
+        parts: dict[Key, dict[str, Any]] = {}
+
+        def take(name: str, key: str, start: int, piece: Tensor) -> None:
+            for share in shares.get(name, ()):
+                low, high = max(start, share.start), min(start + piece.numel(), share.stop)
+                if low < high or share.start == share.stop:
+                    values = parts.setdefault(share.key, {})
+                    if key not in values:
+                        values[key] = piece.new_zeros(share.stop - share.start)
+                    values[key][low - share.start : high - share.start] = piece[
+                        low - start : high - start
+                    ]
+
+        for name, scalars in self._gather(take).items():
+            for share in shares.get(name, ()):
+                found = {key: _copy(value) for key, value in scalars.items()}
+                parts[share.key] = {**found, **parts.get(share.key, {})}
+        self.parts = parts
+        self._bind(plan, layout)
+
+    def whole(self, *, keep: bool = True) -> dict[str, dict[str, Any]]:
+        """By name of the parameter, the state as the optimizer would have it alone; collective.
+
+        Args:
+            keep: whether this rank wants it; the others help it only.
+        """
+        members = {member.name: member for member in self._layout.members}
+        found: dict[str, dict[str, Any]] = {}
+
+        def take(name: str, key: str, start: int, piece: Tensor) -> None:
+            if not keep:
+                return
+            twin = members[name].twin
+            values = found.setdefault(name, {})
+            if key not in values:
+                values[key] = torch.empty_like(twin, dtype=piece.dtype, requires_grad=False)
+            _in_memory(values[key], twin)[start : start + piece.numel()] = piece
+
+        for name, scalars in self._gather(take).items():
+            if keep:
+                copies = {key: _copy(value) for key, value in scalars.items()}
+                found[name] = {**copies, **found.get(name, {})}
+        return found
+
+    def clip(
+        self, parts: Sequence[Tensor], max_norm: float, norm_type: float, error: bool
+    ) -> Tensor:
+        """Scales parts of gradients so that the norm of all ranks' together is as asked.
+
+        Returns:
+            The norm before, as ``torch.nn.utils.clip_grad_norm_`` finds it.
+        """
+        norms = [torch.linalg.vector_norm(part, norm_type, dtype=torch.float64) for part in parts]
+        mine = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros(())
+        with together("clipping gradients"):
+            every = collectives.gather_numbers(self.ranks.group, float(mine))
+        norm = torch.linalg.vector_norm(torch.tensor(every, dtype=torch.float64), norm_type)
+        dtype = parts[0].dtype if parts else torch.float32
+        norm = norm.to(torch.promote_types(dtype, torch.float32))
+        if error and not torch.isfinite(norm):
+            raise RuntimeError(
+                f"the norm of order {norm_type} of all gradients is {norm.item()}, so they cannot "
+                "be clipped"
+            )
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        for part in parts:
+            part.mul_(factor.to(part.dtype))
+        return norm
+
+    def _gather(self, take: Callable[[str, str, int, Tensor], None]) -> dict[str, dict[str, Any]]:
+        """Shows every rank all state, one bucket and entry at a time.
+
+        Args:
+            take: called with parameter, entry, first element, and values from there on.
+
+        Returns:
+            By parameter, the entries that do not have a value per element.
+        """
+        mine: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]] = {}
+        for share in self._all():
+            if share.key in self.parts:
+                mine[share.member.name] = _described(self.parts[share.key], share.twin.shape)
+        described: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]] = {}
+        with together("gathering the optimizer's state"):
+            for theirs in collectives.gather_objects(self.ranks.group, mine):
+                described |= theirs
+        for index, bucket in enumerate(self._plan.buckets):
+            slots = self._plan.flats[bucket.flat].slots
+            inside = [slots[i] for i in self._plan.slots_of[index] if slots[i].name in described]
+            entries = {key: of for slot in inside for key, of in described[slot.name][0].items()}
+            for key, dtype in sorted(entries.items()):
+                values = self._entry(index, key, dtype)
+                for slot in inside:
+                    start = max(slot.start, bucket.start)
+                    stop = min(slot.start + slot.numel, bucket.stop)
+                    if (start < stop or not slot.numel) and key in described[slot.name][0]:
+                        piece = values[start - bucket.start : stop - bucket.start]
+                        take(slot.name, key, start - slot.start, piece)
+        return {name: scalars for name, (_, scalars) in described.items()}
+
+    def _entry(self, index: int, key: str, dtype: torch.dtype) -> Tensor:
+        """One entry of the state of a whole bucket, from all ranks."""
+        bucket = self._plan.buckets[index]
+        values = torch.zeros(
+            bucket.stop - bucket.start, dtype=dtype, device=self._layout.grads[bucket.flat].device
+        )
+        itemsize = self._plan.flats[bucket.flat].itemsize
+        for share in self.shares[index]:
+            known = self.parts.get(share.key, {}).get(key)
+            if known is not None:
+                at = share.member.slot.start + share.start - bucket.start
+                values[at : at + known.numel()] = known
+        piece = Piece(values, values, itemsize=itemsize)
+        with together("gathering the optimizer's state"):
+            collectives.run(SHARED_PARAMETERS, self.ranks, piece)
+        return values
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """A collective call of the user's: says what it needs if other ranks do not take part.
+
+    Raises:
+        PeerLostError: they did not.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, SoonestError):
+            raise
+        raise PeerLostError(
+            f"{what} needs every rank under shard_optimizer=True, and not all of them took part: "
+            f"do it on all ranks at the same point ({error})"
+        ) from error
+
+
+def _cuts(plan: Plan) -> Sequence[tuple[int, int, int]]:
+    return [(bucket.flat, bucket.start, bucket.stop) for bucket in plan.buckets]
+
+
+def _in_memory(whole: Tensor, like: Tensor) -> Tensor:
+    """The elements of a tensor in the order in which a parameter has them in memory."""
+    if whole.stride() != like.stride():
+        whole = torch.empty_like(like, dtype=whole.dtype, requires_grad=False).copy_(whole)
+    return whole.as_strided((whole.numel(),), (1,))
+
+
+def _per_element(value: Any, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.shape == shape and value.dim() > 0
+
+
+def _described(
+    state: Mapping[str, Any], shape: torch.Size
+) -> tuple[dict[str, torch.dtype], dict[str, Any]]:
+    """Dtypes of what has a value per element, and the rest."""
+    parts = {key: value.dtype for key, value in state.items() if _per_element(value, shape)}
+    return parts, {key: value for key, value in state.items() if key not in parts}
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
