@@ -136,6 +136,33 @@ def test_what_is_absent_is_named(
     assert "absent" in next(line for line in out.splitlines() if line.startswith("│ horovod"))
 
 
+def methods_of(record: dict[str, Any]) -> dict[str, set[str]]:
+    return {name: set(arm.get("methods", ())) for name, arm in record["arms"].items()}
+
+
+def test_soonest_held_to_one_method_beside_soonest(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    arms = ("local", "soonest", "soonest-allreduce", "soonest-split", "soonest-hierarchical")
+    record = bench(SMALL, tmp_path, "--arms", ",".join(arms))
+    assert list(record["arms"]) == list(arms[:-1])
+    found = methods_of(record)
+    assert found["local"] == set()
+    assert found["soonest"] <= {"allreduce", "gather", "exchange", "split"} != set()
+    assert found["soonest-allreduce"] == {"allreduce"}
+    assert found["soonest-split"] == {"split"}
+    assert all(sum(arm.get("methods", {"": 1}).values()) > 0 for arm in record["arms"].values())
+    assert "several ranks on each host" in record["absent"]["soonest-hierarchical"]
+    out = capfd.readouterr().out
+    assert f"Buckets of soonest-split: {record['arms']['soonest-split']['methods']['split']}" in out
+
+
+def test_soonest_itself_held_to_one_method(tmp_path: Path):
+    record = bench(SMALL, tmp_path, "--arms", "soonest", "--method", "exchange")
+    assert record["method"] == "exchange"
+    assert methods_of(record) == {"soonest": {"exchange"}}
+
+
 def test_slow_motion_and_shrink_are_chosen_by_measuring(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):

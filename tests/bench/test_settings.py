@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from soonest.bench.arms import MAKERS
 from soonest.bench.scale import Capacity, choose
-from soonest.bench.settings import ARMS, SWEEP_MB, Settings, link_for
+from soonest.bench.settings import ARMS, KNOWN, SWEEP_MB, VARIANTS, Settings, link_for
 from soonest.core.trace import Layer, Trace
 
 ALEXNET = Trace.load("alexnet")
@@ -19,6 +20,14 @@ SETTINGS = Settings(ALEXNET, 4, 25e9, 20.0, 8.0, tuple(ARMS))
 def test_settings_survive_json():
     text = json.dumps(SETTINGS.to_json())
     assert Settings.from_json(text) == SETTINGS
+
+
+def test_arms_of_one_method_each_are_known_but_not_compared_by_default():
+    assert {"soonest-allreduce", "soonest-gather", "soonest-exchange", "soonest-split"} <= set(
+        VARIANTS
+    )
+    assert not set(VARIANTS) & set(ARMS)
+    assert set(KNOWN) == {*ARMS, *VARIANTS} == set(MAKERS)
 
 
 def test_the_emulated_links_are_slower_by_both_factors():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from soonest.core.units import parse_duration, parse_rate
+from soonest.core.units import parse_duration, parse_rate, size_text
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,19 @@ def test_durations(text: str, seconds: float):
 def test_what_is_no_duration(text: str):
     with pytest.raises(ValueError, match="is no duration: give for example"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (1000, "1000 bytes"),
+        (1024, "1 KiB"),
+        (67_800, "66 KiB"),
+        (256 << 10, "256 KiB"),
+        (1.26 * (1 << 20), "1.3 MiB"),
+        (3 << 40, "3072 GiB"),
+    ],
+)
+def test_sizes(size_bytes: float, text: str):
+    assert size_text(size_bytes) == text

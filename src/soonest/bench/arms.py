@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 import soonest
 from soonest.bench import peers
 from soonest.bench.observe import DdpObserver
-from soonest.bench.settings import MOMENTUM, Settings
+from soonest.bench.settings import MOMENTUM, VARIANTS, Settings
 from soonest.core.timeline import Timeline
 from soonest.lab.replay import Replay
 
@@ -38,7 +40,7 @@ class Arm:
         timeline: of the last complete step, if the arm measures it.
         observe: makes the arm measure it; steps may take longer from then on.
         detach: undoes it.
-        note: what is to be told about it with the figures.
+        note: what is to be told about it with the figures, complete once it is detached.
     """
 
     replay: Replay
@@ -161,18 +163,29 @@ def horovod(settings: Settings, time: Time) -> Arm:
 
 
 def prioritized(settings: Settings, time: Time) -> Arm:
+    return _prioritized(settings, time, method=settings.method)
+
+
+def _prioritized(settings: Settings, time: Time, **options: Any) -> Arm:
     replay = replayed(settings)
     optimizer = replay.sgd()
-    handle = soonest.prioritize(replay, optimizer)
-    return Arm.of(
+    handle = soonest.prioritize(replay, optimizer, **options)
+
+    def detach() -> None:
+        if handle.plan:  # it may have changed until now, and is gone from now on
+            arm.note["methods"] = dict(Counter(bucket.method for bucket in handle.plan.buckets))
+        handle.detach()
+
+    arm = Arm.of(
         replay,
         replay,
         optimizer,
         flush=handle.flush,
         ready=lambda: handle.settled,
         timeline=handle.timeline,
-        detach=handle.detach,
+        detach=detach,
     )
+    return arm
 
 
 Maker = Callable[[Settings, Time], Arm]
@@ -186,8 +199,9 @@ MAKERS: dict[str, Maker] = {
     "deepspeed-zero1": deepspeed_zero1,
     "horovod": horovod,
     "soonest": prioritized,
+    **{arm: partial(_prioritized, **options) for arm, options in VARIANTS.items()},
 }
-"""By the names of ``settings.ARMS``."""
+"""By the names of ``settings.KNOWN``."""
 
 
 def maker(name: str) -> Maker:

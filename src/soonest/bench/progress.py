@@ -1,4 +1,4 @@
-"""How far a comparison has got, and how long the rest will take."""
+"""How far a piece of work has got, and how long the rest will take."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from soonest.bench.settings import SWEPT, WARM_UP, Settings
+from soonest.bench.settings import SWEPT, VARIANTS, WARM_UP, Settings
 
 
-class Progress:
-    """What is done of a comparison.
+class Work:
+    """What is done of some work.
 
     Pieces of work count by how long they should take on paper; how much slower they are in truth
     is seen from those that are done.
+
+    Args:
+        all_s: what all of it should take, seconds.
 
     Attributes:
         doing: what has been done last, in words.
         share: of the work that is done, 0 to 1.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, all_s: float) -> None:
         self._began_s = time.monotonic()
-        self._settings = settings
         self._done_s = 0.0
-        self._all_s = sum(
-            self._making_s(arm) + settings.rounds * self._round_s(arm) for arm in settings.arms
-        )
+        self._all_s = all_s
         self.doing = "starting"
 
     @property
@@ -39,6 +39,16 @@ class Progress:
         if not self._done_s:
             return None
         return (time.monotonic() - self._began_s) * (1 / self.share - 1)
+
+
+class Progress(Work):
+    """What is done of a comparison."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        super().__init__(
+            sum(self._making_s(arm) + settings.rounds * self._round_s(arm) for arm in settings.arms)
+        )
 
     def take(self, message: Mapping[str, Any]) -> bool:
         """Takes note of what a rank told; whether that is worth showing."""
@@ -65,7 +75,7 @@ class Progress:
 
     def _warm_up(self, arm: str) -> int:
         """About so many steps; soonest plans meanwhile."""
-        if arm != "soonest":
+        if not _is_soonest(arm):
             return WARM_UP
         return 22 if self._settings.hosts == 2 else 6
 
@@ -77,7 +87,11 @@ class Progress:
         settings = self._settings
         compute_s = settings.trace.forward_s + settings.trace.backward_s
         sending_s = 0.0 if arm == "local" else settings.communication_s
-        if arm == "soonest":
+        if _is_soonest(arm):
             return settings.slow_motion * settings.bound_s
         overlapped_s = 0.0 if arm == "sequential" else 0.5 * min(compute_s, sending_s)
         return settings.slow_motion * (compute_s + sending_s - overlapped_s)
+
+
+def _is_soonest(arm: str) -> bool:
+    return arm == "soonest" or arm in VARIANTS

@@ -57,7 +57,9 @@ class Result:
     @property
     def title(self) -> str:
         record = self.record
-        return f"{record['trace']}, {record['hosts']} hosts, links of {_rate(record['link_bps'])}"
+        return (
+            f"{record['trace']}, {record['hosts']} hosts, links of {rate_text(record['link_bps'])}"
+        )
 
     def rows(self) -> list[Row]:
         """The arms, in the order in which they took turns."""
@@ -129,6 +131,7 @@ def record_of(
         "shrink": settings.shrink,
         "steps": settings.steps,
         "rounds": settings.rounds,
+        "method": settings.method,
         "compute_ms": (trace.forward_s + trace.backward_s) * 1e3,
         "communication_ms": settings.communication_s * 1e3,
         "bound_ms": settings.bound_s * 1e3,
@@ -158,5 +161,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _rate(bps: float) -> str:
+def rate_text(bps: float) -> str:
+    """A rate as people say it, such as ``25 Gbit/s``."""
     return f"{bps / 1e9:.3g} Gbit/s" if bps >= 1e9 else f"{bps / 1e6:.3g} Mbit/s"

@@ -9,6 +9,7 @@ from typing import Any
 
 from soonest.core.bounds import lower_bound_s
 from soonest.core.network import Network
+from soonest.core.plan import METHODS, shards
 from soonest.core.trace import Trace
 from soonest.lab import PAYLOAD_SHARE
 
@@ -23,7 +24,18 @@ ARMS: dict[str, str] = {
     "horovod": "Horovod's DistributedOptimizer",
     "soonest": "soonest.prioritize",
 }
-"""The ways of training, and what they are."""
+"""The ways of training that are compared if nothing else is asked for, and what they are."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    f"soonest-{method}": {"method": method} for method in METHODS if not shards(method)
+}
+"""More arms of soonest's, to be asked for by name, and what each hands to ``prioritize``."""
+
+KNOWN: dict[str, str] = ARMS | {
+    arm: "soonest, " + ", ".join(f"{name}={value}" for name, value in options.items())
+    for arm, options in VARIANTS.items()
+}
+"""All the ways of training that have a name, and what they are."""
 
 SWEEP_MB: dict[str, tuple[float, ...]] = {
     "default": (1, 25),
@@ -52,10 +64,11 @@ class Settings:
         link_bps: of the cluster that is emulated, bits per second and direction.
         slow_motion: every time is multiplied by it.
         shrink: every size is divided by it.
-        arms: names of ``ARMS``, in the order in which they take turns; or ``module:function`` for
+        arms: names of ``KNOWN``, in the order in which they take turns; or ``module:function`` for
             one of the user's own, see ``soonest.bench.arms.Arm``.
         steps: counted, of each arm and round.
         rounds: how many turns each arm takes.
+        method: by which ``soonest`` combines every bucket; None leaves it the choice.
         overhead_s: see ``lab.replay.Replay``; measured by the ranks.
     """
 
@@ -67,6 +80,7 @@ class Settings:
     arms: Sequence[str]
     steps: int = 6
     rounds: int = 2
+    method: str | None = None
     overhead_s: tuple[float, float] = (0.0, 0.0)
 
     @property

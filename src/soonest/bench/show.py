@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
-from soonest.bench import progress as work
+from soonest.bench.progress import Work
 from soonest.bench.result import BASELINE, Result
-from soonest.bench.settings import ARMS
+from soonest.bench.settings import KNOWN
 
 _NARROWEST = 100
 """Where nobody looks at a terminal, tables need not be cut to its width."""
@@ -31,7 +31,7 @@ class Screen:
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """The time of one comparison."""
+        """The time of one piece of work."""
         if not self._console.is_terminal:
             yield
             return
@@ -43,8 +43,12 @@ class Screen:
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
 
-    def watch(self, now: work.Progress) -> None:
-        """Shows that a comparison has got further."""
+    def show(self, what: RenderableType) -> None:
+        """Shows a table or the like."""
+        self._console.print(what)
+
+    def watch(self, now: Work) -> None:
+        """Shows that the work has got further."""
         left = "" if now.left_s is None else f", {_duration(now.left_s)} left"
         if self._console.is_terminal:
             assert self._bar is not None
@@ -55,14 +59,14 @@ class Screen:
     def result(self, result: Result) -> None:
         """Shows what came of a comparison."""
         self.say("")
-        self._console.print(_table(result))
+        self.show(_table(result))
         for line in _remarks(result):
             self.say(line)
 
 
 def _table(result: Result) -> Table:
     table = Table(title=result.title, title_justify="left", title_style="bold")
-    table.add_column("arm")
+    table.add_column("arm", no_wrap=True)
     table.add_column("step, ms", justify="right")
     table.add_column("× bound", justify="right")
     table.add_column(f"speed, {BASELINE} = 1", justify="right")
@@ -80,11 +84,11 @@ def _table(result: Result) -> Table:
             f"{row.over_bound:.3f}",
             "" if row.speedup is None else f"{row.speedup:.3f}",
             "" if row.hidden is None else f"{row.hidden:.0%}",
-            ARMS.get(row.arm, "your own"),
+            KNOWN.get(row.arm, "your own"),
             style="bold green" if row == best else None,
         )
     for arm in result.record["absent"]:
-        table.add_row(arm, "absent", "", "", "", ARMS[arm], style="dim")
+        table.add_row(arm, "absent", "", "", "", KNOWN[arm], style="dim")
     table.add_section()
     table.add_row("bound", f"{result.record['bound_ms']:.2f}", "1", "", "", "no schedule beats it")
     return table
@@ -103,6 +107,10 @@ def _remarks(result: Result) -> Iterator[str]:
         told = ", ".join(f"{bucket} {ms:.2f}" for bucket, ms in sweep.items())
         chosen = record["arms"][BASELINE]["bucket"]
         yield f"{BASELINE} has buckets of {chosen}; short tries took, in ms: {told}."
+    for name, arm in record["arms"].items():
+        if "methods" in arm:
+            told = ", ".join(f"{count} by {method}" for method, count in arm["methods"].items())
+            yield f"Buckets of {name}: {told}."
     yield from (f"{arm} is absent: {why}." for arm, why in record["absent"].items())
     yield "The parameters of all arms are right, and the same on all ranks."
     yield from (f"WARNING: {warning}" for warning in result.warnings())

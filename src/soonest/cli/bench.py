@@ -8,14 +8,22 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soonest.cli.request import WrongRequestError, at_least, factor, new_file, rate
+from soonest.cli import methods
+from soonest.cli.request import (
+    NO_PICTURES,
+    WrongRequestError,
+    at_least,
+    factor,
+    needs_lab,
+    new_file,
+    rate,
+)
 
 if TYPE_CHECKING:
     from soonest.bench.result import Result
     from soonest.bench.show import Screen
 
-_NO_PICTURES = "pictures need matplotlib: pip install 'soonest[report]'"
-_FIXED = ("arms", "steps", "rounds", "slow_motion", "shrink")
+_FIXED = ("arms", "method", "steps", "rounds", "slow_motion", "shrink")
 """What the suite chooses itself, so that its rows can be compared."""
 _LOAD = re.compile(r"([\d.]+)x")
 
@@ -42,7 +50,14 @@ def add_to(commands: Any) -> None:
     bench.add_argument(
         "--shrink", type=factor, metavar="S", help="divide every size (what cores can do)"
     )
-    bench.add_argument("--arms", metavar="A,B,...", help="what to compare (all)")
+    bench.add_argument(
+        "--arms",
+        metavar="A,B,...",
+        help="what to compare (all); also soonest-METHOD, as in soonest-gather",
+    )
+    bench.add_argument(
+        "--method", metavar="METHOD", help="combine every bucket of the arm soonest so (cheapest)"
+    )
     bench.add_argument(
         "--steps", type=at_least(1), metavar="K", help="counted, per arm and round (6)"
     )
@@ -58,6 +73,12 @@ def add_to(commands: Any) -> None:
         action="store_true",
         help="run the standing table, as far as it has no records, and write its page; --trace, "
         "--hosts and --link narrow it down",
+    )
+    what.add_argument(
+        "--methods",
+        action="store_true",
+        help="train nothing, measure what each method of combining a tensor costs by size, on "
+        "links of the rate --link (1gbit)",
     )
     what.add_argument(
         "--show", nargs="+", type=Path, metavar="RECORD", help="run nothing, show these records"
@@ -95,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
             results = [_read(path) for path in args.show]
         elif args.suite:
             return _suite(args, screen)
+        elif args.methods:
+            return methods.run(args, screen)
         else:
             results = [_compare(args, screen)]
     except ValueError as error:
@@ -116,7 +139,9 @@ def _compare(args: argparse.Namespace, screen: Screen) -> Result:
         raise ValueError(f"trace {name!r} has no parameters: there is nothing to share")
     arms = args.arms.split(",") if args.arms else list(ARMS)
     session.check_arms(arms)
-    _needs_lab()
+    if args.method is not None:
+        session.check_method(args.method, arms)
+    needs_lab()
     link = "1x" if args.link is None else args.link
     link_bps = link_for(trace, hosts, float(link[:-1])) if isinstance(link, str) else link
     slow_motion, shrink = args.slow_motion, args.shrink
@@ -127,7 +152,9 @@ def _compare(args: argparse.Namespace, screen: Screen) -> Result:
             trace, hosts, link_bps, capacity, slow_motion=slow_motion, shrink=shrink
         )
     steps, rounds = args.steps or 6, args.rounds or 2
-    settings = Settings(trace, hosts, link_bps, slow_motion, shrink, arms, steps, rounds)
+    settings = Settings(
+        trace, hosts, link_bps, slow_motion, shrink, arms, steps, rounds, args.method
+    )
     screen.say(
         f"{name} on {hosts} hosts: slow motion {slow_motion:g}, shrink {shrink:g}, emulated links "
         f"of {settings.shaped_bps / 1e6:.3g} Mbit/s"
@@ -140,12 +167,12 @@ def _suite(args: argparse.Namespace, screen: Screen) -> int:
     try:
         from soonest.bench import page, suite
     except ImportError:
-        raise WrongRequestError(_NO_PICTURES) from None
+        raise WrongRequestError(NO_PICTURES) from None
 
     given = [f"--{name.replace('_', '-')}" for name in _FIXED if getattr(args, name) is not None]
     if given:
         raise WrongRequestError(f"the suite chooses that itself: leave out {', '.join(given)}")
-    _needs_lab()
+    needs_lab()
     load = args.link
     if load is not None and not isinstance(load, str):
         raise WrongRequestError("the suite's links are given by load: --link 0.5x, 1x or 2x")
@@ -163,13 +190,6 @@ def _suite(args: argparse.Namespace, screen: Screen) -> int:
     _write(args, [result for case, result in suite.read(records).items() if case in chosen], screen)
     screen.say(f"The table is in {args.out / 'README.md'}, the records in {records}")
     return 0
-
-
-def _needs_lab() -> None:
-    from soonest.lab import unavailable
-
-    if why := unavailable():
-        raise WrongRequestError(why)
 
 
 def _read(path: Path) -> Result:
@@ -202,7 +222,7 @@ def _write(args: argparse.Namespace, results: list[Result], screen: Screen) -> N
             from soonest.bench.page import panel
             from soonest.report import bars, picture
         except ImportError:
-            raise WrongRequestError(_NO_PICTURES) from None
+            raise WrongRequestError(NO_PICTURES) from None
         if args.picture:
             drawn = bars.draw([panel(result) for result in results], args.picture)
             screen.say(f"The step times are drawn in {drawn}")

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+NO_PICTURES = "pictures need matplotlib: pip install 'soonest[report]'"
+
 
 class WrongRequestError(Exception):
     """The request cannot be carried out as it stands; the message says how to mend it."""
@@ -60,3 +62,11 @@ def new_file(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"no folder {path.parent} to write {path.name} in")
     return path
+
+
+def needs_lab() -> None:
+    """Raises WrongRequestError where the lab cannot run."""
+    from soonest.lab import unavailable
+
+    if why := unavailable():
+        raise WrongRequestError(why)

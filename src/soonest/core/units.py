@@ -1,4 +1,4 @@
-"""Rates and durations as people write them."""
+"""Rates, durations and sizes as people write them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ def parse_duration(text: str) -> float:
     if match is None or number is None or (number and not match[2]):
         raise ValueError(f"{text!r} is no duration: give for example 11us, 1.5ms or 2s")
     return number * _SECONDS[match[2] or "s"]
+
+
+def size_text(size_bytes: float) -> str:
+    """A size such as ``16 KiB``, to two or three digits."""
+    unit = "bytes"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size_bytes >= 1024:
+            size_bytes, unit = size_bytes / 1024, larger
+    return f"{size_bytes:.0f} {unit}" if size_bytes >= 100 else f"{size_bytes:.2g} {unit}"
 
 
 def _number(digits: str) -> float | None:
