@@ -73,7 +73,11 @@ Time = Callable[[Arm, str], list[float]]
 """Trains an arm with this bucket size a little; the seconds of its steps, same on every rank."""
 
 
-def replayed(settings: Settings, *, alone: bool = False) -> Replay:
+_WIRE_ROUNDING = 0.2
+"""What sums of gradients sent in 16 bits may be off by after the steps of a comparison."""
+
+
+def replayed(settings: Settings, *, alone: bool = False, rounding: float = 0.0) -> Replay:
     """The module that all arms train; a new one each time."""
     return Replay(
         settings.trace,
@@ -82,6 +86,7 @@ def replayed(settings: Settings, *, alone: bool = False) -> Replay:
         momentum=MOMENTUM,
         alone=alone,
         check=True,
+        rounding=rounding,
         overhead_s=settings.overhead_s,
     )
 
@@ -163,12 +168,17 @@ def horovod(settings: Settings, time: Time) -> Arm:
 
 
 def prioritized(settings: Settings, time: Time) -> Arm:
-    return _prioritized(settings, time, method=settings.method)
+    options = VARIANTS[f"soonest-{settings.method}"] if settings.method else {}
+    return _prioritized(settings, time, **options)
 
 
-def _prioritized(settings: Settings, time: Time, **options: Any) -> Arm:
-    replay = replayed(settings)
+def _prioritized(
+    settings: Settings, time: Time, *, wire_dtype: str | None = None, **options: Any
+) -> Arm:
+    replay = replayed(settings, rounding=_WIRE_ROUNDING if wire_dtype else 0.0)
     optimizer = replay.sgd()
+    if wire_dtype:
+        options["wire_dtype"] = getattr(torch, wire_dtype)
     handle = soonest.prioritize(replay, optimizer, **options)
 
     def detach() -> None:

@@ -27,7 +27,14 @@ ARMS: dict[str, str] = {
 """The ways of training that are compared if nothing else is asked for, and what they are."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    f"soonest-{method}": {"method": method} for method in METHODS if not shards(method)
+    **{
+        f"soonest-{method}": {"method": method}
+        | ({"shard_optimizer": True} if shards(method) else {})
+        for method in METHODS
+    },
+    "soonest-sharded": {"shard_optimizer": True},
+    "soonest-bfloat16": {"wire_dtype": "bfloat16"},
+    "soonest-float16": {"wire_dtype": "float16"},
 }
 """More arms of soonest's, to be asked for by name, and what each hands to ``prioritize``."""
 

@@ -47,6 +47,8 @@ class Replay(nn.Module):
         alone: whether gradients are not combined over the ranks, so that each rank makes the
             mean by itself; by default this is so if no process group exists.
         check: whether every forward pass makes sure that the parameters it reads have arrived.
+        rounding: how far parameters may be off, relative to those at the start, where what is
+            combined is rounded on the way.
         overhead_s: what a layer takes besides, forward and backward, as ``measure_overhead_s``
             finds it; layers sleep less by that.
 
@@ -63,6 +65,7 @@ class Replay(nn.Module):
         momentum: float = 0.0,
         alone: bool | None = None,
         check: bool = False,
+        rounding: float = 0.0,
         overhead_s: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         super().__init__()
@@ -76,6 +79,7 @@ class Replay(nn.Module):
         self.slow_motion = slow_motion
         self.shrink = shrink
         self.momentum = momentum
+        self.rounding = rounding
         self.overhead_s = overhead_s
         self.pace = Pace()
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -170,6 +174,7 @@ class ReplayLayer(nn.Module):
         self.backward_s = layer.bwd_us * 1e-6 * replay.slow_motion - backward_overhead_s
         self.pace = replay.pace
         self.momentum = replay.momentum
+        self.rounding = replay.rounding
         self.rank, self.ranks = replay.rank, replay.ranks
         self.check = check
         self.pattern = pattern
@@ -219,14 +224,14 @@ class ReplayLayer(nn.Module):
 
     def _compare(self, values: Tensor, steps: int, every: int = 1) -> str | None:
         expected = self.pattern[::every] * (START - LR * self._sum(steps))
-        exact = self.ranks & (self.ranks - 1) == 0
-        near = 0.0 if exact else 1e-4 * START
-        if torch.equal(values, expected) or (
-            not exact and torch.allclose(values, expected, 0, near)
-        ):
+        if torch.equal(values, expected):
             return None
-        off = ((values - expected).abs() > near).nonzero()[:, 0]
-        at = int(off[0]) if len(off) else 0
+        exact = self.ranks & (self.ranks - 1) == 0
+        near = (0.0 if exact else 1e-4 * START) + self.rounding * START * self.pattern[::every]
+        off = (~((values - expected).abs() <= near)).nonzero()[:, 0]
+        if not len(off):
+            return None
+        at = int(off[0])
         return (
             f"after {steps} steps {len(off)} of {len(values)} elements looked at are wrong in "
             f"layer {self.name}, first number {at * every}: {float(values[at])!r} instead of "

@@ -11,7 +11,7 @@ from soonest.core.plan import SHARED_PARAMETERS, Plan
 from soonest.runtime import collectives
 from soonest.runtime.collectives import Piece, Ranks, Running
 from soonest.runtime.layout import Layout, Member
-from soonest.runtime.shards import ShardedState, Share, firsts_of
+from soonest.runtime.shards import ShardedState, Share, firsts_of, together
 
 if TYPE_CHECKING:
     from soonest.runtime.sweep import Sweep
@@ -161,9 +161,10 @@ class Program:
     def gather_gradients(self, sweep: Sweep) -> None:
         """Completes gradients of which this rank has only its parts; a collective call."""
         assert self.state is not None
-        for piece in self._pieces:
-            whole = Piece(piece.gradients, piece.gradients)
-            collectives.run(SHARED_PARAMETERS, self.state.ranks, whole)
+        with together("reading gradients"):
+            for piece in self._pieces:
+                whole = Piece(piece.gradients, piece.gradients)
+                collectives.run(SHARED_PARAMETERS, self.state.ranks, whole)
         sweep.whole = True
 
     def used_anywhere(self, member: Member) -> bool:
