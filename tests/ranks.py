@@ -33,8 +33,14 @@ def mixed_network(ranks: int) -> Network:
         "all_gather": 3 * (ranks - 1),
         "all_reduce": 0.8,
         "reduce_scatter": 1.2,
+        "split": 1.2,
     }
-    latencies = {"all_reduce": 3e-3, "all_gather": 2e-3, "ring_reduce_scatter": 2e-3}
+    latencies = {
+        "all_reduce": 3e-3,
+        "all_gather": 2e-3,
+        "ring_reduce_scatter": 2e-3,
+        "split": 2e-3,
+    }
     kinds = {kind for kinds in METHODS.values() for kind in kinds}
     return Network(
         {

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import strategies
-from soonest.core.plan import Bucket, Flat, Op, Plan, first_difference
+from soonest.core.plan import SHARED_PARAMETERS, Bucket, Flat, Op, Plan, first_difference
 from soonest.core.planner import first_plan
 
 FLAT = Flat.lay_out(
@@ -50,13 +50,14 @@ def test_a_bucket_with_only_the_count_of_a_slot_carries_the_slot():
 
 
 def test_ops_of_a_bucket_follow_each_other():
-    first = replace(PLAN.buckets[0], method="split")
+    first = replace(PLAN.buckets[0], method="shard_direct")
     second = replace(PLAN.buckets[1], method="shard")
-    kinds = "reduce_scatter", "ring_reduce_scatter", "all_gather_parts", "all_gather_parameters"
+    kinds = "reduce_scatter", "ring_reduce_scatter", SHARED_PARAMETERS, SHARED_PARAMETERS
     ops = tuple(Op(index % 2, kind) for index, kind in enumerate(kinds))
     plan = replace(PLAN, buckets=(first, second), ops=ops)
     assert plan.before == (-1, -1, 0, 1)
-    assert plan.reduces == {1, 2}, "parameters are shared after the gradients are combined"
+    assert plan.reduces == {0, 1}, "parameters are shared after the gradients are combined"
+    assert (plan.sharded, plan.combining) == (True, 2)
     assert PLAN.before == (-1, -1)
     assert PLAN.reduces == {0, 1}
 
@@ -83,10 +84,22 @@ def test_describe_names_size_and_layers():
         ({"ops": (*PLAN.ops, Op(2, "all_reduce"))}, "of bucket 2, there is none"),
         (
             {
-                "buckets": (replace(PLAN.buckets[0], method="split"), PLAN.buckets[1]),
-                "ops": (Op(0, "all_gather_parts"), Op(0, "reduce_scatter"), PLAN.ops[1]),
+                "buckets": (replace(PLAN.buckets[0], method="hierarchical"), PLAN.buckets[1]),
+                "ops": (
+                    Op(0, "all_reduce_across"),
+                    Op(0, "reduce_inside"),
+                    Op(0, "all_gather_inside"),
+                    PLAN.ops[0],
+                ),
             },
-            "takes reduce_scatter, all_gather_parts, in this order",
+            "takes reduce_inside, all_reduce_across, all_gather_inside, in this order",
+        ),
+        (
+            {
+                "buckets": (replace(PLAN.buckets[0], method="shard"), PLAN.buckets[1]),
+                "ops": (Op(0, "ring_reduce_scatter"), PLAN.ops[0], Op(0, SHARED_PARAMETERS)),
+            },
+            "shards all buckets or none",
         ),
         ({"window": 0}, "window is 0"),
     ],

@@ -89,6 +89,11 @@ def replaced_step() -> tuple[Any, Any]:
     return model, optimizer
 
 
+def complex_numbers() -> tuple[Any, Any]:
+    model = nn.Linear(3, 3, dtype=torch.complex64)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
 def not_a_model() -> tuple[Any, Any]:
     return [], plain()[1]
 
@@ -111,6 +116,7 @@ BAD: dict[Callable[[], tuple[Any, Any]], tuple[type[Exception], str]] = {
     lazy: (ValueError, "run one forward pass"),
     differentiable: (ValueError, "differentiable=False"),
     replaced_step: (ValueError, "was replaced by"),
+    complex_numbers: (ValueError, "torch.view_as_real"),
     not_a_model: (TypeError, "torch.nn.Module"),
     not_an_optimizer: (TypeError, "torch.optim.Optimizer"),
 }
@@ -141,6 +147,33 @@ def test_bad_input(build: Callable[..., Any], refused: dict[str, tuple[str, str]
     assert "\n" not in message
 
 
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"method": "pigeon"}, "no method 'pigeon': there are allreduce, gather"),
+    ({"method": "hierarchical"}, "needs several hosts with the same number of ranks"),
+    ({"method": "shard"}, "method 'shard' shares out the optimizer's state: say shard_optimizer"),
+    ({"method": "gather", "shard_optimizer": True}, "take method='shard'"),
+    ({"shard_optimizer": True, "separable": False}, "leave out one of them"),
+    ({"wire_dtype": torch.int8}, "must be torch.bfloat16, torch.float16, or None"),
+    ({"wire_dtype": torch.float32}, "must be torch.bfloat16, torch.float16, or None"),
+]
+
+
+def option_refusals() -> list[str]:
+    said: list[str] = []
+    for options, _ in OPTIONS:
+        with pytest.raises(ValueError) as refused:
+            soonest.prioritize(*plain(), **options)
+        said.append(str(refused.value))
+    return said
+
+
+def test_options_that_cannot_be() -> None:
+    for said in run_ranks(option_refusals, 2):
+        for message, (_, text) in zip(said, OPTIONS, strict=True):
+            assert text in message
+            assert "\n" not in message
+
+
 def test_no_process_group() -> None:
     with pytest.raises(ValueError, match="init_process_group"):
         soonest.prioritize(*plain())
@@ -149,11 +182,18 @@ def test_no_process_group() -> None:
 def alone() -> list[Any]:
     model, optimizer = plain()
     before = type(optimizer)
-    handle = soonest.prioritize(model, optimizer)
+    handle = soonest.prioritize(
+        model, optimizer, shard_optimizer=True, method="shard", wire_dtype=torch.bfloat16
+    )
     with handle.no_sync():
         model(torch.ones(1, 3)).sum().backward()
+    assert float(handle.clip_grad_norm_(1.0)) > 1.0
     optimizer.step()
     handle.flush()
+    assert handle.report() is None
+    assert handle.optimizer_state_dict() == optimizer.state_dict()
+    with pytest.raises(ValueError, match="no method 'pigeon'"):
+        soonest.prioritize(model, optimizer, method="pigeon")
     result = [handle.plan, handle.timeline(), type(optimizer) is before]
     handle.detach()
     handle.detach()

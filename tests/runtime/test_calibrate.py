@@ -137,6 +137,12 @@ def trains(method: str | None) -> tuple[str, list[str], list[float]]:
         optimizer.step()
     handle.flush()
     assert handle.plan
+    report = handle.report()
+    assert report
+    assert len(report.rows) == len(handle.plan.buckets)
+    assert any(row.measured_s for row in report.rows)
+    assert method is None or report.rows[0].why == f"method={method!r} was asked for"
+    assert "shard_optimizer=True would leave" in str(report)
     return (
         handle.plan.fingerprint,
         sorted({bucket.method for bucket in handle.plan.buckets}),

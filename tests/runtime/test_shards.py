@@ -67,10 +67,10 @@ def held() -> tuple[int, int, int]:
     handle.flush()
     engine = handle._engine
     assert engine
-    assert engine.state
+    assert engine.state.parts
     sizes = [
         value.numel()
-        for state in engine.state.parts.values()
+        for state in handle.local_optimizer_state().values()
         for name, value in state.items()
         if name.startswith("exp_avg")
     ]
@@ -110,7 +110,8 @@ def test_one_rank_that_asks_for_the_state_is_told_what_to_call() -> None:
     for sentence in said:
         assert sentence == (
             "the state of this AdamW is shared out over 2 ranks (shard_optimizer=True): call "
-            "handle.optimizer_state_dict() on every rank instead, which gathers it"
+            "handle.optimizer_state_dict(), or handle.state_dict() for torch.distributed."
+            "checkpoint, on every rank instead, which gathers it"
         )
 
 

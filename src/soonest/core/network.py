@@ -214,7 +214,7 @@ class Network:
             "all_gather": (others, others),
             "exchange": (min(1, others), others),
             "reduce_scatter": direct,
-            "all_gather_parts": direct,
+            "split": (2 * min(1, others), 2 * others / ranks),
             "ring_reduce_scatter": ring,
             "all_gather_parameters": ring,
         }

@@ -17,7 +17,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "allreduce": ("all_reduce",),
     "gather": ("all_gather",),
     "exchange": ("exchange",),
-    "split": ("reduce_scatter", "all_gather_parts"),
+    "split": ("split",),
     "hierarchical": ("reduce_inside", "all_reduce_across", "all_gather_inside"),
     "shard": ("ring_reduce_scatter", "all_gather_parameters"),
     "shard_direct": ("reduce_scatter", "all_gather_parameters"),

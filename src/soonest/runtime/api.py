@@ -9,18 +9,20 @@ import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from soonest.core.explain import Report, explain
+from soonest.core.network import Network
 from soonest.core.plan import Plan, first_difference, shards
 from soonest.core.planner import first_plan
 from soonest.core.timeline import Timeline
-from soonest.runtime import agree, calibrate, collectives, update
-from soonest.runtime.checks import check, check_wire
+from soonest.runtime import agree, calibrate, checkpoint, collectives, update
+from soonest.runtime.checks import check, check_options
 from soonest.runtime.engine import Engine
 from soonest.runtime.lanes import ThreadLane
 from soonest.runtime.layout import Layout
@@ -31,16 +33,39 @@ WINDOW = 2
 """Ops in flight: the second hides the latency of the first; more would only blur the order."""
 
 
+class _Choice(NamedTuple):
+    """What a plan could choose from.
+
+    Args:
+        network: as calibrated.
+        methods: that it may use.
+        given: why it could not choose, if so.
+        notes: for the report.
+    """
+
+    network: Network
+    methods: tuple[str, ...]
+    given: str | None = None
+    notes: tuple[str, ...] = ()
+
+
 class Handle:
     """A prioritized model and optimizer; ``prioritize`` makes it.
 
     It need not be kept: training goes on without it.
     """
 
-    def __init__(self, engine: Engine | None, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        engine: Engine | None,
+        model: nn.Module,
+        optimizer: Optimizer,
+        choice: _Choice | None = None,
+    ) -> None:
         self._engine = engine
         self._model = model
         self._optimizer = optimizer
+        self._choice = choice or _Choice(Network.linear(0.0, 1.0), ())
 
     @property
     def plan(self) -> Plan | None:
@@ -82,14 +107,75 @@ class Handle:
         """
         return self._engine.timeline() if self._engine else None
 
+    def report(self) -> Report | None:
+        """Why each bucket is combined as it is, with predicted and measured times.
+
+        Printed, it is a table. Predictions are of the calibrated network, at the pace seen in the
+        last measured steps on this rank. None in a group of one rank and after ``detach``.
+        """
+        if not self._engine:
+            return None
+        calibrated, methods, given, notes = self._choice
+        measured_s, pace = self._engine.measured(calibrated)
+        return explain(
+            self._engine.program.plan,
+            calibrated.slowed(pace),
+            choices=methods,
+            measured_s=measured_s,
+            given=given,
+            notes=notes,
+        )
+
+    def local_optimizer_state(self) -> dict[Any, dict[str, Any]]:
+        """This rank's own part of the optimizer's state; all of it if that is not shared out.
+
+        Returns:
+            State by parameter; or, where it is shared out, by name, first and last but one element
+            of a part of a parameter, in the order of memory.
+        """
+        self.flush()
+        parts = self._engine.state.parts if self._engine else None
+        return dict(parts.parts) if parts is not None else dict(self._optimizer.state)
+
     def optimizer_state_dict(self) -> dict[str, Any]:
         """What ``optimizer.state_dict()`` would return without soonest, on every rank.
 
         Where the state is shared out over the ranks this gathers it, and every rank must call it.
         ``optimizer.load_state_dict()`` takes it, with or without soonest, on any number of ranks.
         """
-        engine = self._engine
-        return engine.state_dict() if engine else self._optimizer.state_dict()
+        return self._plain_optimizer().state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model and optimizer for ``torch.distributed.checkpoint``; every rank must call it.
+
+        With ``load_state_dict`` this makes a handle something that it saves and loads as it is::
+
+            dcp.save({"training": handle}, checkpoint_id=folder)
+            dcp.load({"training": handle}, checkpoint_id=folder)
+
+        A checkpoint fits any number of ranks, and what ``get_state_dict(model, optimizer)`` of
+        ``torch.distributed.checkpoint.state_dict`` gives without soonest. While it is made, every
+        rank holds all of the optimizer's state.
+
+        Returns:
+            ``{"model": ..., "optim": ...}``, with names of parameters as keys.
+        """
+        return checkpoint.form_of(self._model, self._plain_optimizer())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from what ``state_dict`` gave, here or elsewhere; every rank must call it.
+
+        Raises:
+            ValueError: it has no model or no optimizer in it.
+        """
+        plain = self._plain_optimizer()
+        checkpoint.take(self._model, plain, state_dict)
+        if self._engine:
+            self._engine.state.take(plain)
+
+    def _plain_optimizer(self) -> Optimizer:
+        self.flush()
+        return self._engine.state.plain_optimizer() if self._engine else self._optimizer
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
@@ -110,7 +196,7 @@ class Handle:
         Raises:
             RuntimeError: the norm is not finite, and ``error_if_nonfinite`` is set.
         """
-        if self._engine and self._engine.state is not None:
+        if self._engine and self._engine.state.parts is not None:
             return self._engine.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
         return torch.nn.utils.clip_grad_norm_(
             self._model.parameters(), max_norm, norm_type, error_if_nonfinite
@@ -182,7 +268,7 @@ def prioritize(
         PlanMismatchError: the ranks have different models or plans.
     """
     check(model, optimizer)
-    check_wire(wire_dtype)
+    check_options(method, wire_dtype)
     given = _loaded(plan)
     parent = process_group if process_group is not None else dist.group.WORLD
     assert parent is not None
@@ -190,9 +276,10 @@ def prioritize(
         return Handle(None, model, optimizer)
     group = collectives.private_group(parent, timeout_s)
     ranks = collectives.ranks_of(group)
+    notes = _notes(optimizer, shard_optimizer, group.size())
     sharded = shard_optimizer and _can_shard(optimizer, separable)
     methods = _methods(method, ranks, sharded=sharded)
-    sharing = collectives.Ranks(collectives.private_group(parent, timeout_s)) if sharded else None
+    sharing = collectives.Ranks(ranks.second, ranks.second) if sharded else None
     peers = Peers(group)
     order = [slot.name for flat in given.flats for slot in flat.slots] if given else []
     agree.agree_on_model(group, model)
@@ -232,7 +319,9 @@ def prioritize(
     engine.settled = given is not None
     _engines.add(engine)
     weakref.finalize(engine, lane.close).atexit = False  # at exit, what is in flight goes first
-    return Handle(engine, model, optimizer)
+    asked = f"method={method!r} was asked for" if method else None
+    why = "as the given plan says" if given is not None else asked
+    return Handle(engine, model, optimizer, _Choice(network, methods, why, tuple(notes)))
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -261,6 +350,15 @@ def _methods(forced: str | None, ranks: collectives.Ranks, *, sharded: bool) -> 
             "leave out shard_optimizer, or take method='shard'"
         )
     return (forced,)
+
+
+def _notes(optimizer: Optimizer, shard_optimizer: bool, ranks: int) -> list[str]:
+    name = type(optimizer).__name__
+    if not update.is_elementwise(optimizer):
+        return [f"{name} may look at whole parameters, so every rank updates all of them."]
+    if shard_optimizer:
+        return [f"Each rank keeps 1/{ranks} of the state of {name}."]
+    return [f"shard_optimizer=True would leave each rank 1/{ranks} of the state of {name}."]
 
 
 def _can_shard(optimizer: Optimizer, separable: bool | None) -> bool:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from soonest.core.plan import METHODS
 from soonest.runtime.layout import trainable
 from soonest.runtime.takeover import is_taken_over
 
@@ -54,8 +55,10 @@ def check(model: nn.Module, optimizer: Optimizer) -> None:
             )
 
 
-def check_wire(wire: torch.dtype | None) -> None:
-    """Raises ValueError if gradients cannot be sent so."""
+def check_options(method: str | None, wire: torch.dtype | None) -> None:
+    """Raises ValueError if there is no such method, or gradients cannot be sent so."""
+    if method is not None and method not in METHODS:
+        raise ValueError(f"no method {method!r}: there are {', '.join(METHODS)}")
     if wire not in (None, torch.bfloat16, torch.float16):
         raise ValueError(
             f"wire_dtype is {wire}, but must be torch.bfloat16, torch.float16, or None for "
@@ -91,6 +94,11 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(
             f"parameter {name!r} is a {type(parameter).__name__} with a __torch_function__ of its "
             "own (a DTensor, perhaps), which soonest does not support: use plain parameters"
+        )
+    if not parameter.is_floating_point():
+        raise ValueError(
+            f"parameter {name!r} is {parameter.dtype}, but only floating-point gradients can be "
+            "combined: keep its real and imaginary parts, as torch.view_as_real gives them"
         )
     if parameter.layout is not torch.strided:
         raise ValueError(f"parameter {name!r} is {parameter.layout}, but must be dense")

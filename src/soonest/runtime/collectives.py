@@ -33,12 +33,15 @@ class Ranks:
 
     Args:
         group: all of them.
+        second: the same once more, for what follows inside an op: on ``group`` it would come before
+            the next op on one rank and behind it on another.
         inside: those that share this rank's host; None if no two share one, if all do, or if hosts
             have different numbers of ranks.
         across: on each host the one with this rank's place there; None along with ``inside``.
     """
 
     group: Group
+    second: Group
     inside: Group | None = None
     across: Group | None = None
 
@@ -144,9 +147,10 @@ def ring_reduce_scatter(ranks: Ranks, piece: Piece) -> Op:
     passing[-1].copy_(going)
 
 
-def all_gather_parts(ranks: Ranks, piece: Piece) -> Op:
-    """Every rank sends its part of the gradients to every other directly."""
-    yield from _share_parts(ranks.group, piece)
+def split(ranks: Ranks, piece: Piece) -> Op:
+    """Every rank gets its part of everybody's gradients, sums that, and sends it to everybody."""
+    yield from _scatter_sum(ranks.group, piece)
+    yield from _share_parts(ranks.second, piece)
 
 
 def all_gather_parameters(ranks: Ranks, piece: Piece) -> Op:
@@ -193,7 +197,7 @@ _OPS: dict[str, Callable[[Ranks, Piece], Op]] = {
         exchange,
         reduce_scatter,
         ring_reduce_scatter,
-        all_gather_parts,
+        split,
         all_gather_parameters,
         reduce_inside,
         all_reduce_across,
@@ -343,13 +347,15 @@ def ranks_of(group: Group, host: str | None = None) -> Ranks:
     """
     hosts = gather_objects(group, host or host_name())
     rank, members = group.rank(), dist.get_process_group_ranks(group)
+    second = _subgroup(group, members)
     by_host = [[r for r, other in enumerate(hosts) if other == name] for name in sorted(set(hosts))]
     sizes = {len(these) for these in by_host}
     if len(by_host) == 1 or len(sizes) > 1 or 1 in sizes:
-        return Ranks(group)
-    across = [list(place) for place in zip(*by_host, strict=True)]
-    mine = [next(these for these in groups if rank in these) for groups in (by_host, across)]
-    return Ranks(group, *(_subgroup(group, [members[r] for r in these]) for these in mine))
+        return Ranks(group, second)
+    places = [list(place) for place in zip(*by_host, strict=True)]
+    mine = [next(these for these in groups if rank in these) for groups in (by_host, places)]
+    inside, across = (_subgroup(group, [members[r] for r in these]) for these in mine)
+    return Ranks(group, second, inside, across)
 
 
 def host_name() -> str:

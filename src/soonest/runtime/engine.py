@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
 from soonest.errors import SoonestError
@@ -20,11 +22,22 @@ from soonest.runtime.collectives import Ranks
 from soonest.runtime.landing import Landing
 from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Layout, Member
-from soonest.runtime.profile import NEVER, Attention, Record, now_s, timeline_of
+from soonest.runtime.profile import (
+    NEVER,
+    Attention,
+    Measured,
+    Record,
+    measured,
+    now_s,
+    timeline_of,
+)
 from soonest.runtime.program import Program
-from soonest.runtime.shards import ShardedState
+from soonest.runtime.state import OptimizerState
 from soonest.runtime.sweep import Sweep
 from soonest.runtime.update import Updater, raw_step
+
+_REMEMBERED = 20
+"""Closely watched steps from which measured times are medians."""
 
 
 class Engine:
@@ -67,11 +80,10 @@ class Engine:
         self.optimizer = optimizer
         self.ranks = ranks
         self.lane = lane
-        self._sharing = sharing
         self._wire = wire
-        self.state: ShardedState | None = None
         self._separable = separable
         self._cls = type(optimizer)
+        self.state = OptimizerState(optimizer, self._cls, sharing)
         self._after_step = after_step
         self._synchronizing = True
         self._forward_ended = NEVER
@@ -79,10 +91,11 @@ class Engine:
         self._open: Sweep | None = None
         self._hooks: list[Any] = []
         self._last_complete: tuple[Record, Plan, list[Member]] | None = None
+        self._complete_records: deque[Record] = deque(maxlen=_REMEMBERED)
         self._module_hooks = guard.ModuleHooks(model)
         self.settled = False
         self.attention = Attention(len(layout.members))
-        takeover.take_over(optimizer, self)
+        takeover.take_over(optimizer, self, self.state)
         self.bind(layout, plan)
         self._model_hooks = [
             model.register_forward_pre_hook(_OnForward(self.forward_begins)),
@@ -94,12 +107,13 @@ class Engine:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._complete_records.clear()
         self._latest: Sweep | None = None
         self.layout = layout
         self._updater = Updater(self.optimizer, self._cls, layout.members)
-        self._bind_state(layout, plan)
+        self.state.bind(layout, plan)
         self.program = Program(
-            plan, layout, self.ranks, self._updater, state=self.state, wire=self._wire
+            plan, layout, self.ranks, self._updater, state=self.state.parts, wire=self._wire
         )
         self._landing = Landing(self.program, self.lane, self._module_hooks)
         self.attention.refresh()
@@ -111,28 +125,6 @@ class Engine:
             self._hooks.append(member.parameter.register_hook(before))
             self._hooks.append(member.parameter.register_post_accumulate_grad_hook(after))
         self._landing.watch()
-
-    def _bind_state(self, layout: Layout, plan: Plan) -> None:
-        if self.state is not None:
-            self.state.move(plan, layout)
-        elif plan.sharded:
-            assert self._sharing is not None
-            self.state = ShardedState(self._sharing, plan, layout)
-            self.adopt_state()
-
-    def check_state(self) -> None:
-        """Raises if this rank has only its part of the optimizer's state."""
-        if self.state is not None:
-            raise SoonestError(
-                f"the state of this {type(self.optimizer).__name__} is shared out over "
-                f"{self.ranks.group.size()} ranks (shard_optimizer=True): call "
-                "handle.optimizer_state_dict() on every rank instead, which gathers it"
-            )
-
-    def adopt_state(self) -> None:
-        """Keeps this rank's parts of what ``optimizer.state`` holds."""
-        if self.state is not None:
-            self.state.adopt(self.optimizer.__dict__["state"])
 
     @property
     def record(self) -> Record:
@@ -194,6 +186,7 @@ class Engine:
         self.record.ended = record.backward_began
         if self.record.complete:
             self._last_complete = (self.record, self.program.plan, self.layout.members)
+            self._complete_records.append(self.record)
         sweep = Sweep(self._sweeps_begun, self.program, record)
         self._sweeps_begun += 1
         self._open = self._latest = sweep
@@ -344,21 +337,9 @@ class Engine:
         finally:
             self._synchronizing = before
 
-    def state_dict(self) -> dict[str, Any]:
-        """The optimizer's, with all state; a collective call if that is shared out."""
-        self.flush()
-        if self.state is None:
-            return self.optimizer.state_dict()
-        by_name = {member.name: member.parameter for member in self.layout.members}
-        copy: Any = object.__new__(self._cls)
-        copy.__dict__.update(self.optimizer.__dict__)
-        kept = self.optimizer.__dict__["state"]
-        copy.state = {**kept, **{by_name[n]: v for n, v in self.state.whole().items()}}
-        return self._cls.state_dict(copy)
-
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error: bool) -> Tensor:
         """Clips this rank's parts of the gradients by the norm of all; a collective call."""
-        assert self.state is not None
+        assert self.state.parts is not None
         self.lane.wait_all()
         sweep = self._latest
         if sweep is None or sweep.step is not None:
@@ -366,15 +347,13 @@ class Engine:
                 "there are no gradients to clip: call clip_grad_norm_ between backward() and step()"
             )
         with guard.DisableGuard():
-            return self.state.clip(
+            return self.state.parts.clip(
                 self.program.parts_with_gradient(sweep), max_norm, norm_type, error
             )
 
-    def _hand_state_back(self, state: ShardedState) -> None:
-        by_name = {member.name: member.parameter for member in self.layout.members}
-        for name, values in state.whole().items():
-            self.optimizer.__dict__["state"][by_name[name]] = values
-        self.state = None
+    def measured(self, network: Network) -> Measured:
+        """What ops took in the last steps that were watched closely."""
+        return measured(list(self._complete_records), self.program.plan, network)
 
     def timeline(self) -> Timeline | None:
         return timeline_of(*self._last_complete) if self._last_complete else None
@@ -383,8 +362,7 @@ class Engine:
         """Leaves the model and the optimizer as they would be without soonest."""
         if self.lane.error is None:
             self.flush()
-            if self.state is not None:
-                self._hand_state_back(self.state)
+            self.state.hand_back()
         for hook in (*self._hooks, *self._model_hooks, self._module_hooks):
             hook.remove()
         self._landing.drop()

@@ -6,7 +6,9 @@ import math
 import time
 from collections.abc import Sequence
 from statistics import median
+from typing import NamedTuple
 
+from soonest.core.explain import busy_s
 from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.timeline import Span, Timeline, covered_s
@@ -175,6 +177,32 @@ def pace_of(record: Record, plan: Plan, network: Network) -> float | None:
     chosen = later if len(later) >= _ENOUGH_OPS else spans
     expected_s = sum(transfer_s for *_, transfer_s in chosen)
     return covered_s((start, end) for start, end, _ in chosen) / expected_s if expected_s else None
+
+
+class Measured(NamedTuple):
+    """What the ops of a plan took in some steps, as medians.
+
+    Args:
+        busy_s: per bucket, for which it kept the network busy; None before any.
+        pace: see ``pace_of``.
+    """
+
+    busy_s: list[float | None]
+    pace: float
+
+
+def measured(records: Sequence[Record], plan: Plan, network: Network) -> Measured:
+    """What the records of some steps show."""
+    complete = [record for record in records if not math.isnan(sum(record.op_end))]
+    busy = [
+        busy_s(plan, list(zip(record.op_start, record.op_end, strict=True))) for record in complete
+    ]
+    paces = [pace for record in complete if (pace := pace_of(record, plan, network))]
+    buckets = range(len(plan.buckets))
+    return Measured(
+        [median(times[index] for times in busy) if busy else None for index in buckets],
+        median(paces) if paces else 1.0,
+    )
 
 
 def _layers(record: Record, members: Sequence[Member]) -> dict[str, list[int]]:

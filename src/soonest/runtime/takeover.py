@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch.optim import Optimizer
 
+from soonest.runtime.state import OptimizerState
+
 
 class Driver(Protocol):
     """What the optimizer needs of the engine."""
@@ -24,16 +26,8 @@ class Driver(Protocol):
 
     def flush(self) -> None: ...
 
-    def check_state(self) -> None:
-        """Raises if the optimizer's state is not all here."""
-        ...
 
-    def adopt_state(self) -> None:
-        """Whole states have been put into ``optimizer.state``."""
-        ...
-
-
-def take_over(optimizer: Optimizer, driver: Driver) -> None:
+def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> None:
     """Lets ``optimizer`` call ``driver``.
 
     Raises:
@@ -54,7 +48,7 @@ def take_over(optimizer: Optimizer, driver: Driver) -> None:
     def get_state(self: Optimizer) -> Any:
         driver.flush()  # updates in flight write to the state
         if not loading:
-            driver.check_state()
+            state.check()
         return self.__dict__["state"]
 
     def set_state(self: Optimizer, value: Any) -> None:
@@ -68,7 +62,7 @@ def take_over(optimizer: Optimizer, driver: Driver) -> None:
             cls.load_state_dict(self, state_dict)
         finally:
             loading.pop()
-        driver.adopt_state()
+        state.adopt()
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
         return (_bare, (cls,), self.__getstate__())

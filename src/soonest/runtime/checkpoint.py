@@ -1,0 +1,42 @@
+"""Model and optimizer in the form that ``torch.distributed.checkpoint`` saves and loads.
+
+That form names everything by the parameter's name, so a checkpoint fits any number of ranks, with
+soonest, with ``DistributedDataParallel`` or with neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+
+def form_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """What to save.
+
+    Args:
+        model: whose parameters have their values.
+        optimizer: an ordinary one, with all of its state.
+
+    Returns:
+        ``{"model": ..., "optim": ...}``, as ``get_state_dict`` makes them.
+    """
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    return {"model": of_model, "optim": of_optimizer}
+
+
+def take(model: nn.Module, optimizer: Optimizer, form: dict[str, Any]) -> None:
+    """Puts into a model and an ordinary optimizer what ``form_of`` made.
+
+    Raises:
+        ValueError: a part is missing.
+    """
+    for part in ("model", "optim"):
+        if part not in form:
+            raise ValueError(
+                f"the state has no {part!r} (only {', '.join(map(repr, form)) or 'nothing'}): "
+                "load what handle.state_dict() or get_state_dict() gave"
+            )
+    set_state_dict(model, optimizer, model_state_dict=form["model"], optim_state_dict=form["optim"])

@@ -1,0 +1,86 @@
+"""The optimizer's state: whole on every rank, or in parts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch.optim import Optimizer
+
+from soonest.core.plan import Plan
+from soonest.errors import SoonestError
+from soonest.runtime.collectives import Ranks
+from soonest.runtime.layout import Layout
+from soonest.runtime.shards import ShardedState
+
+
+class OptimizerState:
+    """The state of one optimizer, wherever it is.
+
+    Args:
+        optimizer: the user's own.
+        cls: its class as the user made it.
+        sharing: over which to share it out, if plans shard.
+
+    Attributes:
+        parts: this rank's, if it is shared out.
+    """
+
+    def __init__(self, optimizer: Optimizer, cls: type[Optimizer], sharing: Ranks | None) -> None:
+        self._optimizer = optimizer
+        self._cls = cls
+        self._sharing = sharing
+        self._layout: Layout | None = None
+        self.parts: ShardedState | None = None
+
+    def bind(self, layout: Layout, plan: Plan) -> None:
+        """From now on the plan says whose part is what; collective if that changes."""
+        self._layout = layout
+        if self.parts is not None:
+            self.parts.move(plan, layout)
+        elif plan.sharded:
+            assert self._sharing is not None
+            self.parts = ShardedState(self._sharing, plan, layout)
+            self.adopt()
+
+    def adopt(self) -> None:
+        """Keeps this rank's parts of whole states that have been put into ``optimizer.state``."""
+        if self.parts is not None:
+            self.parts.adopt(self._optimizer.__dict__["state"])
+
+    def check(self) -> None:
+        """Raises if it is not all in ``optimizer.state``."""
+        if self.parts is not None:
+            raise SoonestError(
+                f"the state of this {self._cls.__name__} is shared out over "
+                f"{self.parts.ranks.group.size()} ranks (shard_optimizer=True): call "
+                "handle.optimizer_state_dict(), or handle.state_dict() for torch.distributed."
+                "checkpoint, on every rank instead, which gathers it"
+            )
+
+    def plain_optimizer(self) -> Optimizer:
+        """One of the user's class with all state; a collective call if that is shared out.
+
+        Groups are the user's own, and states too, unless they are shared out.
+        """
+        plain: Any = object.__new__(self._cls)
+        plain.__dict__.update(self._optimizer.__dict__)
+        plain.__dict__.pop("step", None)  # a scheduler's, which leads back to the user's own
+        if self.parts is not None:
+            assert self._layout is not None
+            by_name = {member.name: member.parameter for member in self._layout.members}
+            whole = {by_name[name]: values for name, values in self.parts.whole().items()}
+            plain.state = defaultdict(dict, {**plain.state, **whole})
+        return plain
+
+    def take(self, plain: Optimizer) -> None:
+        """Goes on with the state and the groups of such an optimizer."""
+        self._optimizer.__dict__["state"] = plain.__dict__["state"]
+        self._optimizer.__dict__["param_groups"] = plain.__dict__["param_groups"]
+        self.adopt()
+
+    def hand_back(self) -> None:
+        """Makes ``optimizer.state`` whole; a collective call if it is shared out."""
+        if self.parts is not None:
+            self._optimizer.__dict__["state"] = self.plain_optimizer().__dict__["state"]
+            self.parts = None
