@@ -289,6 +289,15 @@ CASES |= {
     f"{name}, sharded": replace(CASES[name], soonest={"shard_optimizer": True}) for name in _SHARDED
 }
 
+OF_FOUR = [
+    name
+    for name in CASES
+    if not CASES[name].sharded
+    or name.removesuffix(", sharded")
+    in ("mlp", "tied transformer", "branch by rank, AdamW", "several dtypes", "clipping", "ASGD")
+]
+"""Those to train on four ranks: how state is shared out does not depend on the optimizer."""
+
 
 def train(case: Case, arm: str, steps: int = STEPS) -> dict[str, Any]:
     """Trains on this rank and returns all that must be equal.

@@ -307,9 +307,14 @@ def wired(wire: str | None, sharded: bool, method: str | None) -> tuple[list[Ten
     return parameters(model), len(handle.plan.buckets)
 
 
-@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("sharded", "method"), [(False, None), (True, None), (False, "allreduce"), (False, "split")]
+    ("wire", "sharded", "method"),
+    [
+        ("bfloat16", False, None),
+        ("bfloat16", True, None),
+        ("bfloat16", False, "split"),
+        ("float16", False, "allreduce"),
+    ],
 )
 def test_training_with_a_narrow_wire(wire: str, sharded: bool, method: str | None) -> None:
     exact = run_ranks(wired, 2, None, sharded, method)[0][0]

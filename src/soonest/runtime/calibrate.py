@@ -9,7 +9,6 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +32,8 @@ _DROPPED_FROM = 64 << 10
 is not measured with still more."""
 _STREAM = 6
 """Ops that follow each other, with two in flight."""
+_HURRIED = 3
+"""Where even the smallest size takes too long, so many sizes are left out."""
 _FORMAT = 1
 _CHECKED = (1, 4)
 """Sizes, by index, at which a remembered calibration is compared with the network of today."""
@@ -86,55 +87,71 @@ def measure(
 
     Args:
         ranks, methods, device, wire: see ``network_of``.
-        budget_s: about so long may it take, seconds; the two smallest sizes are always measured.
+        budget_s: about so long may it take, seconds; the smallest size is always measured, and a
+            larger one with all-reduce.
         sizes: of buckets, bytes, ascending.
         watch: told of each size that is measured.
 
     Returns:
         The first rank's fit, on every rank.
     """
-    began_s = time.perf_counter()
-    needed = dict.fromkeys(("allreduce", *methods))
+    end_s = time.perf_counter() + budget_s
     samples: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
-    live, spaced = list(needed), dict[str, float]()
+    spaced: dict[str, float] = {}
     before: dict[str, float] = {}
-    row_s = 0.0
-    for number, (size, larger) in enumerate(pairwise((*sizes, sizes[-1]))):
+    live, times = tuple(dict.fromkeys(("allreduce", *methods))), 1
+    size: int | None = sizes[0]
+    while size is not None:
         watch(size)
         kinds = list(dict.fromkeys(kind for method in live for kind in METHODS[method]))
         piece = _piece(size, device, wire)
-        left_s = budget_s - (time.perf_counter() - began_s)
-        times = collectives.first_rank_object(
-            ranks.group, _TIMES if number < 2 or _TIMES * row_s < left_s / 2 else 1
-        )
-        if not number:  # buffers and connections are made now
-            for kind in kinds:
-                _time(kind, ranks, piece, 1)
+        if size == sizes[0]:  # buffers and connections are made now
+            warm_s = sum(_time(kind, ranks, piece, 1)[0] for kind in kinds)
+            enough = (_TIMES + _STREAM) * warm_s < budget_s / 2
+            times = collectives.first_rank_object(ranks.group, _TIMES if enough else 1)
+            if times > 1:
+                spaced = {kind: _spaced_s(kind, ranks, piece) for kind in kinds}
         found = {kind: _time(kind, ranks, piece, times) for kind in kinds}
-        if not number:
-            spaced = {kind: _spaced_s(kind, ranks, piece) for kind in kinds}
-        row = {kind: median(took) for kind, took in found.items()}
         for kind, took in found.items():
             samples[kind] += [(size, seconds) for seconds in took]
-        growth = larger / size
-        row_s = sum(row.values()) * growth
-        spent_s = time.perf_counter() - began_s
-        go_on = number == 0 or (growth > 1 and spent_s + row_s < budget_s)
+        row = {kind: median(took) for kind, took in found.items()}
         dearer = _dearer(live, row)
-        kept = [
-            method
-            for method in live
-            if method == "allreduce"
-            or size < _DROPPED_FROM
-            or dearer[method] < max(_DROPPED, before.get(method, math.inf))
-        ]
+        live = tuple(m for m in live if _worthwhile(m, size, dearer[m], before.get(m, math.inf)))
         before = dearer
-        go_on, live = collectives.first_rank_object(ranks.group, (go_on, kept))
-        if not go_on:
-            break
-    costs = {kind: Cost.fit(took, spaced_s=spaced[kind]) for kind, took in samples.items()}
+        left_s = end_s - time.perf_counter()
+        size, live, times = collectives.first_rank_object(
+            ranks.group, _next(sizes, size, live, sum(row.values()), left_s)
+        )
+    costs = {kind: Cost.fit(took, spaced_s=spaced.get(kind)) for kind, took in samples.items()}
     fit = collectives.first_rank_object(ranks.group, Network(costs).to_json())
     return Network.from_json(fit)
+
+
+def _next(
+    sizes: Sequence[int], size: int, live: tuple[str, ...], row_s: float, left_s: float
+) -> tuple[int | None, tuple[str, ...], int]:
+    """The size to measure next, or None, with which methods, and how often.
+
+    Args:
+        sizes: all.
+        size: measured last.
+        live: methods to go on with.
+        row_s: what one op of each kind took, seconds.
+        left_s: of the time for all, seconds.
+    """
+    larger = [other for other in sizes if other > size]
+    if not larger:
+        return None, live, 1
+    row_s *= larger[0] / size
+    if row_s > left_s:  # even so, one large all-reduce must show the bandwidth
+        hurried = larger[min(_HURRIED, len(larger) - 1)]
+        return (hurried if size == sizes[0] else None), ("allreduce",), 1
+    return larger[0], live, _TIMES if _TIMES * row_s < left_s / 2 else 1
+
+
+def _worthwhile(method: str, size: int, dearer: float, before: float) -> bool:
+    """Whether to measure a method with more bytes, too."""
+    return method == "allreduce" or size < _DROPPED_FROM or dearer < max(_DROPPED, before)
 
 
 def _dearer(methods: Sequence[str], op_s: Mapping[str, float]) -> dict[str, float]:
