@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 @pytest.fixture(scope="module")
 def bitwise() -> list[dict[str, list[str]]]:
-    return run_ranks(compare, 2, list(CASES), timeout_s=280)
+    return run_ranks(compare, 2, list(CASES), timeout_s=700)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -20,7 +20,7 @@ def test_two_ranks_are_bitwise_equal(name: str, bitwise: list[dict[str, list[str
 
 @pytest.fixture(scope="module")
 def close() -> list[dict[str, list[str]]]:
-    return run_ranks(compare, 4, OF_FOUR, timeout_s=280)
+    return run_ranks(compare, 4, OF_FOUR, timeout_s=700)
 
 
 @pytest.mark.parametrize("name", OF_FOUR)

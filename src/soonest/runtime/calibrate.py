@@ -219,7 +219,7 @@ def _key(
         "hosts": hosts,
         "backend": dist.get_backend(ranks.group),
         "interface": os.environ.get("GLOO_SOCKET_IFNAME", ""),
-        "methods": list(methods),
+        "ops": {method: METHODS[method] for method in methods},
         "device": device.type,
         "wire": str(wire),
         "torch": torch.__version__,
