@@ -164,9 +164,7 @@ class Engine:
             raise self._unfinished(self._open)
         if member.order in self._landing.unknown:
             guard.land(member.parameter)  # what is added to must be known
-        with guard.DisableGuard():
-            added_to = member.parameter.grad is member.grad
-        (self._landing.settle if added_to else self._landing.free)(member)
+        self._landing.make_room(member)
 
     def _after(self, member: Member, parameter: nn.Parameter) -> None:
         """A gradient has been written to ``parameter.grad``."""
@@ -228,9 +226,7 @@ class Engine:
         ready = sweep.record.ready
         late = [member for member in self.layout.members if math.isnan(ready[member.order])]
         for member in late:
-            with guard.DisableGuard():
-                kept = member.parameter.grad is member.grad
-            (self._landing.settle if kept else self._landing.free)(member)
+            self._landing.make_room(member)
             if member.parameter.grad is not None:
                 self._contribute(sweep, member)
                 continue

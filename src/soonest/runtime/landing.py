@@ -97,6 +97,14 @@ class Landing:
             self._wait(member)
             self._release_gradient(member)
 
+    def make_room(self, member: Member) -> None:
+        """Waits until the member's gradient can be written, or added to if it is still there."""
+        if self._held[member.order] is None:
+            return
+        with guard.DisableGuard():
+            added_to = member.parameter.grad is member.grad
+        (self.settle if added_to else self.free)(member)
+
     def _partial(self, member: Member) -> bool:
         """Whether this rank has only its part of the member's gradient."""
         held, sweep = self._held[member.order], member.sweep
