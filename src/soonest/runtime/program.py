@@ -11,7 +11,8 @@ from soonest.core.plan import SHARED_PARAMETERS, Plan
 from soonest.runtime import collectives
 from soonest.runtime.collectives import Piece, Ranks, Running
 from soonest.runtime.layout import Layout, Member
-from soonest.runtime.shards import ShardedState, Share, firsts_of, together
+from soonest.runtime.parts import Share, firsts_of
+from soonest.runtime.shards import ShardedState, together
 
 if TYPE_CHECKING:
     from soonest.runtime.sweep import Sweep

@@ -1,89 +1,20 @@
-"""Parts of parameters, where each rank updates but its own, and their optimizer state."""
+"""The optimizer state of parts of parameters: each rank has that of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from soonest.core.plan import SHARED_PARAMETERS, Plan, borders
+from soonest.core.plan import SHARED_PARAMETERS, Plan
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime import collectives
 from soonest.runtime.collectives import Piece, Ranks
-from soonest.runtime.layout import Layout, Member
-
-Key = tuple[str, int, int]
-"""A part of a parameter: its name, and the first and last but one of its elements in memory."""
-
-
-@dataclass(eq=False, slots=True)
-class Share:
-    """This rank's part of one parameter: consecutive elements, in the order of memory.
-
-    Args:
-        member: the parameter.
-        start, stop: of its elements.
-        raw_grad: that part of its gradient, one-dimensional.
-        twin: that part of the parameter, one-dimensional; what the optimizer updates.
-    """
-
-    member: Member
-    start: int
-    stop: int
-    raw_grad: Tensor
-    twin: nn.Parameter
-
-    @property
-    def key(self) -> Key:
-        return (self.member.name, self.start, self.stop)
-
-    def cut(self, whole: Tensor) -> Tensor:
-        """This part of a tensor of the parameter's shape; a view only if its strides are alike."""
-        return _in_memory(whole, self.member.twin)[self.start : self.stop]
-
-
-def shares_of(plan: Plan, layout: Layout, rank: int) -> list[list[Share]]:
-    """Per bucket, the parts of parameters that a rank updates."""
-    found: list[list[Share]] = []
-    by_slot = {(member.flat, member.slot.start): member for member in layout.members}
-    for index, bucket in enumerate(plan.buckets):
-        shares: list[Share] = []
-        parameters, grads = layout.parameters[bucket.flat], layout.grads[bucket.flat]
-        for start, stop, slot in _overlaps(plan, index, rank):
-            member = by_slot[bucket.flat, slot]
-            twin = nn.Parameter(parameters[start:stop].detach())
-            for name, value in vars(member.parameter).items():
-                setattr(twin, name, value)
-            shares.append(Share(member, start - slot, stop - slot, grads[start:stop], twin))
-        found.append(shares)
-    return found
-
-
-def firsts_of(plan: Plan, index: int) -> list[tuple[int, int]]:
-    """The first element of each part of each parameter in a bucket, and where its slot starts."""
-    return [
-        (start, slot)
-        for rank in range(plan.ranks)
-        for start, _, slot in _overlaps(plan, index, rank)
-    ]
-
-
-def _overlaps(plan: Plan, index: int, rank: int) -> Iterator[tuple[int, int, int]]:
-    """Elements of a flat buffer where a rank's part of a bucket meets a slot, and its start."""
-    bucket = plan.buckets[index]
-    flat = plan.flats[bucket.flat]
-    at = borders(bucket.stop - bucket.start, plan.ranks, flat.itemsize)
-    first, last = bucket.start + at[rank], bucket.start + at[rank + 1]
-    for slot in (flat.slots[number] for number in plan.slots_of[index]):
-        start, stop = max(first, slot.start), min(last, slot.start + slot.numel)
-        if start < stop:
-            yield start, stop, slot.start
-        elif not slot.numel and not rank:  # its state is all in one hand, whoever's
-            yield slot.start, slot.start, slot.start
+from soonest.runtime.layout import Layout
+from soonest.runtime.parts import Key, Share, in_memory, shares_of
 
 
 class ShardedState:
@@ -173,7 +104,7 @@ class ShardedState:
             values = found.setdefault(name, {})
             if key not in values:
                 values[key] = torch.empty_like(twin, dtype=piece.dtype, requires_grad=False)
-            _in_memory(values[key], twin)[start : start + piece.numel()] = piece
+            in_memory(values[key], twin)[start : start + piece.numel()] = piece
 
         for name, scalars in self._gather(take).items():
             if keep:
@@ -275,13 +206,6 @@ def together(what: str) -> Iterator[None]:
 
 def _cuts(plan: Plan) -> Sequence[tuple[int, int, int]]:
     return [(bucket.flat, bucket.start, bucket.stop) for bucket in plan.buckets]
-
-
-def _in_memory(whole: Tensor, like: Tensor) -> Tensor:
-    """The elements of a tensor in the order in which a parameter has them in memory."""
-    if whole.stride() != like.stride():
-        whole = torch.empty_like(like, dtype=whole.dtype, requires_grad=False).copy_(whole)
-    return whole.as_strided((whole.numel(),), (1,))
 
 
 def _per_element(value: Any, shape: torch.Size) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from soonest.runtime.layout import Member
-from soonest.runtime.shards import Share
+from soonest.runtime.parts import Share
 
 _SEPARABLE = (
     torch.optim.SGD,
