@@ -155,6 +155,8 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"shard_optimizer": True, "separable": False}, "leave out one of them"),
     ({"wire_dtype": torch.int8}, "must be torch.bfloat16, torch.float16, or None"),
     ({"wire_dtype": torch.float32}, "must be torch.bfloat16, torch.float16, or None"),
+    ({"parameter_wire_dtype": torch.int8}, "parameter_wire_dtype is torch.int8, but must be"),
+    ({"parameter_wire_dtype": torch.bfloat16}, "parameters are only sent under shard_optimizer"),
 ]
 
 

@@ -91,7 +91,7 @@ def remembers(folder: str, change: float | None, garble: bool = False) -> int:
     calibrate.measure = counted
     ranks = ranks_here()
     for _ in range(2):
-        calibrate.network_of(ranks, methods=["exchange"], device=CPU, wire=None)
+        calibrate.network_of(ranks, methods=["exchange"], device=CPU, wire=collectives.EXACT)
         dist.barrier()
         for file in Path(folder).glob("*.json") if dist.get_rank() == 0 else ():
             if change is not None:

@@ -24,7 +24,12 @@ def start(arm: str) -> tuple[Any, Any, Any, Any]:
     model, optimizer = build()
     if arm == "ddp":
         return model, optimizer, DistributedDataParallel(model), None
-    handle = soonest.prioritize(model, optimizer, shard_optimizer=arm == "sharded")
+    handle = soonest.prioritize(
+        model,
+        optimizer,
+        shard_optimizer=arm in ("sharded", "rounded"),
+        parameter_wire_dtype=torch.bfloat16 if arm == "rounded" else None,
+    )
     return model, optimizer, model, handle
 
 
@@ -75,12 +80,21 @@ def test_a_checkpoint_goes_anywhere(of: str, to: str, saved: dict[str, tuple[str
         assert equal(list(loaded), list(content))
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [*ARMS, "rounded"])
 def test_a_run_goes_on_bit_by_bit(arm: str, tmp_path: Path) -> None:
     whole = run_ranks(saves, 2, arm, str(tmp_path / "whole"), 9)[0]
     run_ranks(saves, 2, arm, str(tmp_path / "half"), 4)
     resumed = run_ranks(loads, 2, arm, str(tmp_path / "half"), range(4, 9))[0]
     assert equal(list(resumed), list(whole))
+
+
+def test_what_is_saved_is_exact_where_the_model_is_rounded(tmp_path: Path) -> None:
+    rounded, state = run_ranks(saves, 3, "rounded", str(tmp_path), 4)[0]
+    for loaded, loaded_state in run_ranks(loads, 1, "ddp", str(tmp_path), range(0)):
+        assert equal(loaded_state, state)
+        for name, value in loaded.items():
+            assert not torch.equal(value, rounded[name])
+            assert torch.equal(value.bfloat16().float(), rounded[name])
 
 
 def with_torchs_own() -> bool:

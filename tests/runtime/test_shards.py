@@ -323,3 +323,49 @@ def test_training_with_a_narrow_wire(wire: str, sharded: bool, method: str | Non
     assert not equal(first, exact), "something was rounded"
     for a, b in zip(first, exact, strict=True):
         assert torch.allclose(a, b, atol=0.05)
+
+
+def rounded() -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Parameters in training and after it: ours, and those of a loop that spells it out."""
+    model, optimizer = build()
+    handle = soonest.prioritize(
+        model, optimizer, shard_optimizer=True, parameter_wire_dtype=torch.bfloat16
+    )
+    twin, _ = build()
+    for parameter in twin.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    exact, exact_optimizer = build()
+    for step in range(8):
+        train(model, optimizer, range(step, step + 1))
+        with torch.no_grad():
+            for shown, parameter in zip(twin.parameters(), exact.parameters(), strict=True):
+                shown.copy_(parameter.bfloat16())
+                assert shown.grad is not None
+                shown.grad.zero_()
+        twin(inputs(step)).square().mean().backward()
+        for shown, parameter in zip(twin.parameters(), exact.parameters(), strict=True):
+            assert shown.grad is not None
+            parameter.grad = shown.grad / 2
+            dist.all_reduce(parameter.grad)
+        exact_optimizer.step()
+        if step == 5:  # what the user writes counts from then on
+            with torch.no_grad():
+                next(model.parameters())[3:40].mul_(0.5)
+                part = next(exact.parameters())[3:40]
+                part.copy_(part.bfloat16() / 2)
+    ours = parameters(model)
+    handle.detach()
+    return (
+        ours,
+        [p.bfloat16().float() for p in exact.parameters()],
+        parameters(model),
+        parameters(exact),
+    )
+
+
+def test_parameters_may_be_sent_rounded_and_are_kept_exactly() -> None:
+    first, other = run_ranks(rounded, 2)
+    assert equal(list(first), list(other))
+    ours, theirs, after, exact = first
+    assert equal(ours, theirs)
+    assert equal(after, exact)

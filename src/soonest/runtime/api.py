@@ -160,7 +160,9 @@ class Handle:
         Returns:
             ``{"model": ..., "optim": ...}``, with names of parameters as keys.
         """
-        return checkpoint.form_of(self._model, self._plain_optimizer())
+        plain = self._plain_optimizer()
+        exact = self._engine.state.exact_parameters() if self._engine else {}
+        return checkpoint.form_of(self._model, plain, exact)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from what ``state_dict`` gave, here or elsewhere; every rank must call it.
@@ -227,6 +229,7 @@ def prioritize(
     method: str | None = None,
     shard_optimizer: bool = False,
     wire_dtype: torch.dtype | None = None,
+    parameter_wire_dtype: torch.dtype | None = None,
 ) -> Handle:
     """Trains ``model`` data-parallel, sending first what the next forward pass needs first.
 
@@ -257,8 +260,12 @@ def prioritize(
             others are not sharded, and a warning says so. Then gradients may be read only between
             ``backward()`` and ``step()``, and on every rank, as that gathers them.
         wire_dtype: ``torch.bfloat16`` or ``torch.float16``: send gradients so, half as many bytes.
-            What each rank contributes, and the sums, are rounded to it; parameters are sent
-            exactly. In float16 gradients divided by the number of ranks must stay below 65504.
+            What each rank contributes, and the sums, are rounded to it. In float16 gradients
+            divided by the number of ranks must stay below 65504.
+        parameter_wire_dtype: the same for the parameters that ranks send each other under
+            ``shard_optimizer=True``; exactly if None. The model then has rounded parameters, the
+            same on every rank, and each rank keeps the exact ones of its part, which it updates
+            and which ``handle.state_dict()`` saves.
 
     Returns:
         A handle; it need not be kept.
@@ -268,7 +275,8 @@ def prioritize(
         PlanMismatchError: the ranks have different models or plans.
     """
     check(model, optimizer)
-    check_options(method, wire_dtype)
+    wire = collectives.Wire(wire_dtype, parameter_wire_dtype)
+    check_options(method, wire, shard_optimizer=shard_optimizer)
     given = _loaded(plan)
     parent = process_group if process_group is not None else dist.group.WORLD
     assert parent is not None
@@ -293,7 +301,7 @@ def prioritize(
                 _methods(name, ranks, sharded=sharded)
         collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
         network = calibrate.network_of(
-            ranks, methods=methods, device=layout.parameters[0].device, wire=wire_dtype
+            ranks, methods=methods, device=layout.parameters[0].device, wire=wire
         )
         first = given or first_plan(
             layout.flats, network, ranks=group.size(), window=WINDOW, methods=methods
@@ -309,7 +317,7 @@ def prioritize(
             ranks=ranks,
             lane=lane,
             sharing=sharing,
-            wire=wire_dtype,
+            wire=wire,
             after_step=learner if given is None else _nothing,
         )
     except BaseException:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from soonest.core.network import Cost, Network
 from soonest.core.plan import METHODS
 from soonest.runtime import collectives
-from soonest.runtime.collectives import Piece, Ranks, Running
+from soonest.runtime.collectives import EXACT, Piece, Ranks, Running, Wire
 
 BUDGET_S = 1.8
 SIZES = tuple(1024 * 4**power for power in range(9))
@@ -44,7 +44,7 @@ Watch = Callable[[int], None]
 
 
 def network_of(
-    ranks: Ranks, *, methods: Sequence[str], device: torch.device, wire: torch.dtype | None
+    ranks: Ranks, *, methods: Sequence[str], device: torch.device, wire: Wire
 ) -> Network:
     """What combining costs on these ranks: remembered, or else measured; a collective call.
 
@@ -52,7 +52,7 @@ def network_of(
         ranks: who combines.
         methods: whose costs are needed.
         device: of the buckets.
-        wire: see ``collectives.Piece``.
+        wire: how they are sent.
 
     Returns:
         The first rank's fit, on every rank.
@@ -75,7 +75,7 @@ def measure(
     *,
     methods: Sequence[str],
     device: torch.device,
-    wire: torch.dtype | None = None,
+    wire: Wire = EXACT,
     budget_s: float = BUDGET_S,
     sizes: Sequence[int] = SIZES,
     watch: Watch = lambda size: None,
@@ -161,9 +161,9 @@ def _dearer(methods: Sequence[str], op_s: Mapping[str, float]) -> dict[str, floa
     return {method: cost / least_s for method, cost in cost_s.items()}
 
 
-def _piece(size_bytes: int, device: torch.device, wire: torch.dtype | None) -> Piece:
+def _piece(size_bytes: int, device: torch.device, wire: Wire) -> Piece:
     buffer = torch.zeros(max(1, size_bytes // 4), device=device)
-    return Piece(buffer, buffer.clone(), wire)
+    return Piece(buffer, buffer.clone(), wire.of(buffer.element_size()))
 
 
 def _time(kind: str, ranks: Ranks, piece: Piece, times: int) -> list[float]:
@@ -198,9 +198,7 @@ def _finish(running: Running) -> None:
 # What is remembered from one run to the next
 
 
-def _still_holds(
-    network: Network, ranks: Ranks, device: torch.device, wire: torch.dtype | None
-) -> bool:
+def _still_holds(network: Network, ranks: Ranks, device: torch.device, wire: Wire) -> bool:
     """Whether the network is about as fast as it was."""
     fits = True
     for size in (SIZES[index] for index in _CHECKED):
@@ -210,9 +208,7 @@ def _still_holds(
     return collectives.first_rank_object(ranks.group, fits)
 
 
-def _key(
-    ranks: Ranks, methods: Sequence[str], device: torch.device, wire: torch.dtype | None
-) -> dict[str, Any]:
+def _key(ranks: Ranks, methods: Sequence[str], device: torch.device, wire: Wire) -> dict[str, Any]:
     hosts = collectives.gather_objects(ranks.group, collectives.host_name())
     return {
         "format": _FORMAT,
@@ -221,7 +217,7 @@ def _key(
         "interface": os.environ.get("GLOO_SOCKET_IFNAME", ""),
         "ops": {method: METHODS[method] for method in methods},
         "device": device.type,
-        "wire": str(wire),
+        "wire": [str(wire.gradients), str(wire.parameters)],
         "torch": torch.__version__,
     }
 

@@ -6,24 +6,31 @@ soonest, with ``DistributedDataParallel`` or with neither.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 
-def form_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def form_of(
+    model: nn.Module, optimizer: Optimizer, exact: Mapping[nn.Parameter, Tensor]
+) -> dict[str, Any]:
     """What to save.
 
     Args:
         model: whose parameters have their values.
         optimizer: an ordinary one, with all of its state.
+        exact: values of parameters which the model itself has but rounded.
 
     Returns:
         ``{"model": ..., "optim": ...}``, as ``get_state_dict`` makes them.
     """
     of_model, of_optimizer = get_state_dict(model, optimizer)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in exact and name in of_model:
+            of_model[name] = exact[parameter]
     return {"model": of_model, "optim": of_optimizer}
 
 

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from soonest.core.plan import METHODS
+from soonest.runtime.collectives import Wire
 from soonest.runtime.layout import trainable
 from soonest.runtime.takeover import is_taken_over
 
@@ -55,14 +56,23 @@ def check(model: nn.Module, optimizer: Optimizer) -> None:
             )
 
 
-def check_options(method: str | None, wire: torch.dtype | None) -> None:
-    """Raises ValueError if there is no such method, or gradients cannot be sent so."""
+def check_options(method: str | None, wire: Wire, *, shard_optimizer: bool) -> None:
+    """Raises ValueError if there is no such method, or things cannot be sent so."""
     if method is not None and method not in METHODS:
         raise ValueError(f"no method {method!r}: there are {', '.join(METHODS)}")
-    if wire not in (None, torch.bfloat16, torch.float16):
+    for option, dtype, what in (
+        ("wire_dtype", wire.gradients, "gradients"),
+        ("parameter_wire_dtype", wire.parameters, "parameters"),
+    ):
+        if dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{option} is {dtype}, but must be torch.bfloat16, torch.float16, or None for "
+                f"{what} as they are"
+            )
+    if wire.parameters and not shard_optimizer:
         raise ValueError(
-            f"wire_dtype is {wire}, but must be torch.bfloat16, torch.float16, or None for "
-            "gradients as they are"
+            f"parameter_wire_dtype is {wire.parameters}, but parameters are only sent under "
+            "shard_optimizer=True: say that, too, or leave this out"
         )
 
 

@@ -52,29 +52,54 @@ class Ranks:
 
 
 @dataclass(frozen=True)
+class Wire:
+    """The dtypes in which things are sent; None stands for their own.
+
+    Args:
+        gradients: sums are rounded to it in between where the backend makes them, and accumulate
+            in float32 where this rank does.
+        parameters: that ranks share out.
+    """
+
+    gradients: torch.dtype | None = None
+    parameters: torch.dtype | None = None
+
+    def of(self, itemsize: int) -> Wire:
+        """For elements of so many bytes: dtypes that are no narrower are left out."""
+
+        def narrower(dtype: torch.dtype | None) -> torch.dtype | None:
+            return dtype if dtype and dtype.itemsize < itemsize else None
+
+        return Wire(narrower(self.gradients), narrower(self.parameters))
+
+
+EXACT = Wire()
+
+
+@dataclass(frozen=True)
 class Piece:
     """One bucket's part of the buffers of this rank.
 
     Args:
         gradients: contiguous, of any floating dtype, ``numel`` elements.
         parameters: the same part of the buffer of parameters.
-        wire: dtype in which gradients are sent, their own if None. Sums are rounded to it in
-            between where the backend makes them, and accumulate in float32 where this rank does.
+        wire: how they are sent.
         itemsize: bytes of an element by which the ranks' parts are aligned, if not its own.
     """
 
     gradients: Tensor
     parameters: Tensor
-    wire: torch.dtype | None = None
+    wire: Wire = EXACT
     itemsize: int | None = None
 
     def packed(self, part: slice = slice(None)) -> Tensor:
         """Gradients as they are sent."""
-        return self.gradients[part].to(self.wire) if self.wire else self.gradients[part]
+        wire = self.wire.gradients
+        return self.gradients[part].to(wire) if wire else self.gradients[part]
 
     def unpack(self, received: Tensor, part: slice = slice(None)) -> None:
         """Takes over what was sent; equal on every rank, as the sender takes it over as well."""
-        if self.wire:
+        if self.wire.gradients:
             self.gradients[part].copy_(received)
 
 
@@ -126,7 +151,7 @@ def ring_reduce_scatter(ranks: Ranks, piece: Piece) -> Op:
     Distrib. Comput. 69, 2009). With a wire dtype partial sums would be rounded on each hop, and
     are not sent.
     """
-    if piece.wire:
+    if piece.wire.gradients:
         yield from reduce_scatter(ranks, piece)
         return
     group, whole = ranks.group, piece.gradients
@@ -155,15 +180,16 @@ def split(ranks: Ranks, piece: Piece) -> Op:
 
 def all_gather_parameters(ranks: Ranks, piece: Piece) -> Op:
     """Every rank's part of the parameters goes round to every other."""
-    group, whole = ranks.group, piece.parameters
+    group, whole, narrow = ranks.group, piece.parameters, piece.wire.parameters
     at = borders(whole.numel(), group.size(), piece.itemsize or whole.element_size())
     mine = whole[at[group.rank()] : at[group.rank() + 1]]
     size = at[1]
     even = at[-1] == size * group.size()
-    sent = mine.clone() if even else torch.cat([mine, mine.new_zeros(size - mine.numel())])
-    every = whole if even else whole.new_empty(size * group.size())
+    sent = torch.empty(size, dtype=narrow or whole.dtype, device=whole.device)
+    sent[: mine.numel()] = mine
+    every = whole if even and not narrow else sent.new_empty(size * group.size())
     yield group._allgather_base(every, sent)
-    if not even:
+    if every is not whole:
         whole.copy_(every[: whole.numel()])
 
 
@@ -242,7 +268,7 @@ def combine(method: str, ranks: Ranks, tensor: Tensor, *, wire: torch.dtype | No
         method: a key of ``METHODS``.
         ranks: over which.
         tensor: of any shape, strides and floating dtype; the same on every rank.
-        wire: see ``Piece``.
+        wire: dtype in which to send it, its own if None.
 
     Raises:
         ValueError: there is no such method, or not on these ranks.
@@ -251,7 +277,7 @@ def combine(method: str, ranks: Ranks, tensor: Tensor, *, wire: torch.dtype | No
     if not tensor.numel() or ranks.group.size() == 1:
         return
     flat = tensor.contiguous().view(-1)
-    piece = Piece(flat, flat, wire)
+    piece = Piece(flat, flat, Wire(wire))
     for kind in METHODS[method]:
         run(kind, ranks, piece)
     if flat.data_ptr() != tensor.data_ptr():
@@ -312,7 +338,7 @@ def _scatter_sum(group: Group, piece: Piece) -> Op:
 def _share_parts(group: Group, piece: Piece) -> Op:
     sizes, mine = _sizes(piece.gradients, group)
     sent = piece.packed(_own(piece.gradients, group)).repeat(group.size())
-    every = sent.new_empty(piece.gradients.numel()) if piece.wire else piece.gradients
+    every = sent.new_empty(piece.gradients.numel()) if piece.wire.gradients else piece.gradients
     yield group.alltoall_base(every, sent, sizes, [mine] * group.size())
     piece.unpack(every)
 

@@ -18,7 +18,7 @@ from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
 from soonest.errors import SoonestError
 from soonest.runtime import guard, takeover
-from soonest.runtime.collectives import Ranks
+from soonest.runtime.collectives import Ranks, Wire
 from soonest.runtime.landing import Landing
 from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Layout, Member
@@ -50,7 +50,7 @@ class Engine:
         ranks: over which to combine.
         lane: what executes the plan.
         sharing: over which to share out the optimizer's state, if the plan shards.
-        wire: dtype in which gradients are sent; their own if None.
+        wire: how things are sent.
         after_step: called at the end of each ``step()`` that used combined gradients; on every
             rank after the same steps.
 
@@ -73,7 +73,7 @@ class Engine:
         ranks: Ranks,
         lane: Lane,
         sharing: Ranks | None,
-        wire: torch.dtype | None,
+        wire: Wire,
         after_step: Callable[[Engine], None],
     ) -> None:
         self.model = model
@@ -83,7 +83,7 @@ class Engine:
         self._wire = wire
         self._separable = separable
         self._cls = type(optimizer)
-        self.state = OptimizerState(optimizer, self._cls, sharing)
+        self.state = OptimizerState(optimizer, self._cls, sharing, wire)
         self._after_step = after_step
         self._synchronizing = True
         self._forward_ended = NEVER

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from soonest.core.plan import Plan, borders
+from soonest.runtime.collectives import Wire
 from soonest.runtime.layout import Layout, Member
 
 Key = tuple[str, int, int]
@@ -24,6 +25,8 @@ class Share:
         start, stop: of its elements.
         raw_grad: that part of its gradient, one-dimensional.
         twin: that part of the parameter, one-dimensional; what the optimizer updates.
+        shown: what the model has of it, if that is rounded to ``narrow``; then ``twin`` is exact,
+            and has memory of its own.
     """
 
     member: Member
@@ -31,6 +34,8 @@ class Share:
     stop: int
     raw_grad: Tensor
     twin: nn.Parameter
+    shown: Tensor | None = None
+    narrow: torch.dtype | None = None
 
     @property
     def key(self) -> Key:
@@ -40,20 +45,36 @@ class Share:
         """This part of a tensor of the parameter's shape; a view only if its strides are alike."""
         return in_memory(whole, self.member.twin)[self.start : self.stop]
 
+    def recall(self) -> None:
+        """Makes ``twin`` the present value: it is, unless something else was written since."""
+        if self.shown is not None:
+            known = self.twin.detach()
+            torch.where(known.to(self.narrow) == self.shown, known, self.shown, out=known)
 
-def shares_of(plan: Plan, layout: Layout, rank: int) -> list[list[Share]]:
+    def show(self) -> None:
+        """Gives the model the value of ``twin``, as the other ranks will get it."""
+        if self.shown is not None:
+            self.shown.copy_(self.twin.detach().to(self.narrow))
+
+
+def shares_of(plan: Plan, layout: Layout, rank: int, wire: Wire) -> list[list[Share]]:
     """Per bucket, the parts of parameters that a rank updates."""
     found: list[list[Share]] = []
     by_slot = {(member.flat, member.slot.start): member for member in layout.members}
     for index, bucket in enumerate(plan.buckets):
         shares: list[Share] = []
         parameters, grads = layout.parameters[bucket.flat], layout.grads[bucket.flat]
+        narrow = wire.of(parameters.element_size()).parameters
         for start, stop, slot in _overlaps(plan, index, rank):
             member = by_slot[bucket.flat, slot]
-            twin = nn.Parameter(parameters[start:stop].detach())
+            shown = parameters[start:stop].detach()
+            twin = nn.Parameter(shown.clone() if narrow else shown)
             for name, value in vars(member.parameter).items():
                 setattr(twin, name, value)
-            shares.append(Share(member, start - slot, stop - slot, grads[start:stop], twin))
+            share = Share(member, start - slot, stop - slot, grads[start:stop], twin)
+            if narrow:
+                share.shown, share.narrow = shown, narrow
+            shares.append(share)
         found.append(shares)
     return found
 

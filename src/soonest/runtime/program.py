@@ -9,7 +9,7 @@ from torch import Tensor
 
 from soonest.core.plan import SHARED_PARAMETERS, Plan
 from soonest.runtime import collectives
-from soonest.runtime.collectives import Piece, Ranks, Running
+from soonest.runtime.collectives import EXACT, Piece, Ranks, Running, Wire
 from soonest.runtime.layout import Layout, Member
 from soonest.runtime.parts import Share, firsts_of
 from soonest.runtime.shards import ShardedState, together
@@ -28,7 +28,7 @@ class Program:
         ranks: over which to combine.
         updater: what to do once gradients are combined.
         state: of this rank's parts, if the plan shards.
-        wire: dtype in which gradients are sent, where that is narrower than theirs.
+        wire: how things are sent, where that is narrower than they are.
 
     Attributes:
         buckets_of: per member, the buckets that carry it, by index of ``layout.members``.
@@ -45,7 +45,7 @@ class Program:
         updater: Updater,
         *,
         state: ShardedState | None = None,
-        wire: torch.dtype | None = None,
+        wire: Wire = EXACT,
     ) -> None:
         assert plan.sharded == (state is not None)
         self.plan = plan
@@ -57,7 +57,7 @@ class Program:
             Piece(
                 layout.grads[bucket.flat][bucket.start : bucket.stop],
                 layout.parameters[bucket.flat][bucket.start : bucket.stop],
-                wire if wire and wire.itemsize < plan.flats[bucket.flat].itemsize else None,
+                wire.of(plan.flats[bucket.flat].itemsize),
             )
             for bucket in plan.buckets
         ]

@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from soonest.core.plan import SHARED_PARAMETERS, Plan
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime import collectives
-from soonest.runtime.collectives import Piece, Ranks
+from soonest.runtime.collectives import EXACT, Piece, Ranks, Wire
 from soonest.runtime.layout import Layout
 from soonest.runtime.parts import Key, Share, in_memory, shares_of
+
+_EXACT = "exact"
+"""The name of the exact values of a part, where they move along with the optimizer's state."""
 
 
 class ShardedState:
@@ -23,20 +26,32 @@ class ShardedState:
     Args:
         ranks: over which it is shared out; for nothing else, so that this is in nobody's way.
         plan, layout: of the parts.
+        wire: where parameters are sent rounded, this rank keeps the exact values of its parts,
+            and the model has rounded ones from now on, on every rank.
 
     Attributes:
         parts: state dicts by part; created by the optimizer, as any.
         shares: per bucket, this rank's parts.
     """
 
-    def __init__(self, ranks: Ranks, plan: Plan, layout: Layout) -> None:
+    def __init__(self, ranks: Ranks, plan: Plan, layout: Layout, wire: Wire = EXACT) -> None:
         self.ranks = ranks
         self.parts: dict[Key, dict[str, Any]] = {}
-        self._bind(plan, layout)
+        self._wire = wire
+        self._bind(plan, layout, self._shares(plan, layout))
+        self._round()
 
-    def _bind(self, plan: Plan, layout: Layout) -> None:
-        self._plan, self._layout = plan, layout
-        self.shares = shares_of(plan, layout, self.ranks.group.rank())
+    def _shares(self, plan: Plan, layout: Layout) -> list[list[Share]]:
+        return shares_of(plan, layout, self.ranks.group.rank(), self._wire)
+
+    def _bind(self, plan: Plan, layout: Layout, shares: list[list[Share]]) -> None:
+        self._plan, self._layout, self.shares = plan, layout, shares
+
+    def _round(self) -> None:
+        for parameters in self._layout.parameters:
+            narrow = self._wire.of(parameters.element_size()).parameters
+            if narrow:
+                parameters.copy_(parameters.to(narrow))
 
     def _all(self) -> Iterator[Share]:
         return (share for shares in self.shares for share in shares)
@@ -58,16 +73,35 @@ class ShardedState:
         for member in self._layout.members:
             state.pop(member.parameter, None)
 
+    def restart(self) -> None:
+        """Takes the values that the model has for exact ones, and rounds the model's."""
+        for share in self._all():
+            if share.shown is not None:
+                share.twin.detach().copy_(share.shown)
+        self._round()
+
     def move(self, plan: Plan, layout: Layout) -> None:
         """Shares the state out anew; a collective call if the parts change."""
-        same = (plan.flats, _cuts(plan)) == (self._plan.flats, _cuts(self._plan))
-        if same:
-            self._bind(plan, layout)
-            return
+        coming = self._shares(plan, layout)
+        states = {key: dict(state) for key, state in self.parts.items()}
+        for key, exact in self._exact().items():
+            states.setdefault(key, {})[_EXACT] = exact
+        if (plan.flats, _cuts(plan)) != (self._plan.flats, _cuts(self._plan)):
+            states = self._moved(states, coming)
+        for share in (share for shares in coming for share in shares):
+            exact = states.get(share.key, {}).pop(_EXACT, None)
+            if exact is not None:
+                share.twin.detach().copy_(exact)
+        self.parts = {key: state for key, state in states.items() if state}
+        self._bind(plan, layout, coming)
+
+    def _moved(
+        self, states: dict[Key, dict[str, Any]], coming: list[list[Share]]
+    ) -> dict[Key, dict[str, Any]]:
+        """States of the parts that this rank has now, as states of those to come; collective."""
         shares: dict[str, list[Share]] = {}
-        for part in shares_of(plan, layout, self.ranks.group.rank()):
-            for share in part:
-                shares.setdefault(share.member.name, []).append(share)
+        for share in (share for of_bucket in coming for share in of_bucket):
+            shares.setdefault(share.member.name, []).append(share)
         parts: dict[Key, dict[str, Any]] = {}
 
         def take(name: str, key: str, start: int, piece: Tensor) -> None:
@@ -81,35 +115,45 @@ class ShardedState:
                         low - start : high - start
                     ]
 
-        for name, scalars in self._gather(take).items():
+        for name, scalars in self._gather(states, take).items():
             for share in shares.get(name, ()):
                 found = {key: _copy(value) for key, value in scalars.items()}
                 parts[share.key] = {**found, **parts.get(share.key, {})}
-        self.parts = parts
-        self._bind(plan, layout)
+        return parts
 
-    def whole(self, *, keep: bool = True) -> dict[str, dict[str, Any]]:
-        """By name of the parameter, the state as the optimizer would have it alone; collective.
+    def _exact(self) -> dict[Key, Tensor]:
+        """This rank's parts of parameters that are sent rounded."""
+        rounded = [share for share in self._all() if share.shown is not None]
+        for share in rounded:
+            share.recall()
+        return {share.key: share.twin.detach() for share in rounded}
 
-        Args:
-            keep: whether this rank wants it; the others help it only.
-        """
+    def exact_parameters(self) -> dict[nn.Parameter, Tensor]:
+        """By parameter, what it is before rounding, if it is sent rounded; collective then."""
+        if not self._wire.parameters:
+            return {}
+        members = {member.name: member.parameter for member in self._layout.members}
+        states = {key: {_EXACT: exact} for key, exact in self._exact().items()}
+        return {members[name]: values[_EXACT] for name, values in self._whole(states).items()}
+
+    def whole(self) -> dict[str, dict[str, Any]]:
+        """By name of the parameter, the state as the optimizer would have it alone; collective."""
+        return self._whole(self.parts)
+
+    def _whole(self, states: Mapping[Key, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         members = {member.name: member for member in self._layout.members}
         found: dict[str, dict[str, Any]] = {}
 
         def take(name: str, key: str, start: int, piece: Tensor) -> None:
-            if not keep:
-                return
             twin = members[name].twin
             values = found.setdefault(name, {})
             if key not in values:
                 values[key] = torch.empty_like(twin, dtype=piece.dtype, requires_grad=False)
             in_memory(values[key], twin)[start : start + piece.numel()] = piece
 
-        for name, scalars in self._gather(take).items():
-            if keep:
-                copies = {key: _copy(value) for key, value in scalars.items()}
-                found[name] = {**copies, **found.get(name, {})}
+        for name, scalars in self._gather(states, take).items():
+            copies = {key: _copy(value) for key, value in scalars.items()}
+            found[name] = {**copies, **found.get(name, {})}
         return found
 
     def clip(
@@ -137,10 +181,15 @@ class ShardedState:
             part.mul_(factor.to(part.dtype))
         return norm
 
-    def _gather(self, take: Callable[[str, str, int, Tensor], None]) -> dict[str, dict[str, Any]]:
-        """Shows every rank all state, one bucket and entry at a time.
+    def _gather(
+        self,
+        states: Mapping[Key, Mapping[str, Any]],
+        take: Callable[[str, str, int, Tensor], None],
+    ) -> dict[str, dict[str, Any]]:
+        """Shows every rank all states, one bucket and entry at a time.
 
         Args:
+            states: of this rank's parts.
             take: called with parameter, entry, first element, and values from there on.
 
         Returns:
@@ -148,8 +197,8 @@ class ShardedState:
         """
         mine: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]] = {}
         for share in self._all():
-            if share.key in self.parts:
-                mine[share.member.name] = _described(self.parts[share.key], share.twin.shape)
+            if share.key in states:
+                mine[share.member.name] = _described(states[share.key], share.twin.shape)
         described: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]] = {}
         with together("gathering the optimizer's state"):
             for theirs in collectives.gather_objects(self.ranks.group, mine):
@@ -159,7 +208,7 @@ class ShardedState:
             inside = [slots[i] for i in self._plan.slots_of[index] if slots[i].name in described]
             entries = {key: of for slot in inside for key, of in described[slot.name][0].items()}
             for key, dtype in sorted(entries.items()):
-                values = self._entry(index, key, dtype)
+                values = self._entry(states, index, key, dtype)
                 for slot in inside:
                     start = max(slot.start, bucket.start)
                     stop = min(slot.start + slot.numel, bucket.stop)
@@ -168,15 +217,17 @@ class ShardedState:
                         take(slot.name, key, start - slot.start, piece)
         return {name: scalars for name, (_, scalars) in described.items()}
 
-    def _entry(self, index: int, key: str, dtype: torch.dtype) -> Tensor:
-        """One entry of the state of a whole bucket, from all ranks."""
+    def _entry(
+        self, states: Mapping[Key, Mapping[str, Any]], index: int, key: str, dtype: torch.dtype
+    ) -> Tensor:
+        """One entry of the states of a whole bucket, from all ranks."""
         bucket = self._plan.buckets[index]
         values = torch.zeros(
             bucket.stop - bucket.start, dtype=dtype, device=self._layout.grads[bucket.flat].device
         )
         itemsize = self._plan.flats[bucket.flat].itemsize
         for share in self.shares[index]:
-            known = self.parts.get(share.key, {}).get(key)
+            known = states.get(share.key, {}).get(key)
             if known is not None:
                 at = share.member.slot.start + share.start - bucket.start
                 values[at : at + known.numel()] = known

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from soonest.core.plan import Plan
 from soonest.errors import SoonestError
-from soonest.runtime.collectives import Ranks
+from soonest.runtime.collectives import Ranks, Wire
 from soonest.runtime.layout import Layout
 from soonest.runtime.shards import ShardedState
 
@@ -21,14 +23,22 @@ class OptimizerState:
         optimizer: the user's own.
         cls: its class as the user made it.
         sharing: over which to share it out, if plans shard.
+        wire: how parameters are then sent.
 
     Attributes:
         parts: this rank's, if it is shared out.
     """
 
-    def __init__(self, optimizer: Optimizer, cls: type[Optimizer], sharing: Ranks | None) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        cls: type[Optimizer],
+        sharing: Ranks | None,
+        wire: Wire,
+    ) -> None:
         self._optimizer = optimizer
         self._cls = cls
+        self._wire = wire
         self._sharing = sharing
         self._layout: Layout | None = None
         self.parts: ShardedState | None = None
@@ -40,7 +50,7 @@ class OptimizerState:
             self.parts.move(plan, layout)
         elif plan.sharded:
             assert self._sharing is not None
-            self.parts = ShardedState(self._sharing, plan, layout)
+            self.parts = ShardedState(self._sharing, plan, layout, self._wire)
             self.adopt()
 
     def adopt(self) -> None:
@@ -78,9 +88,18 @@ class OptimizerState:
         self._optimizer.__dict__["state"] = plain.__dict__["state"]
         self._optimizer.__dict__["param_groups"] = plain.__dict__["param_groups"]
         self.adopt()
+        if self.parts is not None:
+            self.parts.restart()
+
+    def exact_parameters(self) -> dict[nn.Parameter, Tensor]:
+        """Those that the model has rounded, as they are; a collective call if there are any."""
+        return self.parts.exact_parameters() if self.parts is not None else {}
 
     def hand_back(self) -> None:
-        """Makes ``optimizer.state`` whole; a collective call if it is shared out."""
+        """Makes ``optimizer.state`` whole, and parameters exact; collective if it is shared out."""
         if self.parts is not None:
+            with torch.no_grad():
+                for parameter, exact in self.exact_parameters().items():
+                    parameter.copy_(exact)
             self._optimizer.__dict__["state"] = self.plain_optimizer().__dict__["state"]
             self.parts = None

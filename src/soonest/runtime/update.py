@@ -129,11 +129,14 @@ class Updater:
         """
         jobs: list[_Job] = []
         for share in shares:
+            share.recall()
             member = share.member
             gradient = call.gradients[member.order]
             own = share.raw_grad if gradient is member.grad else share.cut(gradient)
             jobs.append(_Job(share.twin, own, member.order, share.key))
         self._run(call, jobs, state)
+        for share in shares:
+            share.show()
 
     def _run(self, call: StepCall, jobs: Sequence[_Job], state: dict[Any, dict[str, Any]]) -> None:
         partial: Any = object.__new__(self._cls)
