@@ -84,9 +84,9 @@ def errors() -> None:
     import torch.distributed as dist
 
     from soonest.lab.messages import tell
-    from soonest.runtime import collectives
+    from soonest.runtime import collectives, groups
 
-    ranks = collectives.ranks_of(collectives.private_group(None, None))
+    ranks = groups.ranks_of(groups.private_group(None, None))
     noise = torch.Generator().manual_seed(dist.get_rank())
     mine = torch.randn(1 << 20, generator=noise)
     exact = mine.double()

@@ -20,10 +20,12 @@ from soonest.core.network import Cost, Network
 from soonest.core.plan import METHODS
 from soonest.runtime import calibrate
 
-# Ranks are forked from one process that has torch imported: that costs a tenth of starting each
-# anew.
+# Ranks are forked from one process that has imported all they need, which takes seconds; what
+# building an optimizer and saving a checkpoint would import, too.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "soonest"])
+_context.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "soonest.runtime"]
+)
 
 
 def mixed_network(ranks: int) -> Network:

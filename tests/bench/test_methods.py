@@ -16,7 +16,7 @@ from soonest.bench.show import Screen
 from soonest.cli import main
 from soonest.core.plan import shards
 from soonest.errors import SoonestError
-from soonest.runtime import collectives
+from soonest.runtime import collectives, groups
 
 COSTS = Costs(
     4,
@@ -134,7 +134,7 @@ def test_progress_gets_to_its_end_in_few_lines():
 
 
 def measured(method_that_fails: str | None) -> dict[str, Any]:
-    ranks = collectives.ranks_of(collectives.private_group(None, None))
+    ranks = groups.ranks_of(groups.private_group(None, None))
     right = collectives.combine
 
     def combine(method: str, ranks: collectives.Ranks, tensor: torch.Tensor) -> None:
@@ -168,7 +168,7 @@ def test_shares_differ_and_sum_up_exactly():
 
 def told(from_call: int) -> list[dict[str, Any]]:
     """What a run tells if nothing is combined any more from some call on."""
-    ranks = collectives.ranks_of(collectives.private_group(None, None))
+    ranks = groups.ranks_of(groups.private_group(None, None))
     right, calls, messages = collectives.combine, count(), list[dict[str, Any]]()
 
     def combine(method: str, ranks: collectives.Ranks, tensor: torch.Tensor) -> None:

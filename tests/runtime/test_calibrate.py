@@ -16,14 +16,14 @@ import soonest
 from ranks import run_ranks
 from soonest.core.network import Network
 from soonest.core.plan import METHODS
-from soonest.runtime import calibrate, collectives
+from soonest.runtime import calibrate, collectives, groups
 
 CPU = torch.device("cpu")
 
 
 def ranks_here() -> collectives.Ranks:
     host = f"host {dist.get_rank() // 2}"
-    return collectives.ranks_of(collectives.private_group(None, None), host)
+    return groups.ranks_of(groups.private_group(None, None), host)
 
 
 def measures(methods: list[str], sizes: list[int]) -> tuple[dict[str, Any], list[int]]:
@@ -155,3 +155,27 @@ def test_training_on_a_measured_network(method: str | None) -> None:
     first, *others = run_ranks(trains, 3, method, calibrated=True)
     assert others == [first] * 2
     assert method is None or first[1] == [method]
+
+
+def explains_given_plan() -> tuple[list[str], list[str]]:
+    torch.manual_seed(0)
+    model = nn.Linear(40, 30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = soonest.prioritize(model, optimizer, method="split")
+    assert handle.plan
+    plan = handle.plan.to_json()
+    handle.detach()
+    handle = soonest.prioritize(model, optimizer, plan=soonest.Plan.from_json(plan))
+    for _ in range(3):
+        model(torch.ones(2, 40)).sum().backward()
+        optimizer.step()
+    report = handle.report()
+    assert report
+    assert all(row.predicted_s > 0 for row in report.rows)
+    return [row.method for row in report.rows], [row.why for row in report.rows]
+
+
+def test_a_given_plan_is_explained_by_what_its_own_methods_cost() -> None:
+    for methods, why in run_ranks(explains_given_plan, 2, calibrated=True):
+        assert set(methods) == {"split"}
+        assert set(why) == {"as the given plan says"}

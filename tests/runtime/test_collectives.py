@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ranks import run_ranks
 from soonest.core.plan import METHODS, borders, shards
-from soonest.runtime import collectives
+from soonest.runtime import collectives, groups
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SIZES = (1, 2, 3, 15, 16, 17, 31, 127, 1000, 4099, 70_001)
@@ -50,8 +50,8 @@ def bits(tensor: Tensor) -> int:
 
 def ranks_with_hosts() -> collectives.Ranks:
     """Two ranks a host, where that is possible."""
-    group = collectives.private_group(None, None)
-    return collectives.ranks_of(group, f"host {dist.get_rank() // 2}")
+    group = groups.private_group(None, None)
+    return groups.ranks_of(group, f"host {dist.get_rank() // 2}")
 
 
 def check(
@@ -155,8 +155,8 @@ def test_a_narrow_wire_loses_little(wire: torch.dtype) -> None:
 
 
 def hosts_found(hosts: list[str]) -> tuple[tuple[str, ...], list[int] | None, list[int] | None]:
-    group = collectives.private_group(None, None)
-    ranks = collectives.ranks_of(group, hosts[dist.get_rank()])
+    group = groups.private_group(None, None)
+    ranks = groups.ranks_of(group, hosts[dist.get_rank()])
     inside, across = (
         dist.get_process_group_ranks(found) if found else None
         for found in (ranks.inside, ranks.across)
@@ -178,7 +178,7 @@ def test_ranks_find_out_who_shares_their_host() -> None:
 
 
 def refusals() -> list[str]:
-    ranks = collectives.ranks_of(collectives.private_group(None, None))
+    ranks = groups.ranks_of(groups.private_group(None, None))
     said: list[str] = []
     for method in ("pigeon", "hierarchical"):
         with pytest.raises(ValueError) as refused:

@@ -137,6 +137,19 @@ def test_another_plan_is_named() -> None:
         assert "window: 2 / 3" in message
 
 
+def other_wish() -> tuple[str, str, float]:
+    model, optimizer = model_and_optimizer()
+    method = "gather" if dist.get_rank() == 1 else None
+    return error_of(lambda: soonest.prioritize(model, optimizer, method=method))
+
+
+def test_another_wish_is_named() -> None:
+    for name, message, took_s in run_ranks(other_wish, 2):
+        assert name == PlanMismatchError.__name__
+        assert "method is None on rank 0 and gather on rank 1" in message
+        assert took_s < 20
+
+
 class Boom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,25 @@ def test_every_rank_starts_from_the_first_one() -> None:
     assert all(same(first, other) for other in others)
 
 
+def trains_in_a_part() -> tuple[int, dict[str, torch.Tensor]]:
+    """Two of three ranks train; the third knows nothing of it."""
+    members = [0, 2]
+    if dist.get_rank() not in members:
+        return 0, {}
+    part = dist.new_group(members, use_local_synchronization=True)
+    model, optimizer = build(seed=dist.get_rank())
+    handle = soonest.prioritize(model, optimizer, process_group=part)
+    steps(model, optimizer, 3)
+    assert handle.plan
+    return handle.plan.ranks, {name: p.clone() for name, p in model.named_parameters()}
+
+
+def test_a_part_of_the_ranks_may_train_by_itself() -> None:
+    first, idle, other = run_ranks(trains_in_a_part, 3)
+    assert (first[0], idle[0], other[0]) == (2, 0, 2)
+    assert same(first[1], other[1])
+
+
 def learns() -> dict[str, Any]:
     model, optimizer = build()
     handle = soonest.prioritize(model, optimizer)

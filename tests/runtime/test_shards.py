@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import soonest
 from ranks import run_ranks
 from soonest.errors import SoonestError
-from soonest.runtime.api import Handle
+from soonest.runtime.handle import Handle
 
 
 def build(seed: int = 0) -> tuple[nn.Sequential, torch.optim.AdamW]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from soonest.bench.load import Load
 from soonest.bench.methods import ITEM_BYTES, SIZES, kept, repetitions
 from soonest.lab.messages import tell
-from soonest.runtime import collectives
+from soonest.runtime import collectives, groups
 from soonest.runtime.collectives import Ranks
 
 _WARM_UPS = 2
@@ -114,7 +114,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=_TIMEOUT)
-    run(collectives.ranks_of(collectives.private_group(None, None)))
+    run(groups.ranks_of(groups.private_group(None, None)))
     dist.barrier()
     dist.destroy_process_group()
 

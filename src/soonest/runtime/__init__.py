@@ -1,5 +1,6 @@
 """Executes a plan inside a real training loop."""
 
-from soonest.runtime.api import Handle, prioritize
+from soonest.runtime.api import prioritize
+from soonest.runtime.handle import Handle
 
 __all__ = ["Handle", "prioritize"]

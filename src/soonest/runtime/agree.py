@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import zip_longest
 
 from torch import nn
@@ -26,6 +27,23 @@ def agree_on_model(group: collectives.Group, model: nn.Module) -> None:
                 raise PlanMismatchError(
                     f"the ranks have different models: parameter {index} is {first} on rank 0 and "
                     f"{other} on rank {rank}. Every rank must build the same model"
+                )
+
+
+def agree_on_options(group: collectives.Group, options: Mapping[str, object]) -> None:
+    """Compares what the ranks asked for; a collective call.
+
+    Raises:
+        PlanMismatchError: on every rank, naming the first option that differs.
+    """
+    mine = {name: str(value) for name, value in options.items()}
+    every = collectives.gather_objects(group, mine)
+    for rank, theirs in enumerate(every):
+        for name, value in every[0].items():
+            if theirs[name] != value:
+                raise PlanMismatchError(
+                    f"the ranks ask for different things: {name} is {value} on rank 0 and "
+                    f"{theirs[name]} on rank {rank}. Every rank must call prioritize alike"
                 )
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from soonest.core.network import Cost, Network
 from soonest.core.plan import METHODS
-from soonest.runtime import collectives
+from soonest.runtime import collectives, groups
 from soonest.runtime.collectives import EXACT, Piece, Ranks, Running, Wire
 
 BUDGET_S = 1.8
@@ -209,7 +209,7 @@ def _still_holds(network: Network, ranks: Ranks, device: torch.device, wire: Wir
 
 
 def _key(ranks: Ranks, methods: Sequence[str], device: torch.device, wire: Wire) -> dict[str, Any]:
-    hosts = collectives.gather_objects(ranks.group, collectives.host_name())
+    hosts = collectives.gather_objects(ranks.group, groups.host_name())
     return {
         "format": _FORMAT,
         "hosts": hosts,

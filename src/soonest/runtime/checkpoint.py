@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 
@@ -27,6 +26,9 @@ def form_of(
     Returns:
         ``{"model": ..., "optim": ...}``, as ``get_state_dict`` makes them.
     """
+    # Here, for it takes a second, and few need it.
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
     of_model, of_optimizer = get_state_dict(model, optimizer)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in exact and name in of_model:
@@ -40,6 +42,8 @@ def take(model: nn.Module, optimizer: Optimizer, form: dict[str, Any]) -> None:
     Raises:
         ValueError: a part is missing.
     """
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
     for part in ("model", "optim"):
         if part not in form:
             raise ValueError(

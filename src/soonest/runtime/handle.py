@@ -1,0 +1,223 @@
+"""What ``prioritize`` returns."""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from soonest.core.explain import Report, explain
+from soonest.core.network import Network
+from soonest.core.plan import Plan
+from soonest.core.timeline import Timeline
+from soonest.runtime import checkpoint
+from soonest.runtime.engine import Engine
+
+
+class Choice(NamedTuple):
+    """What a plan could choose from.
+
+    Args:
+        network: as calibrated.
+        methods: that it may use.
+        given: why it could not choose, if so.
+        notes: for the report.
+    """
+
+    network: Network
+    methods: tuple[str, ...]
+    given: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Handle:
+    """A prioritized model and optimizer; ``prioritize`` makes it.
+
+    It need not be kept: training goes on without it.
+    """
+
+    _engines: ClassVar[weakref.WeakSet[Engine]] = weakref.WeakSet()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        engine: Engine | None = None,
+        choice: Choice | None = None,
+    ) -> None:
+        self._engine = engine
+        self._model = model
+        self._optimizer = optimizer
+        self._choice = choice
+        if engine:
+            self._engines.add(engine)
+            # At exit, what is in flight goes first.
+            weakref.finalize(engine, engine.lane.close).atexit = False
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in use; None in a group of one rank and after ``detach``."""
+        return self._engine.program.plan if self._engine else None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the plan stays; on every rank after the same step.
+
+        Before, the first steps are observed, and several plans may take turns.
+        """
+        return self._engine is None or self._engine.settled
+
+    def flush(self) -> None:
+        """Waits until every parameter, gradient and optimizer state has its value.
+
+        Nothing needs this to be right: whatever is read waits for itself.
+
+        Raises:
+            SoonestError: a rank was lost or an update failed.
+        """
+        if self._engine:
+            self._engine.flush()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """A context in which backward passes only accumulate gradients on their own rank.
+
+        As with ``DistributedDataParallel.no_sync``, the first backward pass outside combines what
+        has been accumulated.
+        """
+        return self._engine.no_sync() if self._engine else nullcontext()
+
+    def timeline(self) -> Timeline | None:
+        """The last step as measured on this rank; None before there is one.
+
+        Once the plan has settled, only so many steps are measured that it costs a thousandth of
+        the time.
+        """
+        return self._engine.timeline() if self._engine else None
+
+    def report(self) -> Report | None:
+        """Why each bucket is combined as it is, with predicted and measured times.
+
+        Printed, it is a table. Predictions are of the calibrated network, at the pace seen in the
+        last measured steps on this rank. None in a group of one rank and after ``detach``.
+        """
+        if not self._engine:
+            return None
+        assert self._choice
+        calibrated, methods, given, notes = self._choice
+        measured_s, pace = self._engine.measured(calibrated)
+        return explain(
+            self._engine.program.plan,
+            calibrated.slowed(pace),
+            choices=methods,
+            measured_s=measured_s,
+            given=given,
+            notes=notes,
+        )
+
+    def local_optimizer_state(self) -> dict[Any, dict[str, Any]]:
+        """This rank's own part of the optimizer's state; all of it if that is not shared out.
+
+        Returns:
+            State by parameter; or, where it is shared out, by name, first and last but one element
+            of a part of a parameter, in the order of memory.
+        """
+        self.flush()
+        parts = self._engine.state.parts if self._engine else None
+        return dict(parts.parts) if parts is not None else dict(self._optimizer.state)
+
+    def optimizer_state_dict(self) -> dict[str, Any]:
+        """What ``optimizer.state_dict()`` would return without soonest, on every rank.
+
+        Where the state is shared out over the ranks this gathers it, and every rank must call it.
+        ``optimizer.load_state_dict()`` takes it, with or without soonest, on any number of ranks.
+        """
+        return self._plain_optimizer().state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model and optimizer for ``torch.distributed.checkpoint``; every rank must call it.
+
+        With ``load_state_dict`` this makes a handle something that it saves and loads as it is::
+
+            dcp.save({"training": handle}, checkpoint_id=folder)
+            dcp.load({"training": handle}, checkpoint_id=folder)
+
+        A checkpoint fits any number of ranks, and what ``get_state_dict(model, optimizer)`` of
+        ``torch.distributed.checkpoint.state_dict`` gives without soonest. While it is made, every
+        rank holds all of the optimizer's state.
+
+        Returns:
+            ``{"model": ..., "optim": ...}``, with names of parameters as keys.
+        """
+        plain = self._plain_optimizer()
+        exact = self._engine.state.exact_parameters() if self._engine else {}
+        return checkpoint.form_of(self._model, plain, exact)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from what ``state_dict`` gave, here or elsewhere; every rank must call it.
+
+        Raises:
+            ValueError: it has no model or no optimizer in it.
+        """
+        plain = self._plain_optimizer()
+        checkpoint.take(self._model, plain, state_dict)
+        if self._engine:
+            self._engine.state.take(plain)
+
+    def _plain_optimizer(self) -> Optimizer:
+        self.flush()
+        return self._engine.state.plain_optimizer() if self._engine else self._optimizer
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """As ``torch.nn.utils.clip_grad_norm_`` on all of the model's gradients, on every rank.
+
+        Where the optimizer's state is shared out over the ranks, so are gradients: then ranks only
+        tell each other the norms of their parts, and every rank must call it.
+
+        Args:
+            max_norm: of all gradients together, after this.
+            norm_type: which norm; may be infinity.
+            error_if_nonfinite: raise an error if the norm is not finite.
+
+        Returns:
+            The norm before, a scalar.
+
+        Raises:
+            RuntimeError: the norm is not finite, and ``error_if_nonfinite`` is set.
+        """
+        if self._engine and self._engine.state.parts is not None:
+            return self._engine.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
+        return torch.nn.utils.clip_grad_norm_(
+            self._model.parameters(), max_norm, norm_type, error_if_nonfinite
+        )
+
+    def detach(self) -> None:
+        """Makes model and optimizer plain objects again, with all updates applied.
+
+        Where the optimizer's state is shared out over the ranks, every rank must call it.
+
+        Training may go on with them, on this rank alone. After a failure the parameters keep the
+        values that they have. Calling it again does nothing.
+        """
+        if self._engine:
+            engine, self._engine = self._engine, None
+            self._engines.discard(engine)
+            engine.detach()
+
+    @classmethod
+    def finish(cls) -> None:
+        """A script that ends still owes the other ranks its part of what is in flight."""
+        for engine in list(cls._engines):
+            if engine.lane.error is None:
+                engine.lane.wait_all()
+            # A thread that still runs when the interpreter ends may take the process down with it.
+            engine.lane.close()
+
+
+atexit.register(Handle.finish)
