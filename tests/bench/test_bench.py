@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_all_arms_on_the_same_work(tmp_path: Path, capfd: pytest.CaptureFixture[
 def test_a_wrong_arm_gives_no_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     record = bench(SMALL, tmp_path, "--arms", "own_arms:right")
     assert list(record["arms"]) == ["own_arms:right"]
