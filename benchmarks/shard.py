@@ -21,7 +21,7 @@ from typing import Any
 
 HOSTS = 4
 LINK_BPS = 2e9
-FORWARD_S, BACKWARD_S = 1.5, 3.0
+FORWARD_S, BACKWARD_S = 0.6, 1.2
 TURN = 3
 ARMS = {"whole": False, "sharded": True}
 
