@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,6 @@ class Handle:
     It need not be kept: training goes on without it.
     """
 
-    _engines: ClassVar[weakref.WeakSet[Engine]] = weakref.WeakSet()
-
     def __init__(
         self,
         model: nn.Module,
@@ -55,7 +53,7 @@ class Handle:
         self._optimizer = optimizer
         self._choice = choice
         if engine:
-            self._engines.add(engine)
+            _engines.add(engine)
             # At exit, what is in flight goes first.
             weakref.finalize(engine, engine.lane.close).atexit = False
 
@@ -207,17 +205,18 @@ class Handle:
         """
         if self._engine:
             engine, self._engine = self._engine, None
-            self._engines.discard(engine)
+            _engines.discard(engine)
             engine.detach()
 
-    @classmethod
-    def finish(cls) -> None:
-        """A script that ends still owes the other ranks its part of what is in flight."""
-        for engine in list(cls._engines):
-            if engine.lane.error is None:
-                engine.lane.wait_all()
-            # A thread that still runs when the interpreter ends may take the process down with it.
-            engine.lane.close()
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-atexit.register(Handle.finish)
+@atexit.register
+def _finish() -> None:
+    """A script that ends still owes the other ranks its part of what is in flight."""
+    for engine in list(_engines):
+        if engine.lane.error is None:
+            engine.lane.wait_all()
+        # A thread that still runs when the interpreter ends may take the process down with it.
+        engine.lane.close()

@@ -71,10 +71,8 @@ def shares_of(plan: Plan, layout: Layout, rank: int, wire: Wire) -> list[list[Sh
             twin = nn.Parameter(shown.clone() if narrow else shown)
             for name, value in vars(member.parameter).items():
                 setattr(twin, name, value)
-            share = Share(member, start - slot, stop - slot, grads[start:stop], twin)
-            if narrow:
-                share.shown, share.narrow = shown, narrow
-            shares.append(share)
+            part = (start - slot, stop - slot, grads[start:stop], twin)
+            shares.append(Share(member, *part, shown if narrow else None, narrow))
         found.append(shares)
     return found
 

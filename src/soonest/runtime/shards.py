@@ -16,7 +16,7 @@ from soonest.runtime.collectives import EXACT, Piece, Ranks, Wire
 from soonest.runtime.layout import Layout
 from soonest.runtime.parts import Key, Share, in_memory, shares_of
 
-_EXACT = "exact"
+_VALUE = "value"
 """The name of the exact values of a part, where they move along with the optimizer's state."""
 
 
@@ -85,11 +85,11 @@ class ShardedState:
         coming = self._shares(plan, layout)
         states = {key: dict(state) for key, state in self.parts.items()}
         for key, exact in self._exact().items():
-            states.setdefault(key, {})[_EXACT] = exact
+            states.setdefault(key, {})[_VALUE] = exact
         if (plan.flats, _cuts(plan)) != (self._plan.flats, _cuts(self._plan)):
             states = self._moved(states, coming)
         for share in (share for shares in coming for share in shares):
-            exact = states.get(share.key, {}).pop(_EXACT, None)
+            exact = states.get(share.key, {}).pop(_VALUE, None)
             if exact is not None:
                 share.twin.detach().copy_(exact)
         self.parts = {key: state for key, state in states.items() if state}
@@ -133,8 +133,8 @@ class ShardedState:
         if not self._wire.parameters:
             return {}
         members = {member.name: member.parameter for member in self._layout.members}
-        states = {key: {_EXACT: exact} for key, exact in self._exact().items()}
-        return {members[name]: values[_EXACT] for name, values in self._whole(states).items()}
+        states = {key: {_VALUE: exact} for key, exact in self._exact().items()}
+        return {members[name]: values[_VALUE] for name, values in self._whole(states).items()}
 
     def whole(self) -> dict[str, dict[str, Any]]:
         """By name of the parameter, the state as the optimizer would have it alone; collective."""
