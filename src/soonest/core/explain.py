@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from soonest.core.network import Network
-from soonest.core.plan import METHODS, Plan
+from soonest.core.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,6 @@ def explain(
         why = given or "the only method to choose"
         if not given and others:
             why = f"cheapest; {others[0][1]} would take {others[0][0] * 1e3:.3g} ms"
-        known = set(METHODS[bucket.method]) <= set(network.costs)
         rows.setdefault(
             op.bucket,
             Row(
@@ -98,7 +97,7 @@ def explain(
                 bucket.layers,
                 size,
                 bucket.method,
-                network.cost_s(bucket.method, size) if known else float("nan"),
+                network.cost_s(bucket.method, size),
                 measured_s[op.bucket],
                 why,
             ),
