@@ -21,7 +21,6 @@ from typing import Any
 
 HOSTS = 4
 LINK_BPS = 2e9
-FORWARD_S, BACKWARD_S = 0.6, 1.2
 TURN = 3
 ARMS = {"whole": False, "sharded": True}
 
@@ -30,10 +29,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way (%(default)s)")
     parser.add_argument("--json", type=Path, help="where to write the record")
+    parser.add_argument(
+        "--computing-s",
+        type=float,
+        default=4.5,
+        help="seconds of a forward and a backward pass, one third and two thirds (%(default)s)",
+    )
+    parser.add_argument("--fused", action="store_true", help="AdamW as one kernel per tensor")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.as_rank:
-        return as_rank(args.rounds)
+        return as_rank(args.rounds, args.computing_s, fused=args.fused)
     from soonest.lab import Lab
     from soonest.lab.messages import listen
 
@@ -47,12 +53,13 @@ def main() -> int:
     print(f"{HOSTS} hosts, links of {LINK_BPS / 1e9:g} Gbit/s: warming up", flush=True)
     with Lab(HOSTS, LINK_BPS) as lab:
         command = [sys.executable, __file__, "--as-rank", "--rounds", str(args.rounds)]
+        command += ["--computing-s", str(args.computing_s), *["--fused"] * args.fused]
         listen(lab, command, take, say=print, timeout_s=1800)
     found = told["found"]
     whole, sharded = (found["arms"][arm] for arm in ARMS)
     print(
         f"{found['parameters'] / 1e6:.0f} million parameters, computing takes "
-        f"{FORWARD_S + BACKWARD_S:g} s: whole {whole['step_s']:.2f} s, sharded "
+        f"{args.computing_s:g} s: whole {whole['step_s']:.2f} s, sharded "
         f"{sharded['step_s']:.2f} s, {whole['step_s'] / sharded['step_s']:.3f} times as fast; "
         f"optimizer state of a rank {whole['state_mb']:.0f} and {sharded['state_mb']:.0f} MB, "
         f"{sharded['state_mb'] / whole['state_mb']:.3f} of it"
@@ -62,7 +69,7 @@ def main() -> int:
     return 0
 
 
-def bert() -> Any:
+def bert(computing_s: float) -> Any:
     """Layers of BERT base; times in proportion to parameters, but for the embeddings."""
     from soonest.core.trace import Layer, Trace
 
@@ -84,15 +91,15 @@ def bert() -> Any:
             Layer(
                 name,
                 4 * size,
-                fwd_us=0.0 if name == "embeddings" else 1e6 * FORWARD_S * size / computing,
-                bwd_us=0.0 if name == "embeddings" else 1e6 * BACKWARD_S * size / computing,
+                fwd_us=0.0 if name == "embeddings" else 1e6 * computing_s / 3 * size / computing,
+                bwd_us=0.0 if name == "embeddings" else 2e6 * computing_s / 3 * size / computing,
             )
             for name, size in sizes
         ),
     )
 
 
-def as_rank(rounds: int) -> int:
+def as_rank(rounds: int, computing_s: float, *, fused: bool) -> int:
     import torch
     import torch.distributed as dist
 
@@ -102,9 +109,9 @@ def as_rank(rounds: int) -> int:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    models = {arm: Replay(bert()) for arm in ARMS}
+    models = {arm: Replay(bert(computing_s)) for arm in ARMS}
     optimizers = {
-        arm: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        arm: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
         for arm, model in models.items()
     }
     handles = {
@@ -149,6 +156,8 @@ def as_rank(rounds: int) -> int:
             "found",
             hosts=HOSTS,
             link_bps=LINK_BPS,
+            computing_s=computing_s,
+            fused=fused,
             parameters=sum(p.numel() for p in models["whole"].parameters()),
             arms={
                 arm: {
