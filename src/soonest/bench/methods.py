@@ -11,9 +11,9 @@ from statistics import median
 from typing import Any
 
 from soonest.bench.progress import Work
-from soonest.bench.result import BUSY, machine, rate_text
+from soonest.bench.result import BUSY, machine
 from soonest.core.plan import shards
-from soonest.core.units import size_text
+from soonest.core.units import rate_text, size_text
 
 SIZES = tuple(1024 * 4**power for power in range(7))
 """Bytes of the tensor, 1 KiB to 4 MiB."""

@@ -14,6 +14,7 @@ from soonest.bench.settings import Settings
 from soonest.core.planner import flats_of, make_plan
 from soonest.core.simulate import step_time_s
 from soonest.core.timeline import Timeline
+from soonest.core.units import rate_text
 
 BASELINE = "ddp-tuned"
 BUSY = 0.85
@@ -159,8 +160,3 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": metadata.version("torch"),
     }
-
-
-def rate_text(bps: float) -> str:
-    """A rate as people say it, such as ``25 Gbit/s``."""
-    return f"{bps / 1e9:.3g} Gbit/s" if bps >= 1e9 else f"{bps / 1e6:.3g} Mbit/s"

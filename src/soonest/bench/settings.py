@@ -9,6 +9,7 @@ from typing import Any
 
 from soonest.core.bounds import lower_bound_s
 from soonest.core.network import Network
+from soonest.core.peers import SWEEP_MB
 from soonest.core.plan import METHODS, shards
 from soonest.core.trace import Trace
 from soonest.lab import PAYLOAD_SHARE
@@ -43,12 +44,6 @@ KNOWN: dict[str, str] = ARMS | {
     for arm, options in VARIANTS.items()
 }
 """All the ways of training that have a name, and what they are."""
-
-SWEEP_MB: dict[str, tuple[float, ...]] = {
-    "default": (1, 25),
-    **{f"{mb} MB": (mb,) for mb in (1, 5, 50, 100, 400)},
-}
-"""DDP's bucket sizes before shrinking; by default its first bucket is smaller than the others."""
 
 MOMENTUM = 0.875
 """Of the SGD that trains all arms: sums of its powers are exact for a while, and it has a state."""

@@ -29,6 +29,11 @@ def parse_duration(text: str) -> float:
     return number * _SECONDS[match[2] or "s"]
 
 
+def rate_text(bps: float) -> str:
+    """A rate as people say it, such as ``25 Gbit/s``."""
+    return f"{bps / 1e9:.3g} Gbit/s" if bps >= 1e9 else f"{bps / 1e6:.3g} Mbit/s"
+
+
 def size_text(size_bytes: float) -> str:
     """A size such as ``16 KiB``, to two or three digits."""
     unit = "bytes"

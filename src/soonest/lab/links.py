@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 
+from soonest.core.fabrics import TCP_SHARE
+
 INTERFACE = "eth0"
 """What a host calls its link."""
 
-PAYLOAD_SHARE = 1448 / 1514
-"""Of a link's rate, what is left for payload: TCP over IPv4 with time stamps, full frames."""
+PAYLOAD_SHARE = TCP_SHARE
+"""Of a link's rate, what is left for payload."""
 
 # What a link that was idle may send at once. Less, and it loses time whenever the kernel's timer is
 # late; more, and it would not look like a link of its rate to small messages.
