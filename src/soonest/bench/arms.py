@@ -182,8 +182,9 @@ def _prioritized(
     handle = soonest.prioritize(replay, optimizer, **options)
 
     def detach() -> None:
-        if handle.plan:  # it may have changed until now, and is gone from now on
+        if handle.plan and handle.network:  # the plan may have changed until now, and goes now
             arm.note["methods"] = dict(Counter(bucket.method for bucket in handle.plan.buckets))
+            arm.note["network"] = handle.network.to_json()
         handle.detach()
 
     arm = Arm.of(

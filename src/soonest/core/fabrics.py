@@ -240,7 +240,9 @@ FABRICS: dict[str, Links] = {
         _rdma("ndr-infiniband", 400e9, "four lanes of NDR, 400 Gbit/s"),
         Links(100e9 * _RDMA_SHARE, _EFA_S, "aws-p3dn", "100 Gbit/s for 8 V100, latency assumed"),
         Links(400e9 * _RDMA_SHARE, _EFA_S, "aws-p4d", "400 Gbit/s EFA for 8 A100, latency assumed"),
-        Links(3200e9 * _RDMA_SHARE, _EFA_S, "aws-p5", "3200 Gbit/s EFA for 8 H100, latency assumed"),
+        Links(
+            3200e9 * _RDMA_SHARE, _EFA_S, "aws-p5", "3200 Gbit/s EFA for 8 H100, latency assumed"
+        ),
         _rdma("azure-ndv4", 1600e9, "8 HDR links for 8 A100, 1600 Gbit/s"),
         _rdma("azure-ndv5", 3200e9, "8 NDR links for 8 H100, 3200 Gbit/s"),
     )

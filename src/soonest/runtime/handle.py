@@ -63,6 +63,11 @@ class Handle:
         return self._engine.program.plan if self._engine else None
 
     @property
+    def network(self) -> Network | None:
+        """What combining costs on these ranks, as calibrated; None in a group of one rank."""
+        return self._choice.network if self._choice else None
+
+    @property
     def settled(self) -> bool:
         """Whether the plan stays; on every rank after the same step.
 

@@ -1,0 +1,161 @@
+"""Predicted beside measured step times, on emulated hosts, for several ways of training.
+
+Each cell is a model on so many hosts with links of some rate. Ranks calibrate the network when
+they call `soonest.prioritize`, and train every arm in turn. From that calibration and the trace
+alone the simulator says how long a step of each arm takes: nothing is fitted to the steps that it
+predicts. What an update takes is known from the arm that does not communicate.
+
+    sudo python benchmarks/prediction.py                # what has no record yet; hours for all
+    python benchmarks/prediction.py --show              # only the table and the picture
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+STEPS = 3
+ARMS = ("sequential", "ddp", "soonest")
+HERE = Path(__file__).parent / "records"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--record", type=Path, default=HERE / "prediction.json")
+    parser.add_argument("--picture", type=Path, default=HERE / "prediction.png")
+    parser.add_argument("--show", action="store_true", help="measure nothing")
+    parser.add_argument("--hosts", help="only so many, as in 2,4")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each arm (%(default)s)")
+    parser.add_argument("--only", help="cells whose names contain this")
+    parser.add_argument("--again", action="store_true", help="also what has a record")
+    args = parser.parse_args()
+    cells: dict[str, Any] = json.loads(args.record.read_text()) if args.record.exists() else {}
+    if not args.show:
+        measure(cells, args)
+    return show(cells, args.picture)
+
+
+def measure(cells: dict[str, Any], args: argparse.Namespace) -> None:
+    """Runs what has no record yet; writes each cell when it is done."""
+    from soonest.bench import scale, session, suite
+    from soonest.bench.settings import Settings, link_for
+    from soonest.bench.show import Screen
+    from soonest.core.trace import Trace
+
+    hosts = [int(n) for n in args.hosts.split(",")] if args.hosts else suite.HOSTS
+    wanted = [case for case in suite.cases(hosts=hosts) if case.load != 0.5 or case.hosts == 4]
+    chosen = [case for case in wanted if (args.only or "") in key_of(case)]
+    left = [case for case in chosen if args.again or key_of(case) not in cells]
+    screen = Screen()
+    capacities: dict[int, Any] = {}
+    with screen.work():
+        for number, case in enumerate(left, 1):
+            screen.say(f"{case.title}: {number} of {len(left)}")
+            if case.hosts not in capacities:
+                capacities[case.hosts] = session.probe(case.hosts, say=screen.say)
+            trace = Trace.load(case.trace)
+            link_bps = link_for(trace, case.hosts, case.load)
+            scales = scale.choose(trace, case.hosts, link_bps, capacities[case.hosts])
+            settings = Settings(
+                trace, case.hosts, link_bps, *scales, ("local", *ARMS), 3, args.rounds
+            )
+            with tempfile.TemporaryDirectory() as cache:  # each cell measures its own network
+                os.environ["SOONEST_CACHE"] = cache
+                result = session.run(settings, name=case.trace, say=screen.say, watch=screen.watch)
+            record = {name: value for name, value in result.record.items() if name != "timelines"}
+            cells[key_of(case)] = record
+            found = predictions(record)
+            line = ", ".join(
+                f"{arm} {record['arms'][arm]['step_ms']:.1f} measured, {found[arm]:.1f} predicted"
+                for arm in ARMS
+            )
+            screen.say(f"{case.title}, ms: {line}")
+            partial = args.record.with_suffix(".partial")
+            partial.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
+            partial.replace(args.record)
+
+
+def key_of(case: Any) -> str:
+    return f"{case.trace}-{case.hosts}-hosts-{case.load:g}x"
+
+
+def predictions(record: Mapping[str, Any]) -> dict[str, float]:
+    """Milliseconds of a step in the trace's own time, by arm.
+
+    Args:
+        record: of a comparison, as ``soonest.bench.result.record_of`` makes it.
+    """
+    from soonest.core import peers
+    from soonest.core.network import Network
+    from soonest.core.planner import flats_of, make_plan
+    from soonest.core.simulate import step_time_s
+    from soonest.core.trace import Trace
+
+    slow, shrink, ranks = record["slow_motion"], record["shrink"], record["hosts"]
+    trace = Trace.load(record["trace"])
+    layers = tuple(
+        replace(
+            layer,
+            bytes=4 * max(1, round(layer.bytes / 4 / shrink)) if layer.bytes else 0,
+            fwd_us=layer.fwd_us * slow,
+            bwd_us=layer.bwd_us * slow,
+        )
+        for layer in trace.layers
+    )
+    update_ms = max(0.0, record["arms"]["local"]["step_ms"] - record["compute_ms"])
+    trace = replace(trace, layers=layers, update_us=update_ms * slow * 1e3)
+    network = Network.from_json(record["arms"]["soonest"]["network"])
+    caps_mb = [mb / shrink for mb in peers.SWEEP_MB["default"]]
+    plan = make_plan(trace, flats_of(trace), network, ranks=ranks)
+    found_s = {
+        "sequential": peers.sequential(trace, network, ranks=ranks).step_s,
+        "ddp": peers.ddp(trace, network, ranks=ranks, caps_mb=caps_mb).step_s,
+        "soonest": step_time_s(trace, plan, network),
+    }
+    return {arm: step_s * 1e3 / slow for arm, step_s in found_s.items()}
+
+
+def show(cells: Mapping[str, Any], picture: Path) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from soonest.report.predicted import Pair, draw
+
+    table = Table("cell", *(f"{arm}: measured, predicted, ms" for arm in ARMS))
+    pairs: list[Pair] = []
+    for name, record in cells.items():
+        found = predictions(record)
+        cells_of_row: list[str] = []
+        for arm in ARMS:
+            pair = Pair(arm, name, record["arms"][arm]["step_ms"], found[arm])
+            pairs.append(pair)
+            cells_of_row.append(
+                f"{pair.measured_ms:.1f}  {pair.predicted_ms:.1f}  {pair.error:+.1%}"
+            )
+        table.add_row(name, *cells_of_row)
+    if not pairs:
+        print("no cell has a record yet", file=sys.stderr)
+        return 1
+    Console(width=140).print(table)
+    for arm in ARMS:
+        print(f"{arm}: {errors_of([pair for pair in pairs if pair.arm == arm])}")
+    print(f"all {len(cells)} cells: {errors_of(pairs)}")
+    print(f"The picture is in {draw(pairs, picture)}")
+    return 0
+
+
+def errors_of(pairs: Sequence[Any]) -> str:
+    off = sorted(abs(pair.error) for pair in pairs)
+    return f"median error {statistics.median(off):.1%}, worst {off[-1]:.1%}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
