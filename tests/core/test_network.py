@@ -133,9 +133,38 @@ def test_fit_tells_how_far_measurements_lie_from_each_other():
 
 
 def test_what_ops_in_a_row_hide_is_latency():
-    samples = [(1000, 1e-3), (10**6, 1e-2)]
-    assert Cost.fit(samples, spaced_s=4e-4).latency_s == pytest.approx(6e-4)
-    assert Cost.fit(samples, spaced_s=2e-3).latency_s == 0.0
+    samples = [(1e3, 1e-3), (1e6, 2e-3)]
+    assert Cost.fit(samples, spaced_s={1e3: 4e-4}).latency_s == pytest.approx(6e-4)
+    assert Cost.fit(samples, spaced_s={1e3: 2e-3}).latency_s == 0.0
+
+
+def test_large_ops_in_a_row_may_hide_more():
+    samples = [(1e3, 1e-3), (1e6, 2e-3), (3e6, 4e-3)]
+    cost = Cost.fit(samples, spaced_s={1e3: 4e-4, 1e6: 1.2e-3})
+    assert cost.latency_at(1e6) == pytest.approx(8e-4)
+    assert cost.transfer_s(1e6) == pytest.approx(1.2e-3)
+    assert cost.latency_at(3e6) == pytest.approx(8e-4)  # nothing is known of it
+    assert cost.transfer_s(5e5) == pytest.approx(0.8e-3, rel=0.01)
+    twice = cost.slowed(2.0)
+    assert (twice.latency_at(1e6), twice.transfer_s(1e6)) == (
+        pytest.approx(8e-4),
+        pytest.approx(2.4e-3),
+    )
+    assert Network.from_json(Network({"all_reduce": cost}).to_json()).op("all_reduce") == cost
+
+
+def test_what_is_hidden_never_falls_nor_rises_faster_than_the_whole():
+    samples = [(1e3, 1e-3), (1e6, 2e-3), (2e6, 2.1e-3)]
+    cost = Cost.fit(samples, spaced_s={1e3: 4e-4, 1e6: 1.9e-3, 2e6: 1e-4})
+    assert cost.latency_at(1e6) == pytest.approx(6e-4)
+    assert cost.latency_at(2e6) == pytest.approx(7e-4)
+    assert cost.transfer_s(2e6) == pytest.approx(cost.transfer_s(1e6))
+
+
+@pytest.mark.parametrize("hidden_s", [(2e-4, 3e-4), (1e-4, 0.5e-4), (1e-4, 2e-3)])
+def test_refuses_hidden_times_that_cannot_be(hidden_s: tuple[float, float]):
+    with pytest.raises(ValueError, match="hidden_s"):
+        Cost((1.0, 2.0), (1e-3, 2e-3), 1e-4, hidden_s=hidden_s)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10), st.floats(0, 10)), min_size=1))

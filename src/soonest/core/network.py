@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -28,8 +28,10 @@ class Cost:
     Args:
         sizes_bytes: of the bucket, ascending, at least one; below the first nothing gets cheaper.
         seconds: at these sizes, on an idle network; never falling.
-        latency_s: the part of it that passes while another op transfers.
+        latency_s: the part of it that passes while another op transfers, at the smallest size.
         error: relative, of a single measurement; zero if nothing was measured.
+        hidden_s: that part at all sizes, from ``latency_s`` on never falling, and neither does what
+            is left; if empty, it is the same at all.
 
     Raises:
         ValueError: these are no costs.
@@ -39,6 +41,7 @@ class Cost:
     seconds: tuple[float, ...]
     latency_s: float = 0.0
     error: float = 0.0
+    hidden_s: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.sizes_bytes) == len(self.seconds) > 0:
@@ -52,6 +55,14 @@ class Cost:
                 f"latency_s is {self.latency_s!r}, but must be from zero to the time of the "
                 f"smallest size, {self.seconds[0]!r}"
             )
+        if self.hidden_s:
+            left_s = [t - h for t, h in zip(self.seconds, self.hidden_s, strict=True)]
+            if self.hidden_s[0] != self.latency_s or any(
+                b < a - _TINY_S for part in (self.hidden_s, left_s) for a, b in pairwise(part)
+            ):
+                raise ValueError(
+                    f"hidden_s {self.hidden_s} must rise from latency_s, and seconds by more"
+                )
 
     @classmethod
     def linear(cls, latency_s: float, bytes_per_s: float) -> Cost:
@@ -70,7 +81,12 @@ class Cost:
         return cls((0.0, far), (latency_s, latency_s + far / bytes_per_s), latency_s)
 
     @classmethod
-    def fit(cls, samples: Iterable[tuple[float, float]], *, spaced_s: float | None = None) -> Cost:
+    def fit(
+        cls,
+        samples: Iterable[tuple[float, float]],
+        *,
+        spaced_s: Mapping[float, float] | None = None,
+    ) -> Cost:
         """Fits measured times: medians per size, outliers dropped, made never falling.
 
         Falling times are replaced by their mean (M. Ayer et al., "An empirical distribution
@@ -78,9 +94,9 @@ class Cost:
 
         Args:
             samples: ``(size_bytes, seconds)``, at least one, in any order, sizes repeated at will.
-            spaced_s: time from op to op of the smallest size, if there is always another in
-                flight; what is missing to the time of one alone is latency. Without it, all is
-                latency that is left of a line through the two smallest sizes at no size.
+            spaced_s: by size, the time from op to op if there is always another in flight; what is
+                missing to the time of one alone is hidden. It must have the smallest size. Without
+                it, all is latency that is left of a line through the two smallest sizes at no size.
         """
         by_size: defaultdict[float, list[float]] = defaultdict(list)
         for size, seconds in samples:
@@ -91,39 +107,54 @@ class Cost:
         kept = [_without_outliers(by_size[size]) for size in sizes]
         seconds = _never_falling([median(times) for times in kept])
         spread = [_deviation(times) / median(times) for times in kept if len(times) > 1] or [0.0]
-        least = seconds[0]
-        if spaced_s is not None:
-            latency_s = min(max(0.0, least - spaced_s), least)
-        else:
-            latency_s = min(max(0.0, _at_nothing(sizes, seconds)), least)
-        return cls(sizes, tuple(seconds), latency_s, median(spread))
+        if not spaced_s:
+            latency_s = min(max(0.0, _at_nothing(sizes, seconds)), seconds[0])
+            return cls(sizes, tuple(seconds), latency_s, median(spread))
+        hidden_s: list[float] = []
+        for size, second in zip(sizes, seconds, strict=True):
+            before_s = hidden_s[-1] if hidden_s else 0.0
+            most_s = before_s + second - (seconds[len(hidden_s) - 1] if hidden_s else 0.0)
+            found_s = second - spaced_s[size] if size in spaced_s else before_s
+            hidden_s.append(min(max(before_s, found_s), most_s))
+        return cls(sizes, tuple(seconds), hidden_s[0], median(spread), tuple(hidden_s))
 
     def alone_s(self, size_bytes: float) -> float:
         """Seconds that an op takes on an idle network."""
-        sizes, seconds = self.sizes_bytes, self.seconds
-        if size_bytes <= sizes[0] or len(sizes) == 1:
-            return seconds[0]
-        right = min(bisect_right(sizes, size_bytes), len(sizes) - 1)
-        slope = (seconds[right] - seconds[right - 1]) / (sizes[right] - sizes[right - 1])
-        return seconds[right - 1] + (size_bytes - sizes[right - 1]) * slope
+        return self._at(size_bytes, self.seconds)
+
+    def latency_at(self, size_bytes: float) -> float:
+        """Seconds of it that pass while another op transfers."""
+        return self._at(size_bytes, self.hidden_s) if self.hidden_s else self.latency_s
 
     def transfer_s(self, size_bytes: float) -> float:
         """Seconds for which an op keeps the network to itself."""
-        return self.alone_s(size_bytes) - self.latency_s
+        return self.alone_s(size_bytes) - self.latency_at(size_bytes)
+
+    def _at(self, size_bytes: float, values: Sequence[float]) -> float:
+        """Linear between the sizes and beyond the last one."""
+        sizes = self.sizes_bytes
+        if size_bytes <= sizes[0] or len(sizes) == 1:
+            return values[0]
+        right = min(bisect_right(sizes, size_bytes), len(sizes) - 1)
+        slope = (values[right] - values[right - 1]) / (sizes[right] - sizes[right - 1])
+        return values[right - 1] + (size_bytes - sizes[right - 1]) * slope
 
     @property
     def s_per_byte(self) -> float:
-        """The least that one more byte costs."""
+        """The least that one more byte costs, where ops follow each other."""
         if len(self.sizes_bytes) == 1:
             return 0.0
-        points = pairwise(zip(self.sizes_bytes, self.seconds, strict=True))
+        points = pairwise((size, self.transfer_s(size)) for size in self.sizes_bytes)
         return min((t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in points)
 
     def slowed(self, factor: float) -> Cost:
         """With transfers that take so many times as long."""
-        late = self.latency_s
-        seconds = tuple(late + factor * (second - late) for second in self.seconds)
-        return Cost(self.sizes_bytes, seconds, late, self.error)
+        hidden_s = self.hidden_s or (self.latency_s,) * len(self.seconds)
+        seconds = tuple(
+            late + factor * (second - late)
+            for late, second in zip(hidden_s, self.seconds, strict=True)
+        )
+        return replace(self, seconds=seconds)
 
 
 @dataclass(frozen=True)
@@ -245,6 +276,7 @@ class Network:
                             **cost,
                             "sizes_bytes": tuple(cost["sizes_bytes"]),
                             "seconds": tuple(cost["seconds"]),
+                            "hidden_s": tuple(cost.get("hidden_s", ())),
                         }
                     )
                     for kind, cost in data.items()

@@ -277,7 +277,7 @@ class _Wire:
             return ready_s
         known = kind in network.costs
         cost, share = network.op(kind if known else "all_reduce"), 1.0 if known else 0.5
-        latency_s = share * cost.latency_s
+        latency_s = share * cost.latency_at(size)
         start_s = max(ready_s + latency_s, self._free_s)
         self._free_s = start_s + share * cost.transfer_s(size)
         name = ", ".join(layer.name for layer in layers if layer.bytes)

@@ -93,7 +93,7 @@ class Workload:
                 cost = network.op(kind)
                 before = len(jobs) - 1 if stage else -1
                 transfer_s, last = cost.transfer_s(size), stage == len(kinds) - 1
-                jobs.append(Job(bucket, kind, cost.latency_s, transfer_s, before, last))
+                jobs.append(Job(bucket, kind, cost.latency_at(size), transfer_s, before, last))
         return cls(
             jobs=jobs,
             ready_s=[max((ready[i] for i in layers), default=0.0) for layers in layers_of],
@@ -229,7 +229,7 @@ def simulate(trace: Trace, plan: Plan, network: Network, *, title: str = "soones
         now = end
     for op, (start, end) in zip(plan.ops, result.transfers, strict=True):
         name = plan.describe(op.bucket)
-        latency_s = network.op(op.kind).latency_s
+        latency_s = network.op(op.kind).latency_at(plan.bucket_bytes(op.bucket))
         spans.append(Span("network", "send", name, start - latency_s, end))
     for layer, update in zip(trace.layers, result.updates, strict=True):
         if update:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,15 +26,17 @@ SIZES = tuple(1024 * 4**power for power in range(9))
 """Bytes of a bucket, 1 kB to 64 MB."""
 _TIMES = 3
 """Of each op and size; where that takes long, once."""
-_DROPPED = 2.0
+_DROPPED = 1.5
 _DROPPED_FROM = 64 << 10
 """From so many bytes on, a method that costs so many times as much as the cheapest, and ever more,
 is not measured with still more."""
 _STREAM = 6
 """Ops that follow each other, with two in flight."""
+_SHORT_STREAM = 4
+"""So many all-reduces that are not small. What is seen of other methods with small ones holds."""
 _HURRIED = 3
 """Where even the smallest size takes too long, so many sizes are left out."""
-_FORMAT = 1
+_FORMAT = 2
 _CHECKED = (1, 4)
 """Sizes, by index, at which a remembered calibration is compared with the network of today."""
 _ALIKE = 2.0
@@ -97,56 +99,81 @@ def measure(
     """
     end_s = time.perf_counter() + budget_s
     samples: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
-    spaced: dict[str, float] = {}
+    spaced: defaultdict[str, dict[float, float]] = defaultdict(dict)
     before: dict[str, float] = {}
-    live, times = tuple(dict.fromkeys(("allreduce", *methods))), 1
-    size: int | None = sizes[0]
-    while size is not None:
+    row = _Row(sizes[0], tuple(dict.fromkeys(("allreduce", *methods))))
+    while (size := row.size) is not None:
         watch(size)
-        kinds = list(dict.fromkeys(kind for method in live for kind in METHODS[method]))
+        kinds = list(dict.fromkeys(kind for method in row.live for kind in METHODS[method]))
         piece = _piece(size, device, wire)
         if size == sizes[0]:  # buffers and connections are made now
             warm_s = sum(_time(kind, ranks, piece, 1)[0] for kind in kinds)
             enough = (_TIMES + _STREAM) * warm_s < budget_s / 2
             times = collectives.first_rank_object(ranks.group, _TIMES if enough else 1)
+            row = row._replace(times=times)
             if times > 1:
-                spaced = {kind: _spaced_s(kind, ranks, piece) for kind in kinds}
-        found = {kind: _time(kind, ranks, piece, times) for kind in kinds}
+                for kind in kinds:
+                    spaced[kind][size] = _spaced_s(kind, ranks, piece, _STREAM)
+        elif row.stream and spaced:
+            spaced["all_reduce"][size] = _spaced_s("all_reduce", ranks, piece, _SHORT_STREAM)
+        found = {kind: _time(kind, ranks, piece, row.times) for kind in kinds}
         for kind, took in found.items():
             samples[kind] += [(size, seconds) for seconds in took]
-        row = {kind: median(took) for kind, took in found.items()}
-        dearer = _dearer(live, row)
-        live = tuple(m for m in live if _worthwhile(m, size, dearer[m], before.get(m, math.inf)))
+        op_s = {kind: median(took) for kind, took in found.items()}
+        dearer = _dearer(row.live, op_s)
+        live = tuple(
+            m for m in row.live if _worthwhile(m, size, dearer[m], before.get(m, math.inf))
+        )
         before = dearer
         left_s = end_s - time.perf_counter()
-        size, live, times = collectives.first_rank_object(
-            ranks.group, _next(sizes, size, live, sum(row.values()), left_s)
-        )
+        row = collectives.first_rank_object(ranks.group, _next(sizes, size, live, op_s, left_s))
     costs = {kind: Cost.fit(took, spaced_s=spaced.get(kind)) for kind, took in samples.items()}
     fit = collectives.first_rank_object(ranks.group, Network(costs).to_json())
     return Network.from_json(fit)
 
 
+class _Row(NamedTuple):
+    """What to measure at one size.
+
+    Args:
+        size: of buckets, bytes; None ends it.
+        live: methods.
+        times: of each op.
+        stream: whether all-reduces also follow each other.
+    """
+
+    size: int | None
+    live: tuple[str, ...]
+    times: int = 1
+    stream: bool = False
+
+
 def _next(
-    sizes: Sequence[int], size: int, live: tuple[str, ...], row_s: float, left_s: float
-) -> tuple[int | None, tuple[str, ...], int]:
-    """The size to measure next, or None, with which methods, and how often.
+    sizes: Sequence[int], size: int, live: tuple[str, ...], op_s: Mapping[str, float], left_s: float
+) -> _Row:
+    """What to measure next.
 
     Args:
         sizes: all.
         size: measured last.
         live: methods to go on with.
-        row_s: what one op of each kind took, seconds.
+        op_s: what one op of each kind took, seconds.
         left_s: of the time for all, seconds.
     """
     larger = [other for other in sizes if other > size]
     if not larger:
-        return None, live, 1
-    row_s *= larger[0] / size
-    if row_s > left_s:  # even so, one large all-reduce must show the bandwidth
-        hurried = larger[min(_HURRIED, len(larger) - 1)]
-        return (hurried if size == sizes[0] else None), ("allreduce",), 1
-    return larger[0], live, _TIMES if _TIMES * row_s < left_s / 2 else 1
+        return _Row(None, live)
+    growth = larger[0] / size
+    row_s, one_s = growth * sum(op_s.values()), growth * op_s["all_reduce"]
+    stream_s = _SHORT_STREAM * one_s
+    if row_s + stream_s <= left_s:
+        times = _TIMES if _TIMES * row_s + stream_s < left_s / 2 else 1
+        return _Row(larger[0], live, times, stream=True)
+    # Large all-reduces show the bandwidth.
+    if one_s <= left_s:
+        return _Row(larger[0], ("allreduce",), stream=one_s + stream_s <= left_s)
+    hurried = larger[min(_HURRIED, len(larger) - 1)]  # even so there must be one
+    return _Row(hurried if size == sizes[0] else None, ("allreduce",))
 
 
 def _worthwhile(method: str, size: int, dearer: float, before: float) -> bool:
@@ -176,12 +203,12 @@ def _time(kind: str, ranks: Ranks, piece: Piece, times: int) -> list[float]:
     return took
 
 
-def _spaced_s(kind: str, ranks: Ranks, piece: Piece) -> float:
+def _spaced_s(kind: str, ranks: Ranks, piece: Piece, ops: int) -> float:
     """Seconds from the end of one op to that of the next, while two are in flight."""
     pieces = [piece, Piece(piece.gradients.clone(), piece.parameters.clone(), piece.wire)]
     flying = [collectives.start(kind, ranks, pieces[0])]
     ended_s: list[float] = []
-    for number in range(1, _STREAM):
+    for number in range(1, ops):
         flying.append(collectives.start(kind, ranks, pieces[number % 2]))
         _finish(flying.pop(0))
         ended_s.append(time.perf_counter())
