@@ -1,9 +1,10 @@
 """Predicted beside measured step times, on emulated hosts, for several ways of training.
 
-Each cell is a model on so many hosts with links of some rate. Ranks calibrate the network when
-they call `soonest.prioritize`, and train every arm in turn. From that calibration and the trace
-alone the simulator says how long a step of each arm takes: nothing is fitted to the steps that it
-predicts. What an update takes is known from the arm that does not communicate.
+Each cell is a model on so many hosts with links of some rate. The ranks calibrate the network, for
+longer than `soonest.prioritize` does because emulated links are slow, and then train every arm in
+turn. From that calibration and the trace alone the simulator says how long a step of each arm
+takes: nothing is fitted to the steps that it predicts. What an update takes is known from the arm
+that does not communicate.
 
     sudo python benchmarks/prediction.py                # what has no record yet; hours for all
     python benchmarks/prediction.py --show              # only the table and the picture
@@ -23,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 3
+CALIBRATION_S = 15.0
+FLOOR = "prediction:calibrated"
+"""The arm that does not communicate; it calibrates first."""
 ARMS = ("sequential", "ddp", "soonest")
 HERE = Path(__file__).parent / "records"
 
@@ -54,6 +58,10 @@ def measure(cells: dict[str, Any], args: argparse.Namespace) -> None:
     wanted = [case for case in suite.cases(hosts=hosts) if case.load != 0.5 or case.hosts == 4]
     chosen = [case for case in wanted if (args.only or "") in key_of(case)]
     left = [case for case in chosen if args.again or key_of(case) not in cells]
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )
+    sys.path.insert(0, str(Path(__file__).parent))
     screen = Screen()
     capacities: dict[int, Any] = {}
     with screen.work():
@@ -83,6 +91,23 @@ def measure(cells: dict[str, Any], args: argparse.Namespace) -> None:
             partial.replace(args.record)
 
 
+def calibrated(settings: Any, time: Any) -> Any:
+    """The arm ``FLOOR``, as ``bench.arms`` makes arms."""
+    import torch
+    import torch.distributed as dist
+
+    from soonest.bench import arms
+    from soonest.runtime import calibrate, groups
+
+    ranks = groups.ranks_of(groups.private_group(dist.group.WORLD, None))
+    network = calibrate.measure(
+        ranks, methods=("allreduce",), device=torch.device("cpu"), budget_s=CALIBRATION_S
+    )
+    arm = arms.local(settings, time)
+    arm.note["network"] = network.to_json()
+    return arm
+
+
 def key_of(case: Any) -> str:
     return f"{case.trace}-{case.hosts}-hosts-{case.load:g}x"
 
@@ -110,9 +135,10 @@ def predictions(record: Mapping[str, Any]) -> dict[str, float]:
         )
         for layer in trace.layers
     )
-    update_ms = max(0.0, record["arms"]["local"]["step_ms"] - record["compute_ms"])
+    update_ms = max(0.0, record["arms"][FLOOR]["step_ms"] - record["compute_ms"])
     trace = replace(trace, layers=layers, update_us=update_ms * slow * 1e3)
-    network = Network.from_json(record["arms"]["soonest"]["network"])
+    calibrated = record["arms"][FLOOR]["network"]
+    network = Network.from_json(record["arms"]["soonest"]["network"] | calibrated)
     caps_mb = [mb / shrink for mb in peers.SWEEP_MB["default"]]
     plan = make_plan(trace, flats_of(trace), network, ranks=ranks)
     found_s = {
