@@ -59,7 +59,7 @@ def _schrage(work: Workload, window: int) -> list[int]:
     sequence: list[int] = []
     ends: list[float] = []
     ended: dict[int, float] = {}
-    end = 0.0
+    issued = end = 0.0
     while len(sequence) < len(jobs):
         behind = 1 if sequence and jobs[sequence[-1]].bucket in work.alone else window
         slot_free = ends[-behind] if len(ends) >= behind else 0.0
@@ -73,7 +73,8 @@ def _schrage(work: Workload, window: int) -> list[int]:
         chosen = heapq.heappop(waiting)[1]
         job = jobs[chosen]
         ready_s = work.ready_of(job, ended.get(job.before, 0.0))
-        end = ended[chosen] = max(max(slot_free, ready_s) + job.latency_s, end) + job.transfer_s
+        issued = max(issued, slot_free, ready_s)
+        end = ended[chosen] = max(issued + job.latency_s, end) + job.transfer_s
         sequence.append(chosen)
         ends.append(end)
         if chosen in following:
