@@ -32,7 +32,7 @@ ARMS: dict[str, str] = {
 }
 """The ways of training, and what they are."""
 
-_MAX_WORK = 100_000
+_MAX_WORK = 50_000
 """Of the search for each plan: all numbers of hosts together shall take a few seconds."""
 
 
