@@ -28,6 +28,16 @@ def rate(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def duration(text: str) -> float:
+    """A time such as ``11us``, in seconds."""
+    from soonest.core.units import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def at_least(lowest: int) -> Callable[[str], int]:
     """A type for ``add_argument``: a whole number, ``lowest`` or more."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from soonest.core.network import MAX_BYTES_PER_S, Cost, Network
 from soonest.core.plan import METHODS
@@ -206,6 +206,26 @@ class Calibrated:
 
     def with_latency(self, factor: float) -> Calibrated:
         return replace(self, latency=self.latency * factor)
+
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], *, ranks: int | None = None) -> Calibrated:
+        """Reads a calibration, or a profile, which has one in it.
+
+        Args:
+            data: what ``Network.to_json`` or ``Handle.save_profile`` wrote.
+            ranks: with how many it was measured, if it does not say so.
+
+        Raises:
+            ValueError: it is neither, or the number of ranks is not known.
+        """
+        network = Network.from_json(data.get("network", data))
+        ranks = data.get("ranks", ranks)
+        if not isinstance(ranks, int):
+            raise ValueError(
+                "this calibration does not say with how many ranks it was measured: give --ranks"
+            )
+        return cls(network, ranks)
 
 
 def _ethernet(name: str, bps: float, latency_s: float) -> Links:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
+from soonest.core.trace import Trace
 from soonest.errors import SoonestError
 from soonest.runtime import guard, takeover
 from soonest.runtime.collectives import Ranks, Wire
@@ -30,6 +31,9 @@ from soonest.runtime.profile import (
     measured,
     now_s,
     timeline_of,
+    trace_of,
+    typical,
+    updating_s,
 )
 from soonest.runtime.program import Program
 from soonest.runtime.state import OptimizerState
@@ -353,6 +357,16 @@ class Engine:
 
     def timeline(self) -> Timeline | None:
         return timeline_of(*self._last_complete) if self._last_complete else None
+
+    def trace(self) -> Trace | None:
+        """The model as the steps showed it that were watched closely; None before there is one."""
+        records, model = self._complete_records, type(self.model).__name__
+        parts = self.program.plan.ranks if self.program.plan.sharded else 1
+        found = [
+            trace_of(r, r, self.layout.members, model=model, update_s=parts * updating_s(r))
+            for r in list(records)
+        ]
+        return typical(found) if found else None
 
     def detach(self) -> None:
         """Leaves the model and the optimizer as they would be without soonest."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import json
 import weakref
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +103,29 @@ class Handle:
         the time.
         """
         return self._engine.timeline() if self._engine else None
+
+    def save_profile(self, path: str | Path) -> None:
+        """Writes what was measured of model and network, for ``soonest predict --profile``.
+
+        It is JSON: a trace of the model, medians of this rank's last measured steps, with the
+        calibrated network and the number of ranks in it.
+
+        Args:
+            path: of the file to write.
+
+        Raises:
+            ValueError: nothing has been measured, as in a group of one rank.
+        """
+        trace = self._engine.trace() if self._engine else None
+        if not self._engine or trace is None:
+            raise ValueError(
+                "no step has been measured that could be saved: train some more steps, on two "
+                "ranks or more, before detach()"
+            )
+        assert self._choice
+        network, ranks = self._choice.network, self._engine.program.plan.ranks
+        profile = {**trace.to_json(), "ranks": ranks, "network": network.to_json()}
+        Path(path).write_text(json.dumps(profile, indent=1) + "\n", encoding="utf-8")
 
     def report(self) -> Report | None:
         """Why each bucket is combined as it is, with predicted and measured times.

@@ -161,6 +161,12 @@ def typical(traces: Sequence[Trace]) -> Trace:
     return Trace(first.model, layers, median(trace.update_us for trace in traces))
 
 
+def updating_s(record: Record) -> float:
+    """Seconds that went into updates, of all buckets together."""
+    spans = zip(record.update_start, record.update_end, strict=True)
+    return sum(end - start for start, end in spans if not math.isnan(start + end))
+
+
 def pace_of(record: Record, plan: Plan, network: Network) -> float | None:
     """How many times as long as ``network`` says ops take while training; None if none was sent.
 
