@@ -22,7 +22,7 @@ _DESCENT_WORK = 0.2
 _FEW = 12
 """Up to so many ops all moves of single ops are tried, beyond only those that look useful."""
 _KICKS = (1, 2, 3, 4)
-_ENOUGH = 60
+_ENOUGH = 150
 """After so many random changes in vain the search ends."""
 
 Order = list[Send]
@@ -129,7 +129,7 @@ class _Search:
     def _of_two(self, order: Order, left: Piece, right: Piece) -> Iterator[Order]:
         """Two neighbours as one, or with the border between them elsewhere."""
         flat, first, border, last = left.flat, left.first, left.last, right.last
-        for like in {left, right} if left.method != right.method else {left}:
+        for like in (left, right) if left.method != right.method else (left,):
             both = self._like(like, flat, first, last)
             yield _swapped(order, {left: [both], right: []})
             yield _swapped(order, {left: [], right: [both]})
@@ -156,7 +156,7 @@ class _Search:
             for pair in (halves, halves[::-1]):
                 split = _swapped(order, {piece: pair})
                 yield split
-                if len(piece.sends) > 1:
+                if any(len(half.sends) > 1 for half in (piece, *pair)):
                     continue
                 targets = (
                     range(len(split))
