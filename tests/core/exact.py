@@ -7,8 +7,8 @@ from itertools import combinations
 
 from ortools.sat.python import cp_model
 
+from soonest.core.cuts import cut_points
 from soonest.core.network import Cost, Network
-from soonest.core.pieces import cut_points
 from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan, shards
 from soonest.core.trace import Layer, Trace
 

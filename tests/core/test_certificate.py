@@ -21,6 +21,7 @@ from soonest.core.pieces import Space
 from soonest.core.plan import Plan
 from soonest.core.planner import best_plan
 from soonest.core.simulate import step_time_s
+from soonest.core.starts import dispatched
 
 SEEDS = range(17)
 SAME = 1e-9
@@ -98,7 +99,7 @@ def layer_first_s(model: Model) -> float:
     ]
     for cuts in product(*per_flat):
         pieces = [space.cheapest(i, a, b) for i, at in enumerate(cuts) for a, b in pairwise(at)]
-        order = space.dispatched(pieces)
+        order = dispatched(space, pieces)
         steps.append(space.step_s(order, max(model.windows)))
     return min(steps)
 

@@ -87,6 +87,7 @@ def _combined_s(
     update_per_byte = trace.update_us * 1e-6 / max(1, trace.total_bytes)
     bound, size, last_s, after_s = 0.0, 0, math.inf, 0.0
     first_s: float | None = None
+    backward_s = trace.backward_s
     for layer, head, tail in zip(trace.layers, trace.ready_s(), trace.tail_s(), strict=True):
         if not layer.bytes:
             continue  # It neither sends nor waits.
@@ -95,9 +96,9 @@ def _combined_s(
         last_s = min(last_s, layer.bytes * update_per_byte + tail)
         after_s = max(after_s, size * update_per_byte + tail)
         landed = first_s + min(network.cost_s(method, size) for method in methods)
-        one = max(landed, trace.backward_s) + after_s
+        one = max(landed, backward_s) + after_s
         several = head + last_s + max(mixture.least_s(size, 2, latency_s) for mixture in mixtures)
-        bound = max(bound, min(one, several), trace.backward_s + after_s)
+        bound = max(bound, min(one, several), backward_s + after_s)
     return bound
 
 
