@@ -13,10 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from soonest.core.cuts import layers_between
+from soonest.core.cuts import cut_points, layers_between
 from soonest.core.network import Network
-from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, shards
+from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan, shards
 from soonest.core.trace import Trace
+
+_EACH = 10
+"""What timing an order costs besides, as in ops."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,23 +69,6 @@ class Send(NamedTuple):
     piece: Piece
 
 
-def cut_points(flat: Flat, slice_bytes: float) -> list[int]:
-    """Where a flat buffer may be cut, both ends included: between parameters and inside large ones.
-
-    Args:
-        flat: the flat buffer.
-        slice_bytes: a parameter may be cut into slices of this size or a little larger.
-    """
-    ends = [slot.start for slot in flat.slots[1:]] + [flat.numel]
-    points = [0]
-    for slot, end in zip(flat.slots, ends, strict=True):
-        slices = int((end - slot.start) * flat.itemsize // slice_bytes) or 1
-        step = (end - slot.start) / flat.align / slices
-        points += [slot.start + round(number * step) * flat.align for number in range(1, slices)]
-        points.append(end)
-    return points
-
-
 class Space:
     """All pieces that a plan may be made of.
 
@@ -97,7 +83,8 @@ class Space:
     Attributes:
         trace, flats, network, ranks, methods: as given.
         points: per flat buffer, where it may be cut.
-        compute_s: how long a step computes.
+        backward_s: how long the backward pass computes.
+        compute_s: how long a step does.
         work: how many ops and layers were timed so far.
 
     Raises:
@@ -127,8 +114,8 @@ class Space:
         self.sharded = any(shards(method) for method in methods)
         self._many = any(len(METHODS[method]) > 1 for method in methods)
         self._ready_s = trace.ready_s()
-        self._backward_s = self._ready_s[0]
-        self.compute_s = self._backward_s + trace.forward_s
+        self.backward_s = self._ready_s[0]
+        self.compute_s = self.backward_s + trace.forward_s
         self._forward_s = [layer.fwd_us * 1e-6 for layer in trace.layers]
         self._update_per_byte = trace.update_us * 1e-6 / max(1, trace.total_bytes)
         # A rank that updates but its parts does so before it shares them.
@@ -191,8 +178,15 @@ class Space:
         """The pieces that some ops are of, in the order of buckets."""
         return sorted({send.piece for send in order}, key=lambda piece: (piece.flat, piece.first))
 
-    def bucket(self, piece: Piece) -> Bucket:
-        """The bucket that a piece stands for."""
+    def plan(self, order: Sequence[Send], window: int) -> Plan:
+        """The plan that some order of ops stands for."""
+        pieces = self.pieces_of(order)
+        index = {piece: i for i, piece in enumerate(pieces)}
+        ops = [Op(index[send.piece], METHODS[send.piece.method][send.stage]) for send in order]
+        buckets = tuple(map(self._bucket, pieces))
+        return Plan(self.ranks, tuple(self.flats), buckets, tuple(ops), window)
+
+    def _bucket(self, piece: Piece) -> Bucket:
         points = self.points[piece.flat]
         start, stop = points[piece.first], points[piece.last]
         layers = layers_between(self.flats[piece.flat], start, stop)
@@ -206,8 +200,8 @@ class Space:
             window: how many may be in flight.
             limit_s: once it is known that the step takes longer, any such time may be returned.
         """
-        self.work += len(order)
-        backward, many = self._backward_s, self._many
+        self.work += len(order) + _EACH
+        backward, many = self.backward_s, self._many
         ends = [0.0] * window
         ended: dict[Piece, float] = {}
         end = issued = 0.0
@@ -241,7 +235,7 @@ class Space:
         for send, end in zip(order, ends, strict=True):
             if send.tail_s >= 0:
                 landed.update(dict.fromkeys(send.piece.layers, end))
-        backward, update_s = self._backward_s, self._update_s
+        backward, update_s = self.backward_s, self._update_s
         coming = sorted((max(at, backward), layer) for layer, at in landed.items())
         updated = [0.0] * len(update_s)
         waiting: list[int] = []
@@ -277,7 +271,7 @@ class Space:
             if send.stage:
                 ready = ended[send.piece]
                 if send.shares:
-                    ready = max(ready, self._backward_s) + send.piece.part_s
+                    ready = max(ready, self.backward_s) + send.piece.part_s
             issued = max(issued, ready, ends[at])
             if issued + send.latency_s > end:
                 idle.append(at)
@@ -286,45 +280,3 @@ class Space:
             if end + send.tail_s >= late:
                 late, position = end + send.tail_s, at
         return position, [at for at in idle if at <= position]
-
-    def dispatched(self, pieces: Sequence[Piece]) -> list[Send]:
-        """The ops of all pieces: whenever the network gets free, the longest tail goes first.
-
-        That is Schrage's heuristic (J. Carlier, "The one-machine sequencing problem", European
-        Journal of Operational Research 11, 1982), latencies taken as hidden.
-        """
-        self.work += 2 * len(pieces)
-        coming = sorted((piece.ready_s, number) for number, piece in enumerate(pieces))
-        coming.reverse()
-        later: list[tuple[float, int, Send]] = []
-        waiting: list[tuple[float, int, Send]] = []
-        sharing: list[tuple[float, int, Send]] = []
-        order: list[Send] = []
-        now = 0.0
-        while coming or waiting or later or sharing:
-            if not (coming or waiting or later):
-                later, sharing = sharing, later
-            if not waiting:
-                first = min(
-                    coming[-1][0] if coming else math.inf, later[0][0] if later else math.inf
-                )
-                now = max(now, first)
-            while coming and coming[-1][0] <= now:
-                number = coming.pop()[1]
-                send = pieces[number].sends[0]
-                heapq.heappush(waiting, (-pieces[number].sends[-1].tail_s, number, send))
-            while later and later[0][0] <= now:
-                _, number, send = heapq.heappop(later)
-                heapq.heappush(waiting, (-pieces[number].sends[-1].tail_s, number, send))
-            _, number, send = heapq.heappop(waiting)
-            order.append(send)
-            now += send.transfer_s
-            sends = send.piece.sends
-            if send.stage + 1 < len(sends):
-                after = sends[send.stage + 1]
-                if after.shares:
-                    ready_s = max(now, self._backward_s) + send.piece.part_s
-                    heapq.heappush(sharing, (ready_s, number, after))
-                else:
-                    heapq.heappush(later, (now, number, after))
-        return order
