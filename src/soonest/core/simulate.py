@@ -112,7 +112,7 @@ def run(
     lane.send(ops[: work.combining], at)
     stepped, norm = work.backward_s, None  # ``optimizer.step()`` is called after it.
     if work.norm_s is not None:
-        stepped = max(stepped, *at)
+        stepped = max([stepped, *at])
         if work.sharded:
             norm = (stepped, stepped + work.norm_s)
             stepped += work.norm_s
