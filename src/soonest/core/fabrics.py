@@ -207,7 +207,6 @@ class Calibrated:
     def with_latency(self, factor: float) -> Calibrated:
         return replace(self, latency=self.latency * factor)
 
-
     @classmethod
     def from_json(cls, data: dict[str, Any], *, ranks: int | None = None) -> Calibrated:
         """Reads a calibration, or a profile, which has one in it.

@@ -169,7 +169,7 @@ class Space:
             late_s = tail_s if stage == len(kinds) - 1 else -math.inf
             transfer_s = cost.transfer_s(size)
             piece.sends.append(
-                Send(ready_s, cost.latency_s, transfer_s, late_s, stage, shares, piece)
+                Send(ready_s, cost.latency_at(size), transfer_s, late_s, stage, shares, piece)
             )
         return piece
 
