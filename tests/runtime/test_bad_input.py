@@ -231,4 +231,4 @@ def test_a_plan_that_does_not_fit(tmp_path: Any) -> None:
     for absent, garbage, other in run_ranks(wrong_plans, 2, str(tmp_path)):
         assert "absent.json" in absent
         assert "holds no plan" in garbage
-        assert "flats[0].slots[0].numel: 9 / 12" in other
+        assert "parameter 'weight' has 9 elements of float32 there, and 12 elements" in other

@@ -314,6 +314,11 @@ def first_plan(
     behind an update come in the order in which a forward pass needs them.
     """
     buckets = cut(flats, network, ranks=ranks, methods=methods)
+    return Plan(ranks, tuple(flats), buckets, backward_order(flats, buckets), window)
+
+
+def backward_order(flats: Sequence[Flat], buckets: Sequence[Bucket]) -> tuple[Op, ...]:
+    """The ops in the order in which a backward pass makes gradients; see ``first_plan``."""
     backward = sorted(
         range(len(buckets)),
         key=lambda i: (-buckets[i].stop / flats[buckets[i].flat].numel, buckets[i].flat),
@@ -321,4 +326,4 @@ def first_plan(
     ops = [Op(i, kind) for i in backward for kind in METHODS[buckets[i].method]]
     ahead = [op for op in ops if op.kind != SHARED_PARAMETERS]
     behind = [op for op in reversed(ops) if op.kind == SHARED_PARAMETERS]
-    return Plan(ranks, tuple(flats), buckets, (*ahead, *behind), window)
+    return (*ahead, *behind)

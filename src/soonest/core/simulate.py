@@ -133,13 +133,15 @@ class Run:
         return self.forwards[-1][1]
 
 
-def run(work: Workload, order: Sequence[int], window: int) -> Run:
+def run(work: Workload, order: Sequence[int], window: int, *, blocking: bool = False) -> Run:
     """Runs one step.
 
     Args:
         work: what to run.
         order: indices of all jobs, in the order of issue; those of a bucket in theirs.
         window: how many ops may be in flight.
+        blocking: no parameter is updated before all ops are done, and no forward computation starts
+            before all updates are.
     """
     transfers: list[tuple[float, float]] = []
     ended = [0.0] * len(work.jobs)
@@ -163,9 +165,13 @@ def run(work: Workload, order: Sequence[int], window: int) -> Run:
                     landed[layer] = end
                 else:
                     combined[layer] = end
-    updates = _updates(work, combined)
-    forwards: list[tuple[float, float]] = []
     now = work.backward_s
+    if blocking:
+        combined = [None if at is None else end for at in combined]
+    updates = _updates(work, combined)
+    if blocking:
+        now = max([now, *landed, *(update[1] for update in updates if update)])
+    forwards: list[tuple[float, float]] = []
     for duration, update, there in zip(work.forward_s, updates, landed, strict=True):
         start = max(now, there, update[1] if update else 0.0)
         now = start + duration
@@ -200,7 +206,8 @@ def _run_plan(trace: Trace, plan: Plan, network: Network) -> Run:
     alone = [op.bucket for op in plan.ops if op.alone]
     work = Workload.of(trace, plan.flats, plan.buckets, network, ranks=plan.ranks, alone=alone)
     index = {(job.bucket, job.kind): i for i, job in enumerate(work.jobs)}
-    return run(work, [index[op.bucket, op.kind] for op in plan.ops], plan.window)
+    order = [index[op.bucket, op.kind] for op in plan.ops]
+    return run(work, order, plan.window, blocking=plan.blocking)
 
 
 def step_time_s(trace: Trace, plan: Plan, network: Network) -> float:
@@ -213,7 +220,7 @@ def simulate(trace: Trace, plan: Plan, network: Network, *, title: str = "soones
 
     A bucket is ready when the gradients of all its layers are. Ops are issued strictly in the
     order of the plan, at most ``plan.window`` in flight. A layer is updated when all its buckets
-    are combined, and its forward computation waits for that.
+    are combined, and its forward computation waits for that; or, if the plan blocks, for all.
     """
     result = _run_plan(trace, plan, network)
     spans: list[Span] = []
