@@ -214,8 +214,7 @@ class Learner:
         assert decision is not None
         before, plan = engine.program.plan, Plan.from_json(decision.plan)
         agree_on_plan(engine.ranks.group, plan)
-        if layout is not engine.layout or plan != before:
-            engine.bind(layout, plan)
+        engine.bind(layout, plan)
         if decision.stays or self._steps == 1:
             beside = f" instead of {before.fingerprint[:8]}" if plan != before else ""
             self._note_switch(engine, f"plan {plan.fingerprint[:8]}{beside}: {decision.why}")
