@@ -18,7 +18,9 @@ StepTime = Callable[[int, Plan], float]
 
 def net() -> nn.Sequential:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(8, 600), nn.Tanh(), nn.Linear(600, 32), nn.Linear(32, 4))
+    return nn.Sequential(
+        nn.Linear(8, 600), nn.Linear(600, 64), nn.Linear(64, 600), nn.Linear(600, 4)
+    )
 
 
 def keep_to_the_usual_plan() -> None:

@@ -85,6 +85,7 @@ class Learner:
         self._job = job
         self._steps = 0
         self._plans = 0
+        self._named: str | None = None
         self._traces: list[Trace] = []
         self._paces: list[float] = []
         self._before: Record | None = None
@@ -212,12 +213,14 @@ class Learner:
             mine = _Decision(self._plan(engine, layout).to_json(), why, stays)
         decision = self._first_rank(engine, mine)
         assert decision is not None
-        before, plan = engine.program.plan, Plan.from_json(decision.plan)
+        plan = Plan.from_json(decision.plan)
+        before, name = self._named or engine.program.plan.fingerprint[:8], plan.fingerprint[:8]
         agree_on_plan(engine.ranks.group, plan)
         engine.bind(layout, plan)
         if decision.stays or self._steps == 1:
-            beside = f" instead of {before.fingerprint[:8]}" if plan != before else ""
-            self._note_switch(engine, f"plan {plan.fingerprint[:8]}{beside}: {decision.why}")
+            self._named = name
+            beside = f" instead of {before}" if name != before else " stays"
+            self._note_switch(engine, f"plan {name}{beside}: {decision.why}")
         if decision.stays:
             engine.settled = True
             self._drift = Drift(plans=self._plans)
