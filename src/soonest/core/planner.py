@@ -2,9 +2,9 @@
 
 The cut and the methods depend on sizes, layers, the number of ranks and the calibrated network,
 never on times measured while training: with more than two ranks they decide how sums are rounded,
-and results must be equal from run to run (a calibration is kept from one to the next). The order
-may depend on times, for it changes no number. With two ranks nothing does, so there coarser cuts
-may be tried.
+and results must be equal from run to run (a calibration is kept from one to the next, and so is
+which of several cuts turned out to be the fastest). The order may depend on times, for it changes
+no number.
 """
 
 from __future__ import annotations
