@@ -6,7 +6,7 @@ import pytest
 
 from soonest.core.explain import busy_s, explain
 from soonest.core.network import Network
-from soonest.core.plan import Plan
+from soonest.core.plan import Op, Plan
 from soonest.core.planner import first_plan, flats_of
 from soonest.core.trace import Layer, Trace
 
@@ -38,8 +38,11 @@ def test_every_bucket_has_a_row_in_the_order_of_sending():
 
 def test_a_method_that_is_not_the_cheapest_is_not_called_so():
     made = plan()
-    dear = replace(made, buckets=tuple(replace(b, method="exchange") for b in made.buckets))
-    dear = replace(dear, ops=tuple(replace(op, kind="exchange") for op in dear.ops))
+    dear = replace(
+        made,
+        buckets=tuple(replace(bucket, method="exchange") for bucket in made.buckets),
+        ops=tuple(Op(bucket, "exchange") for bucket in range(len(made.buckets))),
+    )
     report = explain(dear, NETWORK, choices=METHODS, measured_s=[None] * len(made.buckets))
     largest = max(report.rows, key=lambda row: row.size_bytes)
     assert not largest.why.startswith("cheapest")
