@@ -135,8 +135,11 @@ def as_rank(rounds: int, computing_s: float, *, fused: bool) -> int:
     for arm in ARMS:
         while not handles[arm].settled:
             train(arm, 1)
-    for arm in ARMS:  # both have made as many steps, so they must have come to the same
-        assert models[arm].steps == models["whole"].steps
+    most = max(model.steps for model in models.values())
+    for arm in ARMS:  # both make as many steps, so they must come to the same
+        while models[arm].steps < most:
+            train(arm, 1)
+        assert models[arm].steps == most
     for _ in range(rounds):
         for arm in ARMS:
             taken_s[arm] += train(arm, TURN)

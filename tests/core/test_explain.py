@@ -1,10 +1,12 @@
 """Why a bucket is combined as it is, with predicted and measured times."""
 
+from dataclasses import replace
+
 import pytest
 
 from soonest.core.explain import busy_s, explain
 from soonest.core.network import Network
-from soonest.core.plan import Plan
+from soonest.core.plan import Op, Plan
 from soonest.core.planner import first_plan, flats_of
 from soonest.core.trace import Layer, Trace
 
@@ -32,6 +34,19 @@ def test_every_bucket_has_a_row_in_the_order_of_sending():
         found_s = NETWORK.cost_s(second, row.size_bytes)
         assert float(cost_ms.removesuffix(" ms")) == pytest.approx(found_s * 1e3, rel=0.01)
         assert found_s >= row.predicted_s
+
+
+def test_a_method_that_is_not_the_cheapest_is_not_called_so():
+    made = plan()
+    dear = replace(
+        made,
+        buckets=tuple(replace(bucket, method="exchange") for bucket in made.buckets),
+        ops=tuple(Op(bucket, "exchange") for bucket in range(len(made.buckets))),
+    )
+    report = explain(dear, NETWORK, choices=METHODS, measured_s=[None] * len(made.buckets))
+    largest = max(report.rows, key=lambda row: row.size_bytes)
+    assert not largest.why.startswith("cheapest")
+    assert "would take" in largest.why
 
 
 def test_a_method_that_was_given_has_no_other_reason():

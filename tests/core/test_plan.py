@@ -124,6 +124,7 @@ def test_json_round_trip_keeps_the_fingerprint(data: st.DataObject):
     [
         ({"ranks": 4}, "ranks: 2 / 4"),
         ({"window": 3}, "window: 2 / 3"),
+        ({"blocking": True}, "blocking: False / True"),
         ({"ops": PLAN.ops[::-1]}, "ops[0].bucket: 1 / 0"),
         ({"flats": (replace(FLAT, dtype="int32"),)}, "flats[0].dtype: 'float32' / 'int32'"),
         (
@@ -151,6 +152,18 @@ def test_difference_of_lists_and_keys():
 def test_json_of_another_format_is_refused():
     with pytest.raises(ValueError, match="format 2"):
         Plan.from_json({**PLAN.to_json(), "format": 2})
+
+
+def test_a_plan_of_before_there_were_plans_that_block_can_be_read():
+    text = PLAN.to_json()
+    del text["blocking"]
+    assert Plan.from_json(text) == PLAN
+
+
+@pytest.mark.parametrize("data", [[1], "plan", None, 3])
+def test_json_that_is_no_object_is_refused(data: object):
+    with pytest.raises(ValueError, match="this is no plan: it is a JSON"):
+        Plan.from_json(data)
 
 
 @pytest.mark.parametrize(

@@ -304,3 +304,29 @@ def test_no_step_beats_the_bound(trace: Trace, data: st.DataObject):
     for ops in (shuffled, make_plan(trace, first.flats, network, ranks=2, window=window).ops):
         plan = Plan(2, first.flats, first.buckets, ops, window)
         assert step_time_s(trace, plan, network) >= bound * (1 - 1e-9)
+
+
+def test_a_plan_that_blocks_updates_when_all_is_there_and_computes_behind_that():
+    """The last layer's gradients are ready at 1 and the first's at 3, a step waits for both."""
+    trace = model((1, 2, 2), (2, 1, 1), update_s=3)
+    overlapped = plan_of(trace, [1, 0])
+    timeline = simulate(trace, replace(overlapped, blocking=True), network())
+    assert sends(timeline) == [(1, 3), (3, 4)]
+    spans = {name: (start, end) for _, name, start, end in on(timeline, "forward")}
+    (_, _, _, updated) = on(timeline, "update")[-1]
+    assert min(start for _, _, start, _ in on(timeline, "update")) == 4
+    assert spans["l0"][0] == pytest.approx(updated)
+    assert timeline.step_s == pytest.approx(4 + 3 + 3)
+    assert step_time_s(trace, overlapped, network()) < timeline.step_s
+
+
+@given(st.data())
+def test_blocking_is_never_faster(data: st.DataObject):
+    trace = data.draw(strategies.traces())
+    flats, drawn = data.draw(strategies.flats(trace)), data.draw(strategies.networks)
+    kinds = ("all_reduce", *METHODS["shard"])
+    network = Network(dict.fromkeys(kinds, drawn.op("all_reduce")))
+    methods = data.draw(st.sampled_from([["allreduce"], ["shard"]]))
+    plan = first_plan(flats, network, ranks=2, methods=methods)
+    blocking_s = step_time_s(trace, replace(plan, blocking=True), network)
+    assert blocking_s >= step_time_s(trace, plan, network) * (1 - 1e-9)

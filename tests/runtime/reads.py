@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import soonest
+from runtime.steering import keep_to_the_usual_plan
 from soonest.runtime import engine, guard, program
 
 
@@ -85,6 +86,7 @@ def stale_reads(guard_on: bool) -> dict[str, bool]:
     """Per way to read, whether it gave another value than after everything has landed."""
     model = build()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    keep_to_the_usual_plan()
     handle = soonest.prioritize(model, optimizer)
     while not handle.settled:  # planning waits for everything
         step(model, optimizer)

@@ -204,31 +204,3 @@ def alone() -> list[Any]:
 
 def test_a_group_of_one_rank_does_nothing() -> None:
     assert run_ranks(alone, 1) == [[None, None, True]]
-
-
-def wrong_plans(folder: str) -> list[str]:
-    model, optimizer = plain()
-    handle = soonest.prioritize(model, optimizer)
-    plan = handle.plan
-    assert plan is not None
-    handle.detach()
-    messages: list[str] = []
-    other = nn.Linear(3, 4)
-    for arguments in (
-        (model, optimizer, f"{folder}/absent.json"),
-        (model, optimizer, __file__),
-        (other, torch.optim.SGD(other.parameters(), lr=0.1), plan),
-    ):
-        try:
-            soonest.prioritize(*arguments[:2], plan=arguments[2])
-            messages.append("")
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
-
-
-def test_a_plan_that_does_not_fit(tmp_path: Any) -> None:
-    for absent, garbage, other in run_ranks(wrong_plans, 2, str(tmp_path)):
-        assert "absent.json" in absent
-        assert "holds no plan" in garbage
-        assert "flats[0].slots[0].numel: 9 / 12" in other

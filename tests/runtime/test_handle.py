@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
 import os
 import pickle
 import subprocess
@@ -21,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import soonest
 from ranks import run_ranks
+from runtime.steering import keep_to_the_usual_plan
 from soonest.core.plan import Plan
 from soonest.runtime import guard
-from soonest.runtime.learn import next_cut
 
 
 class Net(nn.Module):
@@ -161,56 +159,6 @@ def test_the_timeline_is_that_of_the_plan_that_stays() -> None:
         assert shown == planned
 
 
-def tries_plans() -> list[int]:
-    """Over the steps, how many buckets the plan has."""
-    model, optimizer = build()
-    handle = soonest.prioritize(model, optimizer)
-    buckets: list[int] = []
-    assert not handle.settled
-    after = 4
-    while after:
-        steps(model, optimizer, 1)
-        assert handle.plan is not None
-        buckets.append(len(handle.plan.buckets))
-        after -= handle.settled
-    return buckets
-
-
-def test_two_ranks_try_coarser_plans_too() -> None:
-    first, second = run_ranks(tries_plans, 2)
-    assert first == second
-    usual = first[1]
-    assert first[5:8] == [usual] * 3, "after four warm steps"
-    assert first[9:12] == [first[9]] * 3
-    assert first[13:16] == [2] * 3
-    assert first[17:20] == [1] * 3
-    assert 1 < first[9] <= usual
-    assert first[-1] in (usual, first[9], 2, 1), "the fastest of them"
-    assert first[-4:] == [first[-1]] * 4, "stays"
-
-
-def test_more_ranks_do_not_as_the_cut_decides_how_sums_are_rounded() -> None:
-    for buckets in run_ranks(tries_plans, 3):
-        assert len(set(buckets[1:])) == 1
-
-
-def test_cuts_near_the_fastest_have_more_turns() -> None:
-    once = {1.0: [1.0, 1.0, 1.3], 4.0: [1.2, 1.5, 1.5], 24.0: [2.0] * 3, math.inf: [2.0, 2.0, 2.0]}
-    assert next_cut({}) == (1.0, False)
-    assert next_cut({1.0: [1.0] * 3, 4.0: [1.0] * 3}) == (24.0, False)
-    assert next_cut(once) == (1.0, False)
-    assert next_cut({**once, 1.0: [1.0] * 6}) == (4.0, False)
-    assert next_cut({**once, 1.0: [1.0] * 9}) == (4.0, False)
-    assert next_cut({**once, 1.0: [1.0] * 9, 4.0: [1.2] * 9}) == (1.0, True)
-    assert next_cut({**once, 4.0: [3.0] * 3}) == (1.0, True), "no other is near"
-
-
-@pytest.mark.parametrize(("coarse_s", "chosen"), [(0.97, math.inf), (0.99, 1.0), (1.05, 1.0)])
-def test_a_coarser_plan_must_be_clearly_faster(coarse_s: float, chosen: float) -> None:
-    twice = {1.0: [1.0] * 9, 4.0: [2.0] * 3, 24.0: [2.0] * 3, math.inf: [coarse_s] * 9}
-    assert next_cut(twice) == (chosen, True)
-
-
 def hooked() -> list[int]:
     """How many layers have hooks: before prioritize, in flight, landed, in flight, detached."""
     model, optimizer = build()
@@ -219,6 +167,7 @@ def hooked() -> list[int]:
         return sum(bool(module._forward_pre_hooks) for module in model.children())
 
     found = [now()]
+    keep_to_the_usual_plan()
     handle = soonest.prioritize(model, optimizer)
     while not handle.settled:
         steps(model, optimizer, 1)
@@ -269,26 +218,6 @@ def reads_in(mode: str) -> bool:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_in_which_a_parameter_is_read_does_not_change_its_update(mode: str) -> None:
     assert all(run_ranks(reads_in, 2, mode))
-
-
-def ends_with_a_plan(path: str) -> tuple[str, str, bool]:
-    model, optimizer = build()
-    handle = soonest.prioritize(model, optimizer)
-    steps(model, optimizer, 8)
-    assert handle.plan is not None
-    Path(f"{path}/{dist.get_rank()}.json").write_text(json.dumps(handle.plan.to_json()))
-    handle.detach()
-    again = soonest.prioritize(model, optimizer, plan=f"{path}/{dist.get_rank()}.json")
-    assert again.plan is not None
-    pinned = again.plan.fingerprint
-    steps(model, optimizer, 8)
-    return pinned, again.plan.fingerprint, handle.plan is None
-
-
-def test_a_given_plan_is_kept(tmp_path: Path) -> None:
-    for pinned, after, detached in run_ranks(ends_with_a_plan, 2, str(tmp_path)):
-        assert pinned == after
-        assert detached
 
 
 def detaches() -> dict[str, Any]:

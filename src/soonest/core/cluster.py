@@ -150,7 +150,7 @@ class _Cluster:
         )
         jobs = [work.jobs[index] for index in work.sequence(plan.ops)]
         self._ops = [(job, op.alone) for job, op in zip(jobs, plan.ops, strict=True)]
-        self._window = plan.window
+        self._window, self._blocking = plan.window, plan.blocking
         self._backward_s = [layer.bwd_us * 1e-6 for layer in trace.layers]
         self._factors, self._draws = factors, draws
         self._sigma = math.sqrt(math.log1p(jitter**2))  # of the logarithm
@@ -171,9 +171,9 @@ class _Cluster:
         ready = gradients.max(axis=1).tolist()
         at = [max((ready[layer] for layer in layers), default=0.0) for layers in work.layers_of]
         lane.send(self._ops[: work.combining], at)
-        if work.norm_s is not None:
+        if self._blocking or work.norm_s is not None:
             stepped = np.maximum(stepped, max(at, default=0.0))
-            if work.sharded:
+            if work.sharded and work.norm_s is not None:
                 start = float(stepped.max())
                 norm = (start, start + work.norm_s)
                 stepped = np.full_like(stepped, norm[1])
@@ -186,7 +186,8 @@ class _Cluster:
             durations = self._durations(work.update_s)
             updates = _one_by_one(work.by_need, work.by_layer(at), durations, stepped)
             landed = updates[1]
-        forwards = self._forwards(gradients[0], landed)
+        now = np.maximum(gradients[0], landed.max(axis=0)) if self._blocking else gradients[0]
+        forwards = self._forwards(now, landed)
         return _Step(began, gradients, lane, norm, updates, forwards)
 
     def _forwards(self, now: Times, landed: Times) -> tuple[Times, Times]:

@@ -89,7 +89,9 @@ def explain(
         others = sorted((cost, m) for m, cost in cost_s.items() if m != bucket.method)
         why = given or "the only method to choose"
         if not given and others:
-            why = f"cheapest; {others[0][1]} would take {others[0][0] * 1e3:.3g} ms"
+            other_s, other = others[0]
+            cheapest = "cheapest; " if network.cost_s(bucket.method, size) <= other_s else ""
+            why = f"{cheapest}{other} would take {other_s * 1e3:.3g} ms"
         rows.setdefault(
             op.bucket,
             Row(

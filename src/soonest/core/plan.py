@@ -156,6 +156,8 @@ class Plan:
         buckets: by flat buffer and start; they cover the flat buffers without gap or overlap.
         ops: every op of every bucket once, in the order in which they are issued.
         window: how many ops may be in flight at once.
+        blocking: ``optimizer.step()`` waits for all ops and updates everything at once, as with
+            ``DistributedDataParallel``, instead of returning at once.
 
     Raises:
         ValueError: the parts do not fit each other.
@@ -166,6 +168,7 @@ class Plan:
     buckets: tuple[Bucket, ...]
     ops: tuple[Op, ...]
     window: int = 2
+    blocking: bool = False
 
     def __post_init__(self) -> None:
         reached = [0] * len(self.flats)
@@ -265,12 +268,14 @@ class Plan:
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Plan:
+    def from_json(cls, data: Any) -> Plan:
         """Reads what ``to_json`` wrote.
 
         Raises:
             ValueError: it is of another format, or a field is missing or unknown.
         """
+        if not isinstance(data, dict):
+            raise ValueError(f"this is no plan: it is a JSON {type(data).__name__}, not an object")
         if data.get("format") != FORMAT:
             raise ValueError(f"plan of format {data.get('format')!r}, this version reads {FORMAT}")
         try:
@@ -286,6 +291,7 @@ class Plan:
                 ),
                 ops=tuple(Op(**op) for op in data["ops"]),
                 window=data["window"],
+                blocking=bool(data.get("blocking")),  # plans once had no such field
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no plan: {error}") from None

@@ -10,13 +10,32 @@ from soonest.core.cuts import FRONT_WORTH, PARTS, choices, cut, flats_of, worthw
 from soonest.core.network import Network
 from soonest.core.order import first_needed, order
 from soonest.core.pieces import Space
-from soonest.core.plan import ALIGN_BYTES, METHODS, SHARED_PARAMETERS, Flat, Op, Plan, shards
+from soonest.core.plan import (
+    ALIGN_BYTES,
+    METHODS,
+    SHARED_PARAMETERS,
+    Bucket,
+    Flat,
+    Op,
+    Plan,
+    shards,
+)
 from soonest.core.search import search
 from soonest.core.simulate import step_time_s
 from soonest.core.starts import simple_orders
 from soonest.core.trace import Trace
 
-__all__ = ["PARTS", "best_plan", "choices", "cut", "first_plan", "flats_of", "make_plan", "order"]
+__all__ = [
+    "PARTS",
+    "backward_order",
+    "best_plan",
+    "choices",
+    "cut",
+    "first_plan",
+    "flats_of",
+    "make_plan",
+    "order",
+]
 
 WINDOWS = (1, 2, 3, 4)
 """How many ops in flight are worth trying: more share the network with nothing to gain."""
@@ -146,6 +165,11 @@ def first_plan(
     behind an update come in the order in which a forward pass needs them.
     """
     buckets = cut(flats, network, ranks=ranks, methods=methods)
+    return Plan(ranks, tuple(flats), buckets, backward_order(flats, buckets), window)
+
+
+def backward_order(flats: Sequence[Flat], buckets: Sequence[Bucket]) -> tuple[Op, ...]:
+    """The ops in the order in which a backward pass makes gradients; see ``first_plan``."""
     backward = sorted(
         range(len(buckets)),
         key=lambda i: (-buckets[i].stop / flats[buckets[i].flat].numel, buckets[i].flat),
@@ -153,4 +177,4 @@ def first_plan(
     ops = [Op(i, kind) for i in backward for kind in METHODS[buckets[i].method]]
     ahead = [op for op in ops if op.kind != SHARED_PARAMETERS]
     behind = [op for op in reversed(ops) if op.kind == SHARED_PARAMETERS]
-    return Plan(ranks, tuple(flats), buckets, (*ahead, *behind), window)
+    return (*ahead, *behind)

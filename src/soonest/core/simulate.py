@@ -91,7 +91,12 @@ class Lane:
 
 
 def run(
-    work: Workload, order: Sequence[int], window: int, *, alone: Sequence[bool] | None = None
+    work: Workload,
+    order: Sequence[int],
+    window: int,
+    *,
+    alone: Sequence[bool] | None = None,
+    blocking: bool = False,
 ) -> Run:
     """Runs one step.
 
@@ -102,6 +107,8 @@ def run(
         window: how many ops may be in flight.
         alone: per op of the order, whether no other is issued behind it before it is done; those
             of the buckets in ``work.alone`` if None.
+        blocking: nothing is updated before all gradients are combined, and no forward computation
+            starts before all parameters have landed.
     """
     jobs = [work.jobs[index] for index in order]
     if alone is None:
@@ -111,9 +118,9 @@ def run(
     at = list(work.ready_s)
     lane.send(ops[: work.combining], at)
     stepped, norm = work.backward_s, None  # ``optimizer.step()`` is called after it.
-    if work.norm_s is not None:
+    if blocking or work.norm_s is not None:
         stepped = max([stepped, *at])
-        if work.sharded:
+        if work.sharded and work.norm_s is not None:
             norm = (stepped, stepped + work.norm_s)
             stepped += work.norm_s
     updates: list[Interval | None] = [None] * len(work.forward_s)
@@ -127,7 +134,7 @@ def run(
         updates = _one_by_one(work.by_need, work.by_layer(at), work.update_s, stepped)
         landed = [update[1] if update else 0.0 for update in updates]
     forwards: list[Interval] = []
-    now = work.backward_s
+    now = max([work.backward_s, *landed]) if blocking else work.backward_s
     for duration, there in zip(work.forward_s, landed, strict=True):
         start = max(now, there)
         now = start + duration
@@ -165,7 +172,8 @@ def _one_by_one(
 
 def _run_plan(trace: Trace, plan: Plan, network: Network, clip: bool) -> Run:
     work = Workload.of(trace, plan.flats, plan.buckets, network, ranks=plan.ranks, clip=clip)
-    return run(work, work.sequence(plan.ops), plan.window, alone=[op.alone for op in plan.ops])
+    alone = [op.alone for op in plan.ops]
+    return run(work, work.sequence(plan.ops), plan.window, alone=alone, blocking=plan.blocking)
 
 
 def step_time_s(trace: Trace, plan: Plan, network: Network, *, clip: bool = False) -> float:
@@ -183,6 +191,7 @@ def simulate(
     when all its buckets are combined, and its forward computation waits for that. Where the plan
     shards, a rank updates its part of a bucket instead, then shares it, and the forward computation
     of a layer waits for all its buckets. Updates run one at a time, what is needed first in front.
+    If the plan blocks, everything waits for everything.
 
     Args:
         trace: the model.

@@ -13,6 +13,21 @@ from soonest.runtime import collectives
 from soonest.runtime.layout import trainable
 
 
+def agree_on_input(group: collectives.Group, wrong: str | None) -> None:
+    """Makes sure that every rank could read what it was given; a collective call.
+
+    Args:
+        group: all ranks.
+        wrong: what this rank could not read, in words; None if it could.
+
+    Raises:
+        ValueError: on every rank, with the words of the first that could not.
+    """
+    for rank, theirs in enumerate(collectives.gather_objects(group, wrong)):
+        if theirs is not None:
+            raise ValueError(theirs if wrong is not None else f"rank {rank}: {theirs}")
+
+
 def agree_on_model(group: collectives.Group, model: nn.Module) -> None:
     """Compares the trainable parameters of all ranks' models; a collective call.
 

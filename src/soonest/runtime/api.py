@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from soonest.core.plan import Plan, first_difference, shards
+from soonest.core.plan import Plan, shards
 from soonest.core.planner import first_plan
-from soonest.runtime import agree, calibrate, collectives, groups, update
+from soonest.runtime import agree, calibrate, collectives, groups, pinned, update
 from soonest.runtime.checks import check, check_options
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Choice, Handle
@@ -45,8 +43,9 @@ def prioritize(
     Model and optimizer stay the same objects and are changed in place; the training loop stays as
     it is. The parameters and buffers of the group's first rank are copied to all. The first step
     observes the model; from then on gradients are combined, parameters updated and forward passes
-    run overlapped, by a plan that is the same on every rank. Every rank must call this, at the same
-    point.
+    run overlapped, by a plan that is the same on every rank. Some plans take turns, among them one
+    that does as ``DistributedDataParallel``, and the fastest stays. Every rank must call this, at
+    the same point.
 
     Args:
         model: on CPU; its trainable parameters, of any floating dtype, become views of flat
@@ -56,7 +55,8 @@ def prioritize(
         process_group: over which to combine; the default group if None.
         timeout_s: how long a collective may take, seconds; torch's own default if None (30
             minutes).
-        plan: a plan, or the path of one as JSON, to use instead of making one.
+        plan: a plan, or the path of one that ``handle.save_plan`` saved, to use from the first step
+            to the last instead of making one.
         separable: whether the optimizer updates each parameter by itself, looking at nothing but
             that parameter, its gradient, its state and its group's settings. None means: yes for
             the optimizers of ``torch.optim`` that do, no for any other class. Where it is not, all
@@ -80,18 +80,22 @@ def prioritize(
         A handle; it need not be kept.
 
     Raises:
-        ValueError: the model or the optimizer is not fit for this; the message says what to do.
+        ValueError: the model, the optimizer or the plan is not fit for this; the message says what
+            to do.
         PlanMismatchError: the ranks have different models or plans, or ask for different things.
     """
     check(model, optimizer)
     wire = collectives.Wire(wire_dtype, parameter_wire_dtype)
     check_options(method, wire, shard_optimizer=shard_optimizer)
-    given = _loaded(plan)
+    given, unreadable = pinned.load(plan)
     parent = process_group if process_group is not None else dist.group.WORLD
     assert parent is not None
     if parent.size() == 1:
+        if unreadable:
+            raise ValueError(unreadable)
         return Handle(model, optimizer)
     group = groups.private_group(parent, timeout_s)
+    agree.agree_on_input(group, unreadable)
     options = {
         "the optimizer": type(optimizer).__name__,
         "plan": "given" if given else None,
@@ -115,8 +119,11 @@ def prioritize(
     layout = Layout(model, order)
     lane = ThreadLane(timeout_s=groups.timeout_of(group), blame=peers.blame)
     try:
-        if given is not None and (wrong := _misfit(given, layout, group.size())):
-            raise ValueError(f"the plan is not for this model and group: {wrong} (plan / here)")
+        if given is not None and (wrong := pinned.misfit(given, layout, group.size())):
+            raise ValueError(
+                f"the plan is not for this model and group: {wrong}. Leave out plan=, or give one "
+                "that was saved with this model on as many ranks"
+            )
         collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
         network = calibrate.network_of(
             ranks, methods=methods, device=layout.parameters[0].device, wire=wire
@@ -126,11 +133,17 @@ def prioritize(
         )
         if given is None:
             agree.agree_on_plan(group, first)
-        learner = Learner(network, window=WINDOW, methods=methods)
+        by_bucket = update.is_separable(optimizer) if separable is None else separable
+        job = {
+            "optimizer": type(optimizer).__name__,
+            "separable": by_bucket,
+            "wire": [str(wire.gradients), str(wire.parameters)],
+        }
+        learner = Learner(network, window=WINDOW, methods=methods, job=job)
         engine = Engine(
             model,
             optimizer,
-            separable=update.is_separable(optimizer) if separable is None else separable,
+            separable=by_bucket,
             layout=layout,
             plan=first,
             ranks=ranks,
@@ -198,24 +211,6 @@ def _can_shard(optimizer: Optimizer, separable: bool | None) -> bool:
 
 def _nothing(engine: Engine) -> None:
     pass
-
-
-def _loaded(plan: Plan | str | Path | None) -> Plan | None:
-    if plan is None or isinstance(plan, Plan):
-        return plan
-    try:
-        return Plan.from_json(json.loads(Path(plan).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"cannot read plan {str(plan)!r}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{str(plan)!r} holds no plan: {error}") from None
-
-
-def _misfit(plan: Plan, layout: Layout, ranks: int) -> str | None:
-    """The first thing in which a given plan differs from what is here."""
-    here = {"ranks": ranks, "flats": [asdict(flat) for flat in layout.flats]}
-    theirs = {"ranks": plan.ranks, "flats": [asdict(flat) for flat in plan.flats]}
-    return first_difference(theirs, here)
 
 
 def _others(model: nn.Module, layout: Layout) -> list[Tensor]:

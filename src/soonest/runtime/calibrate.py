@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import time
@@ -20,6 +18,7 @@ from soonest.core.network import Cost, Network
 from soonest.core.plan import METHODS
 from soonest.runtime import collectives, groups
 from soonest.runtime.collectives import EXACT, Piece, Ranks, Running, Wire
+from soonest.runtime.remember import keep, place_of, recall
 
 BUDGET_S = 1.8
 SIZES = tuple(1024 * 4**power for power in range(9))
@@ -59,8 +58,8 @@ def network_of(
     Returns:
         The first rank's fit, on every rank.
     """
-    file = _file(_key(ranks, methods, device, wire))
-    known = _read(file) if file and ranks.group.rank() == 0 else None
+    file = place_of("network", _key(ranks, methods, device, wire))
+    known = _known(file) if file and ranks.group.rank() == 0 else None
     known = collectives.first_rank_object(ranks.group, known)
     if known is not None:
         network = Network.from_json(known)
@@ -68,7 +67,7 @@ def network_of(
             return network
     network = measure(ranks, methods=methods, device=device, wire=wire)
     if file and ranks.group.rank() == 0:
-        _write(file, network)
+        keep(file, network.to_json())
     return network
 
 
@@ -249,32 +248,10 @@ def _key(ranks: Ranks, methods: Sequence[str], device: torch.device, wire: Wire)
     }
 
 
-def _file(key: dict[str, Any]) -> Path | None:
-    """Where a calibration is kept; None if the user wants none to be."""
-    folder = os.environ.get("SOONEST_CACHE")
-    if folder == "":
-        return None
-    if folder is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(home) / "soonest"
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(folder) / f"network-{name}.json"
-
-
-def _read(file: Path) -> dict[str, Any] | None:
+def _known(file: Path) -> dict[str, Any] | None:
+    data = recall(file)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
         Network.from_json(data)
-    except (OSError, ValueError):  # none yet, or no longer readable: it is measured anew
+    except ValueError:  # none yet, or no longer readable: it is measured anew
         return None
     return data
-
-
-def _write(file: Path, network: Network) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(network.to_json()), encoding="utf-8")
-        partial.replace(file)
-    except OSError:  # a place to remember it is a convenience
-        pass

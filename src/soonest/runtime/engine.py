@@ -61,6 +61,8 @@ class Engine:
     Attributes:
         attention: which steps to watch closely.
         settled: the plan stays.
+        history: how plans have changed so far, and why, one sentence each.
+        inputs: shapes and dtypes of the tensors that the first forward pass was given.
         observed: the record of the first forward pass, once a backward pass has followed it.
     """
 
@@ -98,11 +100,13 @@ class Engine:
         self._complete_records: deque[Record] = deque(maxlen=_REMEMBERED)
         self._module_hooks = guard.ModuleHooks(model)
         self.settled = False
+        self.history: list[str] = []
+        self.inputs: list[str] = []
         self.attention = Attention(len(layout.members))
         takeover.take_over(optimizer, self, self.state)
         self.bind(layout, plan)
         self._model_hooks = [
-            model.register_forward_pre_hook(_OnForward(self.forward_begins)),
+            model.register_forward_pre_hook(_OnForward(self.forward_begins), with_kwargs=True),
             model.register_forward_hook(_OnForward(self.forward_ends)),
         ]
 
@@ -150,12 +154,13 @@ class Engine:
 
     # In the forward pass
 
-    def forward_begins(self) -> None:
+    def forward_begins(self, *inputs: Any) -> None:
         if self._sweeps_begun == 0:  # what was read before it does not show the order of use
+            self.inputs = [f"{tuple(x.shape)} {x.dtype}" for x in guard.tensors_in(inputs)]
             self.record = self._new_record()
             self._landing.watch()
 
-    def forward_ends(self) -> None:
+    def forward_ends(self, *_: Any) -> None:
         self._forward_ended = now_s()
         if math.isnan(self.record.forward_ended):
             self.record.forward_ended = self._forward_ended
@@ -260,13 +265,20 @@ class Engine:
         self.lane.check()
         if self._open is not None:
             raise self._unfinished(self._open)
-        loss = self._step_by_bucket(closure) if self._separable else self._step_at_once(closure)
+        blocking = self.program.plan.blocking
+        if self._separable and not (blocking and self.state.parts is None):
+            loss = self._step_by_bucket(closure)
+            if blocking:
+                self.flush()
+                self._landing.watch()
+        else:
+            loss = self._step_at_once(closure)
         if self._latest is not None and self.record is self._latest.record:
             self._after_step(self)
         return loss
 
     def _step_at_once(self, closure: Callable[[], Any] | None) -> Any:
-        self.lane.wait_all()
+        self.flush()
         loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
         if self._latest is not None:
             self.record = self._latest.record
@@ -384,15 +396,15 @@ class Engine:
 class _OnForward:
     """A forward hook that calls back. Copies of the model call nobody."""
 
-    def __init__(self, call: Callable[[], None]) -> None:
+    def __init__(self, call: Callable[..., None]) -> None:
         self._call = call
 
-    def __call__(self, *_: Any) -> None:
-        self._call()
+    def __call__(self, model: nn.Module, *given: Any) -> None:
+        self._call(*given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_OnForward, (_nobody,))
 
 
-def _nobody() -> None:
+def _nobody(*_: Any) -> None:
     pass

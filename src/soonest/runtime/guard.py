@@ -140,7 +140,7 @@ class _Held:
         if func in _KEEPS_FLYING or (func == _GET_GRAD and not _hides_grad(args[0])):
             with DisableGuard():
                 return func(*args, **kwargs)
-        held = [tensor for tensor in _tensors((args, kwargs)) if is_held(tensor)]
+        held = [tensor for tensor in tensors_in((args, kwargs)) if is_held(tensor)]
         if func in _ZERO and _zero_later(held):
             return _zero_others(func, args[0])
         for tensor in held:
@@ -190,15 +190,15 @@ def _zero_others(func: Any, target: Any) -> Any:
     return _foreach_zero(free) if free else None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested arguments."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _getters(*names: str) -> set[Any]:

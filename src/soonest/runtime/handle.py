@@ -17,7 +17,7 @@ from soonest.core.explain import Report, explain
 from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
-from soonest.runtime import checkpoint
+from soonest.runtime import checkpoint, pinned
 from soonest.runtime.engine import Engine
 
 
@@ -73,9 +73,38 @@ class Handle:
     def settled(self) -> bool:
         """Whether the plan stays; on every rank after the same step.
 
-        Before, the first steps are observed, and several plans may take turns.
+        Before, some steps are observed, and several plans take turns. So it is again when steps
+        have come to take another time for good.
         """
         return self._engine is None or self._engine.settled
+
+    @property
+    def history(self) -> tuple[str, ...]:
+        """How the plan has changed so far, and why, one sentence each; the same on every rank.
+
+        The first rank also logs them, to the logger ``soonest``. Plans that only have their turn
+        are not named. Empty in a group of one rank and after ``detach``.
+        """
+        return tuple(self._engine.history) if self._engine else ()
+
+    def save_plan(self, path: str | Path) -> None:
+        """Writes the plan in use as JSON; ``prioritize(..., plan=path)`` then keeps to it.
+
+        One rank is enough, and it waits for nobody. What is there is replaced, at once.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            ValueError: there is no plan: in a group of one rank, or after ``detach``.
+            OSError: the file cannot be written.
+        """
+        if self.plan is None:
+            raise ValueError(
+                "there is no plan to save in a group of one rank or after detach(): "
+                "save it before, on several ranks"
+            )
+        pinned.save(self.plan, path)
 
     def flush(self) -> None:
         """Waits until every parameter, gradient and optimizer state has its value.
@@ -144,7 +173,7 @@ class Handle:
             choices=methods,
             measured_s=measured_s,
             given=given,
-            notes=notes,
+            notes=(*notes, *self._engine.history),
         )
 
     def local_optimizer_state(self) -> dict[Any, dict[str, Any]]:

@@ -1,64 +1,71 @@
-"""Plans from what the first steps show."""
+"""Plans from what the steps show, while training for real."""
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from soonest.core.network import Network
 from soonest.core.plan import Plan
-from soonest.core.planner import PARTS, make_plan
 from soonest.core.trace import Trace
 from soonest.runtime import collectives
 from soonest.runtime.agree import agree_on_plan
+from soonest.runtime.candidates import (
+    CANDIDATES,
+    STEPS,
+    Candidate,
+    Turn,
+    distinct,
+    next_turn,
+    of_equal_numbers,
+    told,
+    turns_of,
+)
+from soonest.runtime.drift import Drift
 from soonest.runtime.engine import Engine
 from soonest.runtime.layout import Layout
 from soonest.runtime.profile import Record, now_s, pace_of, trace_of, typical
+from soonest.runtime.remember import keep, place_of, recall
 
-_WARM_STEPS = 4
-"""The first step shows the order of the layers; only warm ones show their times."""
+_FORMAT = 1
+_EXACT_RANKS = 2
+"""So many ranks add up alike under any cut."""
 
-_CUTS = (1.0, 4.0, PARTS, math.inf)
-"""Cuts that two ranks try, as factors of the usual one. Where the network is fast, fewer ops cost
-the processors less than they delay."""
-_NEAR = 0.25
-"""Cuts that come this near to the fastest have more turns."""
-_TURNS = 3
-"""So many of them: single steps of one plan can differ by a third."""
-_MARGIN = 0.02
-"""A coarser cut must be faster by this: it gives away what a slower network will ask for."""
-
-
+_log = logging.getLogger("soonest")
 _T = TypeVar("_T")
 
 
-def next_cut(step_s: Mapping[float, Sequence[float]]) -> tuple[float, bool]:
-    """The coarseness to go on with, and whether it stays.
+class _Decision(NamedTuple):
+    """What the first rank tells all others.
 
     Args:
-        step_s: how long steps took, seconds, by coarseness.
+        plan: to go on with, as JSON.
+        why: in words.
+        stays: whether it is the last for now.
     """
-    for cut in _CUTS:
-        if cut not in step_s:
-            return cut, False
-    least_s = min(min(taken) for taken in step_s.values())
-    near = [cut for cut in _CUTS if min(step_s[cut]) < (1 + _NEAR) * least_s]
-    least_tried = min(near, key=lambda cut: len(step_s[cut]))
-    if len(near) > 1 and len(step_s[least_tried]) < _TURNS * (_WARM_STEPS - 1):
-        return least_tried, False
-    typical_s = {cut: median(taken) for cut, taken in step_s.items()}
-    best = min(near, key=typical_s.__getitem__)
-    return (best if typical_s[best] < (1 - _MARGIN) * typical_s[1.0] else 1.0), True
+
+    plan: dict[str, Any]
+    why: str
+    stays: bool
 
 
 class Learner:
-    """Makes a plan after the first step, and once more after a few warm ones.
+    """Makes a plan after the first step, lets it take turns with others, and goes on with the best.
 
-    With two ranks, coarser plans then take turns with it, and the fastest stays. With more the cut
-    decides how sums are rounded, and must not depend on measurements.
+    The first step shows in which order parameters are used, a few warm ones how long layers take.
+    Then the candidates take turns of a few steps each, and the fastest stays. From then on it only
+    watches how long steps take. When they have changed for good, all but the first step is done
+    again, ever more rarely.
+
+    With more than two ranks cut and method decide how sums are rounded. So turns are remembered
+    from one run to the next, and what a run has measured counts in all that follow it. Where
+    nothing can be remembered, and when steps have changed, only such candidates take turns as do
+    not change a number: the same cut, waited for or not.
 
     All ranks call it after the same steps and take the first rank's decisions, so they plan alike.
 
@@ -66,63 +73,181 @@ class Learner:
         network: what combining costs on this group.
         window: how many ops may be in flight.
         methods: that the plans may use.
+        job: what else tells this training from others with the same plans, as JSON.
     """
 
-    def __init__(self, network: Network, *, window: int, methods: Sequence[str]) -> None:
+    def __init__(
+        self, network: Network, *, window: int, methods: Sequence[str], job: Mapping[str, Any]
+    ) -> None:
         self._network = network
         self._window = window
         self._methods = methods
+        self._job = job
         self._steps = 0
+        self._plans = 0
+        self._named: str | None = None
         self._traces: list[Trace] = []
         self._paces: list[float] = []
         self._before: Record | None = None
-        self._tried: float | None = None
+        self._observing = True
         self._ended_s: list[float] = []
-        self._step_s: dict[float, list[float]] = {}
+        self._drift = Drift()
+        # Of these only the first rank knows.
+        self._trace: Trace | None = None
+        self._candidates: tuple[Candidate, ...] = CANDIDATES
+        self._now = CANDIDATES[0]
+        self._turns: list[Turn] = []
+        self._known: list[Turn] = []
+        self._file: Path | None = None
 
     def __call__(self, engine: Engine) -> None:
         """To be called after every step that used combined gradients."""
-        if engine.settled:
-            return
         self._steps += 1
+        if engine.settled:
+            if self._drift.ended(now_s()):
+                self._compare(engine)
+            return
         if self._steps == 1:
             self._first(engine)
             return
-        if self._tried is None:
+        if self._observing:
             self._note(engine)
         self._ended_s.append(now_s())
-        if len(self._ended_s) == _WARM_STEPS:
+        if len(self._ended_s) == STEPS:
             self._turn_ends(engine)
-
-    def _turn_ends(self, engine: Engine) -> None:
-        """Goes on with the plan to try next, or with the one that stays."""
-        if self._tried is not None:
-            taken = [end - start for start, end in pairwise(self._ended_s)]
-            self._step_s.setdefault(self._tried, []).extend(taken)
-        self._ended_s = []
-        engine.attention.learning = False
-        trace = typical(self._traces).to_json() if self._traces else None
-        mine = (trace, next_cut(self._step_s) if engine.ranks.group.size() == 2 else (1.0, True))
-        trace, (self._tried, engine.settled) = self._first_rank(engine, mine)
-        if trace is not None:
-            engine.complete()
-            self._bind(engine, engine.layout, Trace.from_json(trace), self._tried)
 
     def _first(self, engine: Engine) -> None:
         engine.attention.learning = True
-        trace = self._trace(engine, engine.record, engine.observed)
+        self._trace = self._trace_of(engine, engine.record, engine.observed)
         engine.complete()
         self._note_pace(engine, engine.record)
         members = engine.layout.members
-        order = [members[index].name for index in engine.observed.first_use()]
-        trace, order = self._first_rank(engine, (trace.to_json(), order))
+        mine = [members[index].name for index in engine.observed.first_use()]
+        order = self._first_rank(engine, mine)
         same = order == [member.name for member in members]
         layout = engine.layout if same else Layout(engine.model, order)
-        self._bind(engine, layout, Trace.from_json(trace), 1.0)
+        if engine.ranks.group.rank() == 0:
+            self._choose_candidates(engine, layout)
+        self._go_on(engine, layout, "the first step showed the order of use", stays=False)
+
+    def _turn_ends(self, engine: Engine) -> None:
+        """Goes on with the plan to try next, or with the one that stays."""
+        taken = tuple(end - start for start, end in pairwise(self._ended_s))
+        self._ended_s = []
+        engine.attention.learning = False
+        why, stays = "", False
+        if engine.ranks.group.rank() == 0:
+            if not self._observing:
+                self._had_turn(taken)
+            elif self._traces:
+                self._trace = typical(self._traces)
+            self._now, stays = next_turn(self._turns, self._candidates)
+            why = self._why() if stays else f"it is the turn of {self._now.name}"
+        self._observing = False
+        self._go_on(engine, engine.layout, why, stays=stays)
+
+    def _compare(self, engine: Engine) -> None:
+        """Learns anew if steps have changed."""
+        factor = self._first_rank(engine, self._drift.factor)
+        if factor is None:
+            return
+        self._note_switch(engine, f"steps take {factor:.2f} times as long as before, so plan anew")
+        if engine.ranks.group.size() > _EXACT_RANKS:
+            self._candidates = of_equal_numbers(self._now)
+        self._file = None
+        self._turns, self._known, self._traces, self._paces = [], [], [], []
+        self._before = None
+        self._observing = engine.attention.learning = True
+        engine.settled = False
+
+    def _choose_candidates(self, engine: Engine, layout: Layout) -> None:
+        """Those of which any may stay, and what is known of them."""
+        ranks = engine.ranks.group.size()
+        cuts = {
+            candidate: candidate.cut(
+                layout.flats, self._network, ranks=ranks, methods=self._methods
+            )
+            for candidate in CANDIDATES
+        }
+        self._candidates = distinct(CANDIDATES, cuts)
+        self._now = self._candidates[0]
+        if ranks <= _EXACT_RANKS:
+            return
+        key = {
+            **self._job,
+            "format": _FORMAT,
+            "ranks": ranks,
+            "window": self._window,
+            "network": self._network.to_json(),
+            "flats": [asdict(flat) for flat in layout.flats],
+            "cuts": [[asdict(bucket) for bucket in cuts[c]] for c in self._candidates],
+            "candidates": [c.name for c in self._candidates],
+            "inputs": engine.inputs,
+        }
+        self._file = place_of("turns", key)
+        self._known = turns_of(recall(self._file)) if self._file else []
+        if self._file is None or not keep(self._file, self._known):
+            self._candidates, self._file = of_equal_numbers(self._now), None
+
+    def _had_turn(self, step_s: tuple[float, ...]) -> None:
+        """Takes note of a turn, or of what an earlier run measured in it."""
+        number = len(self._turns)
+        known = self._known[number] if number < len(self._known) else None
+        if known is not None and known.name == self._now.name:
+            self._turns.append(known)
+            return
+        self._turns.append(Turn(self._now.name, step_s))
+        self._known = []
+        if self._file is not None:
+            keep(self._file, self._turns)
+
+    def _why(self) -> str:
+        remembered = " as remembered" if self._known == self._turns else ""
+        return told(self._turns, self._now) + remembered
+
+    def _go_on(self, engine: Engine, layout: Layout, why: str, *, stays: bool) -> None:
+        """Continues with the first rank's plan; a collective call."""
+        engine.complete()
+        mine = None
+        if engine.ranks.group.rank() == 0:
+            mine = _Decision(self._plan(engine, layout).to_json(), why, stays)
+        decision = self._first_rank(engine, mine)
+        assert decision is not None
+        plan = Plan.from_json(decision.plan)
+        before, name = self._named or engine.program.plan.fingerprint[:8], plan.fingerprint[:8]
+        agree_on_plan(engine.ranks.group, plan)
+        engine.bind(layout, plan)
+        if decision.stays or self._steps == 1:
+            self._named = name
+            beside = f" instead of {before}" if name != before else " stays"
+            self._note_switch(engine, f"plan {name}{beside}: {decision.why}")
+        if decision.stays:
+            engine.settled = True
+            self._drift = Drift(plans=self._plans)
+            self._plans += 1
+
+    def _plan(self, engine: Engine, layout: Layout) -> Plan:
+        assert self._trace is not None
+        return self._now.plan(
+            self._trace,
+            layout.flats,
+            self._network,
+            ranks=engine.ranks.group.size(),
+            window=self._window,
+            methods=self._methods,
+            # Under the real load, and past what short tests can get through at once.
+            pace=median(self._paces) if self._paces else 1.0,
+        )
+
+    def _note_switch(self, engine: Engine, what: str) -> None:
+        text = f"step {self._steps}: {what}"
+        engine.history.append(text)
+        if engine.ranks.group.rank() == 0:
+            _log.info(text)
 
     def _note(self, engine: Engine) -> None:
         if self._before is not None and self._before.complete:
-            self._traces.append(self._trace(engine, self._before, self._before))
+            self._traces.append(self._trace_of(engine, self._before, self._before))
             self._note_pace(engine, self._before)
         self._before = engine.record
 
@@ -131,29 +256,9 @@ class Learner:
         if pace:
             self._paces.append(pace)
 
-    def _trace(self, engine: Engine, backward: Record, forward: Record) -> Trace:
+    def _trace_of(self, engine: Engine, backward: Record, forward: Record) -> Trace:
         return trace_of(backward, forward, engine.layout.members, model=type(engine.model).__name__)
 
     def _first_rank(self, engine: Engine, mine: _T) -> _T:
         engine.flush()  # nothing else may be on the group now
         return collectives.first_rank_object(engine.ranks.group, mine)
-
-    def _plan(self, engine: Engine, layout: Layout, trace: Trace, coarseness: float) -> Plan:
-        return make_plan(
-            trace,
-            layout.flats,
-            self._network,
-            ranks=engine.ranks.group.size(),
-            window=self._window,
-            methods=self._methods,
-            coarseness=coarseness,
-            # Under the real load, and past what short tests can get through at once.
-            pace=median(self._paces) if self._paces else 1.0,
-        )
-
-    def _bind(self, engine: Engine, layout: Layout, trace: Trace, coarseness: float) -> None:
-        first = engine.ranks.group.rank() == 0
-        mine = self._plan(engine, layout, trace, coarseness).to_json() if first else None
-        plan = Plan.from_json(collectives.first_rank_object(engine.ranks.group, mine))
-        agree_on_plan(engine.ranks.group, plan)
-        engine.bind(layout, plan)

@@ -1,0 +1,74 @@
+"""Notices that steps take another time than they used to, for good."""
+
+from __future__ import annotations
+
+_WINDOW = 32
+"""Steps that are looked at together."""
+_WINDOWS = 2
+"""So many of them, one after the other, must be off."""
+_FACTOR = 1.25
+"""By this: single links and busy hosts make steps differ by less."""
+_FIRST, _LAST = 128, 1024
+"""Steps until the ranks first compare, and at most between two times. Comparing lets all that is in
+flight arrive, so it is to be rare. The pause doubles with each time."""
+
+
+class Drift:
+    """Watches the steps under a plan that stays.
+
+    It knows of time only what it is told. How steps are counted does not depend on how long they
+    take, so all ranks compare after the same ones.
+
+    Args:
+        plans: how many were watched before; each doubles the pause until the first comparison, so
+            that plans change ever more rarely where steps never settle.
+    """
+
+    def __init__(self, *, plans: int = 0) -> None:
+        self._pause = min(_FIRST << plans, _LAST)
+        self._due = self._pause
+        self._steps = 0
+        self._before_s: float | None = None
+        self._window_s: list[float] = []
+        self._usual_s: float | None = None
+        self._factor = 1.0
+        self._off = 0
+
+    def ended(self, at_s: float) -> bool:
+        """Takes note of the end of a step.
+
+        Returns:
+            Whether the ranks are to compare now.
+        """
+        if self._before_s is not None:
+            self._window_s.append(at_s - self._before_s)
+        self._before_s = at_s
+        if len(self._window_s) == _WINDOW:
+            self._look(sorted(self._window_s)[_WINDOW // 4])
+            self._window_s.clear()
+        self._steps += 1
+        if self._steps < self._due:
+            return False
+        self._pause = min(2 * self._pause, _LAST)
+        self._due += self._pause
+        return True
+
+    def _look(self, step_s: float) -> None:
+        """Compares the steps of one window: their lower quartile, which no evaluation lengthens."""
+        if self._usual_s is None:
+            self._usual_s = step_s
+        before, self._factor = self._factor, step_s / self._usual_s
+        if _way(self._factor) == 0:
+            self._off = 0
+        else:
+            self._off = self._off + 1 if _way(self._factor) == _way(before) else 1
+
+    @property
+    def factor(self) -> float | None:
+        """How many times as long steps take by now; None as long as that is nothing new."""
+        return self._factor if self._off >= _WINDOWS else None
+
+
+def _way(factor: float) -> int:
+    """1 if steps got slower, -1 if faster, 0 if neither."""
+    return (factor > _FACTOR) - (factor < 1 / _FACTOR)

@@ -1,0 +1,54 @@
+"""Plans that the user gives: read, compared with what is here, and saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from soonest.core.plan import Flat, Plan, first_difference
+from soonest.runtime.layout import Layout
+from soonest.runtime.remember import write_whole
+
+
+def load(plan: Plan | str | Path | None) -> tuple[Plan | None, str | None]:
+    """The plan that was given, and what is wrong with it if it cannot be read."""
+    if plan is None or isinstance(plan, Plan):
+        return plan, None
+    try:
+        return Plan.from_json(json.loads(Path(plan).read_text(encoding="utf-8"))), None
+    except OSError as error:
+        return None, f"cannot read plan {str(plan)!r}: {error.strerror}"
+    except ValueError as error:
+        return None, f"{str(plan)!r} holds no plan: {error}"
+
+
+def save(plan: Plan, path: str | Path) -> None:
+    """Writes a plan as JSON, whole or not at all."""
+    write_whole(Path(path), json.dumps(plan.to_json(), indent=1) + "\n")
+
+
+def misfit(plan: Plan, layout: Layout, ranks: int) -> str | None:
+    """The first thing in which a plan differs from model and group, in words."""
+    if plan.ranks != ranks:
+        return f"it is for {plan.ranks} ranks, and here are {ranks}"
+    theirs, here = _parameters(plan.flats), _parameters(layout.flats)
+    for name in theirs:
+        if name not in here:
+            return f"it sends parameter {name!r}, which is not trained here"
+    for name in here:
+        if name not in theirs:
+            return f"it does not send parameter {name!r}, which is trained here"
+    for name, there in theirs.items():
+        if there != here[name]:
+            return f"parameter {name!r} has {there} there, and {here[name]} here"
+    rest = first_difference(
+        [asdict(flat) for flat in plan.flats], [asdict(flat) for flat in layout.flats]
+    )
+    return f"its flat buffers differ at {rest} (there / here)" if rest else None
+
+
+def _parameters(flats: tuple[Flat, ...]) -> dict[str, str]:
+    return {
+        slot.name: f"{slot.numel} elements of {flat.dtype}" for flat in flats for slot in flat.slots
+    }

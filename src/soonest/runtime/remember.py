@@ -1,0 +1,58 @@
+"""What is remembered from one run to the next: small JSON files in one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def place_of(kind: str, key: Mapping[str, Any]) -> Path | None:
+    """The file for what was found out about something; None if the user wants nothing kept.
+
+    It lies in ``SOONEST_CACHE``, or else in ``~/.cache/soonest``.
+
+    Args:
+        kind: of what is remembered, the beginning of the file's name.
+        key: all that it depends on, as JSON.
+    """
+    folder = os.environ.get("SOONEST_CACHE")
+    if folder == "":
+        return None
+    if folder is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "soonest"
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(folder) / f"{kind}-{name}.json"
+
+
+def recall(file: Path) -> Any:
+    """What the file holds; None if there is none yet, or it can no longer be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def keep(file: Path, data: Any) -> bool:
+    """Writes the file, whole or not at all; False where that is not possible."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(data))
+    except OSError:  # a place to remember things is a convenience
+        return False
+    return True
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file so that nobody ever sees a part of it."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,118 @@
+"""Which plans take turns, and which stays: decided from times that are told."""
+
+from __future__ import annotations
+
+import pytest
+
+from ranks import mixed_network
+from soonest.core.plan import Flat
+from soonest.runtime.candidates import (
+    CANDIDATES,
+    LIKE_DDP,
+    Candidate,
+    Turn,
+    distinct,
+    next_turn,
+    of_equal_numbers,
+    told,
+    turns_of,
+)
+
+USUAL, _, COARSE, TWO, ONE = CANDIDATES
+
+
+def played(step_s: dict[Candidate, float]) -> tuple[list[Turn], Candidate]:
+    """All turns, where steps under each candidate always take as long, and who stays."""
+    turns: list[Turn] = []
+    while True:
+        candidate, stays = next_turn(turns, CANDIDATES)
+        if stays:
+            return turns, candidate
+        turns.append(Turn(candidate.name, (step_s[candidate],) * 3))
+        assert len(turns) < 20, "it comes to an end"
+
+
+def times(**other_s: float) -> dict[Candidate, float]:
+    named = {"usual": USUAL, "ddp": LIKE_DDP, "coarse": COARSE, "two": TWO, "one": ONE}
+    return {candidate: other_s.get(name, 2.0) for name, candidate in named.items()}
+
+
+def test_every_candidate_has_a_turn_then_those_near_the_fastest_have_three() -> None:
+    turns, stays = played(times(usual=1.0, coarse=1.2))
+    assert [turn.name for turn in turns[:5]] == [candidate.name for candidate in CANDIDATES]
+    assert [turn.name for turn in turns[5:]] == [USUAL.name, COARSE.name] * 2
+    assert stays is USUAL
+
+
+def test_none_has_another_turn_if_none_is_near() -> None:
+    turns, stays = played(times(ddp=1.0))
+    assert len(turns) == len(CANDIDATES)
+    assert stays is LIKE_DDP
+
+
+def test_settling_takes_tens_of_steps_at_most() -> None:
+    assert len(played(times(usual=1, ddp=1, coarse=1, two=1, one=1))[0]) == 15
+
+
+@pytest.mark.parametrize(
+    ("step_s", "stays"),
+    [
+        ({"usual": 1.0, "ddp": 0.999}, LIKE_DDP),
+        ({"usual": 1.0, "ddp": 1.001}, USUAL),
+        ({"usual": 1.0, "one": 0.97}, ONE),
+        ({"usual": 1.0, "one": 0.99}, USUAL),
+        ({"usual": 1.0, "one": 0.985, "ddp": 0.99}, LIKE_DDP),
+        ({"usual": 1.0, "one": 0.95, "ddp": 0.99}, ONE),
+        ({"usual": 1.5, "coarse": 1.0, "two": 1.0}, COARSE),
+    ],
+)
+def test_the_fastest_stays_and_a_coarser_cut_only_if_clearly_so(
+    step_s: dict[str, float], stays: Candidate
+) -> None:
+    assert played(times(**step_s))[1] is stays
+
+
+@pytest.mark.parametrize("ddp_s", [0.8, 0.95, 0.985, 0.999, 1.0])
+@pytest.mark.parametrize("coarse_s", [0.9, 0.97, 0.985, 1.0])
+def test_what_stays_is_never_slower_than_what_ddp_does(ddp_s: float, coarse_s: float) -> None:
+    step_s = times(usual=1.0, ddp=ddp_s, coarse=coarse_s)
+    assert step_s[played(step_s)[1]] <= ddp_s
+
+
+def test_single_slow_steps_do_not_decide() -> None:
+    turns = [Turn(c.name, (3.0,)) for c in CANDIDATES[2:]]
+    turns += [Turn(USUAL.name, (1.0, 1.0, 5.0))] * 3 + [Turn(LIKE_DDP.name, (1.1,) * 3)] * 3
+    assert next_turn(turns, CANDIDATES) == (USUAL, True)
+
+
+def test_candidates_of_equal_buckets_are_one() -> None:
+    flat = Flat.lay_out("float32", 4, [("a", "a", 20), ("b", "b", 20)])
+    network = mixed_network(2)
+    cuts = {c: c.cut([flat], network, ranks=2, methods=["allreduce"]) for c in CANDIDATES}
+    assert distinct(CANDIDATES, cuts) == (USUAL, LIKE_DDP), "one bucket, overlapped or waited for"
+
+
+def test_the_same_numbers_come_of_the_same_cut_only() -> None:
+    waiting = of_equal_numbers(COARSE)[1]
+    assert [(c.coarseness, c.blocking) for c in of_equal_numbers(waiting)] == [
+        (4.0, False),
+        (4.0, True),
+    ]
+    assert {c.coarseness for c in of_equal_numbers(LIKE_DDP)} == {None}
+
+
+def test_it_is_told_why() -> None:
+    turns = [Turn(USUAL.name, (0.4, 0.41, 0.42)), Turn(LIKE_DDP.name, (0.5,))]
+    assert told(turns, USUAL) == (
+        "the usual cut takes 410 ms a step (DDP's buckets, waiting in step() 500 ms)"
+    )
+
+
+def test_turns_survive_json() -> None:
+    turns = [Turn("a", (1.0, 2.0)), Turn("b", (3.0,))]
+    assert turns_of([["a", [1.0, 2.0]], ["b", [3.0]]]) == turns
+
+
+@pytest.mark.parametrize("broken", [None, {"a": 1}, [["a"]], [["a", ["x"]]], [["a", []]], 3])
+def test_turns_that_cannot_be_read_are_none(broken: object) -> None:
+    assert turns_of(broken) == []
