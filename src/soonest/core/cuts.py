@@ -2,7 +2,7 @@
 
 This never depends on times measured while training: with more than two ranks the cut and the
 methods decide how sums are rounded, and results must be equal from run to run (a calibration is
-kept from one to the next). With two ranks nothing does, so there coarser cuts may be tried.
+kept from one to the next, and so is which of several cuts turned out to be the fastest).
 """
 
 from __future__ import annotations

@@ -192,13 +192,17 @@ class Calibrated:
         share = 1.0 if kind in _EACH_WHOLE else self.hosts / hosts
         moved = (hosts - 1) / (self.hosts - 1) * share / self.rate
         sizes, seconds = cost.sizes_bytes, cost.seconds
-        slope = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]) if len(sizes) > 1 else 0.0
-        fixed_s = max(cost.latency_s, seconds[0] - slope * sizes[0])
+        slope = (
+            (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]) if len(cost.sizes_bytes) > 1 else 0.0
+        )
+        late_s = cost.latency_s
+        fixed_s = max(late_s, seconds[0] - slope * sizes[0])
         return Cost(
             sizes,
             tuple(fixed * fixed_s + moved * (second - fixed_s) for second in seconds),
-            fixed * cost.latency_s,
+            fixed * late_s,
             cost.error,
+            tuple(fixed * late_s + moved * (hidden - late_s) for hidden in cost.hidden_s),
         )
 
     def faster(self, factor: float) -> Calibrated:

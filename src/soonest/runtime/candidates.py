@@ -34,12 +34,14 @@ class Candidate:
     Args:
         cut_name: of its buckets, in words.
         coarseness: of the usual cut; None for the buckets of ``DistributedDataParallel``.
+        methods: by which it may combine, of those that may be used; all of them if empty.
         blocking: whether ``optimizer.step()`` waits for everything.
         margin: by which share it must be faster than others to stay instead of them.
     """
 
     cut_name: str
     coarseness: float | None = 1.0
+    methods: tuple[str, ...] = ()
     blocking: bool = False
     margin: float = 0.0
 
@@ -52,6 +54,7 @@ class Candidate:
         self, flats: Sequence[Flat], network: Network, *, ranks: int, methods: Sequence[str]
     ) -> tuple[Bucket, ...]:
         """Its buckets; the arguments are those of ``planner.cut``."""
+        methods = [m for m in self.methods if m in methods] or methods
         if self.coarseness is None:
             return cut_like_ddp(flats, network, methods=methods)
         return cut(flats, network, ranks=ranks, methods=methods, coarseness=self.coarseness)
@@ -84,6 +87,8 @@ LIKE_DDP = Candidate("DDP's buckets", None, blocking=True)
 CANDIDATES = (
     Candidate("the usual cut"),
     LIKE_DDP,
+    # Methods are chosen by what they cost on an idle network.
+    Candidate("the usual cut for all-reduce alone", methods=("allreduce",)),
     # Where the network is fast, fewer ops cost the processors less than they delay.
     Candidate("4 times as coarse", 4.0, margin=_COARSER_MARGIN),
     Candidate("two buckets", PARTS, margin=_COARSER_MARGIN),
