@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ranks import mixed_network
-from soonest.core.plan import Flat
+from soonest.core.plan import Bucket, Flat
 from soonest.runtime.candidates import (
     CANDIDATES,
     LIKE_DDP,
@@ -18,7 +18,7 @@ from soonest.runtime.candidates import (
     turns_of,
 )
 
-USUAL, _, COARSE, TWO, ONE = CANDIDATES
+USUAL, _, REDUCED, COARSE, TWO, ONE = CANDIDATES
 
 
 def played(step_s: dict[Candidate, float]) -> tuple[list[Turn], Candidate]:
@@ -33,14 +33,17 @@ def played(step_s: dict[Candidate, float]) -> tuple[list[Turn], Candidate]:
 
 
 def times(**other_s: float) -> dict[Candidate, float]:
-    named = {"usual": USUAL, "ddp": LIKE_DDP, "coarse": COARSE, "two": TWO, "one": ONE}
+    named = {
+        **{"usual": USUAL, "ddp": LIKE_DDP, "reduced": REDUCED},
+        **{"coarse": COARSE, "two": TWO, "one": ONE},
+    }
     return {candidate: other_s.get(name, 2.0) for name, candidate in named.items()}
 
 
 def test_every_candidate_has_a_turn_then_those_near_the_fastest_have_three() -> None:
     turns, stays = played(times(usual=1.0, coarse=1.2))
-    assert [turn.name for turn in turns[:5]] == [candidate.name for candidate in CANDIDATES]
-    assert [turn.name for turn in turns[5:]] == [USUAL.name, COARSE.name] * 2
+    assert [turn.name for turn in turns[:6]] == [candidate.name for candidate in CANDIDATES]
+    assert [turn.name for turn in turns[6:]] == [USUAL.name, COARSE.name] * 2
     assert stays is USUAL
 
 
@@ -51,7 +54,7 @@ def test_none_has_another_turn_if_none_is_near() -> None:
 
 
 def test_settling_takes_tens_of_steps_at_most() -> None:
-    assert len(played(times(usual=1, ddp=1, coarse=1, two=1, one=1))[0]) == 15
+    assert len(played(times(usual=1, ddp=1, reduced=1, coarse=1, two=1, one=1))[0]) == 18
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,7 @@ def test_settling_takes_tens_of_steps_at_most() -> None:
         ({"usual": 1.0, "one": 0.985, "ddp": 0.99}, LIKE_DDP),
         ({"usual": 1.0, "one": 0.95, "ddp": 0.99}, ONE),
         ({"usual": 1.5, "coarse": 1.0, "two": 1.0}, COARSE),
+        ({"usual": 1.0, "reduced": 0.99}, REDUCED),
     ],
 )
 def test_the_fastest_stays_and_a_coarser_cut_only_if_clearly_so(
@@ -116,3 +120,19 @@ def test_turns_survive_json() -> None:
 @pytest.mark.parametrize("broken", [None, {"a": 1}, [["a"]], [["a", ["x"]]], [["a", []]], 3])
 def test_turns_that_cannot_be_read_are_none(broken: object) -> None:
     assert turns_of(broken) == []
+
+
+def test_all_reduce_alone_has_a_turn_where_others_were_chosen() -> None:
+    flat = Flat.lay_out("float32", 4, [(f"{i}.weight", str(i), 1 << 15) for i in range(8)])
+    network = mixed_network(4)
+
+    def cuts(methods: list[str]) -> dict[Candidate, tuple[Bucket, ...]]:
+        return {c: c.cut([flat], network, ranks=4, methods=methods) for c in CANDIDATES}
+
+    mixed = cuts(["allreduce", "exchange"])
+    assert {bucket.method for bucket in mixed[USUAL]} == {"allreduce", "exchange"}
+    assert {bucket.method for bucket in mixed[REDUCED]} == {"allreduce"}
+    assert REDUCED in distinct(CANDIDATES, mixed)
+    asked = cuts(["exchange"])
+    assert {bucket.method for bucket in asked[REDUCED]} == {"exchange"}
+    assert REDUCED not in distinct(CANDIDATES, asked)
