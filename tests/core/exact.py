@@ -9,7 +9,7 @@ from ortools.sat.python import cp_model
 
 from soonest.core.cuts import cut_points
 from soonest.core.network import Cost, Network
-from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan, shards
+from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan
 from soonest.core.trace import Layer, Trace
 
 UNIT_BYTES = 64
@@ -102,10 +102,8 @@ def shortest_step(model: Model) -> tuple[float, Plan]:
                     cp.add(op.start >= op.issue + latency)
                     cp.add(op.end == op.start + transfer)
                     if kind == SHARED_PARAMETERS:
-                        part_us = size * trace.update_us / trace.total_bytes / model.ranks
-                        assert abs(part_us - round(part_us)) < 1e-6
-                        cp.add(op.issue >= backward + round(part_us))
-                        cp.add(op.issue >= ops[-1].end + round(part_us))
+                        cp.add(op.issue >= backward)
+                        cp.add(op.issue >= ops[-1].end)
                     elif ops:
                         cp.add(op.issue >= ops[-1].end)
                     else:
@@ -123,7 +121,7 @@ def shortest_step(model: Model) -> tuple[float, Plan]:
             cp.add_exactly_one(choices)
     window = cp.new_int_var_from_domain(cp_model.Domain.from_values(model.windows), "window")
     _in_order(cp, groups, window, horizon)
-    if trace.update_us and not any(shards(method) for method in model.methods):
+    if trace.update_us:
         _updated(cp, model, carriers, step, horizon)
     cp.minimize(step)
     solver = cp_model.CpSolver()
@@ -261,7 +259,7 @@ REGIMES = {
     "sliced": "large parameters may be cut, too",
     "methods": "a method with a low latency and one with a high rate",
     "two hops": "a method of three ops, one after the other",
-    "sharded": "parameters are shared after the update of parts",
+    "sharded": "parameters are shared after the backward pass, behind all gradients",
     "updates": "updates take time, too",
 }
 
@@ -284,14 +282,12 @@ def draw_model(regime: str, seed: int) -> Model:
     ratio = {"slow network": 4.0, "fast network": 0.3}.get(regime, draw.choice([0.7, 1.0, 1.5]))
     per_unit = max(1, round(ratio * computes / sum(units)))
     latency = draw.choice([0, 1, 5, 20]) if regime != "late" else draw.randint(10, 60)
-    update_us = 0.0  # For a unit of a part; in whole microseconds for what is updated in one go.
+    update_us = 0  # for a unit
     names = [f"l{i}" for i in range(count)]
     sizes = [(n, n, 16 * u - 1) for n, u in zip(names, units, strict=True) if u]
     ranks = 4
-    if regime == "sharded":
-        update_us = draw.choice([0, 1, 2])
     if regime == "updates":
-        update_us = 1 / ranks * draw.choice([1, 2, 3])
+        update_us = draw.choice([1, 2, 3])
     if regime == "out of order":
         draw.shuffle(sizes)
     flats = (Flat.lay_out("float32", 4, sizes),)
@@ -306,7 +302,7 @@ def draw_model(regime: str, seed: int) -> Model:
         Layer(n, u * UNIT_BYTES, float(f), float(b))
         for n, u, (f, b) in zip(names, units, times, strict=True)
     )
-    trace = Trace(regime, layers, update_us * ranks * float(sum(units)))
+    trace = Trace(regime, layers, float(update_us * sum(units)))
 
     def cost(late: int, per: int) -> Cost:
         return Cost.linear(late * 1e-6, UNIT_BYTES * 1e6 / per)

@@ -5,8 +5,8 @@ neighbouring *atoms* of each flat buffer into buckets, every method of each buck
 all ops, and every window allowed. An atom is what lies between two cut points: one parameter, or,
 in the regime "sliced", a third or so of the largest one, as ``cut_points`` says. Times are those of
 the simulator: ops issued in order, a window, latencies that pass while others transfer, one
-transfer at a time, updates layer by layer. Each optimum is proven by OR-tools CP-SAT, and the plan
-that attains it is run through the simulator.
+transfer at a time, updates layer by layer (none in the regime "sharded"). Each optimum is proven by
+OR-tools CP-SAT, and the plan that attains it is run through the simulator.
 """
 
 from functools import cache

@@ -152,7 +152,7 @@ def cut_points(flat: Flat, slice_bytes: float) -> list[int]:
         flat: the flat buffer.
         slice_bytes: a parameter may be cut into slices of this size or a little larger.
     """
-    ends = [slot.start for slot in flat.slots[1:]] + [flat.numel]
+    ends = [*(slot.start for slot in flat.slots), flat.numel][1:]
     points = [0]
     for slot, end in zip(flat.slots, ends, strict=True):
         slices = int((end - slot.start) * flat.itemsize // slice_bytes) or 1

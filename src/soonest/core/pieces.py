@@ -6,16 +6,16 @@ numbers, and an order of their ops is timed without a ``Plan``. ``simulate`` tak
 
 from __future__ import annotations
 
-import heapq
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from soonest.core.cuts import cut_points, layers_between
 from soonest.core.network import Network
 from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan, shards
+from soonest.core.simulate import one_by_one
 from soonest.core.trace import Trace
 
 _EACH = 10
@@ -33,6 +33,7 @@ class Piece:
         ready_s: when the gradients of all layers that it carries are ready.
         part_s: how long a rank takes to update its part, where it is sharded.
         layers: indices of the layers that it carries.
+        need: sorts pieces by the first layer that needs them.
         sends: its ops.
     """
 
@@ -43,6 +44,7 @@ class Piece:
     ready_s: float
     part_s: float
     layers: Sequence[int]
+    need: tuple[int, int, int]
     sends: list[Send] = field(default_factory=list["Send"], repr=False)
 
 
@@ -161,8 +163,9 @@ class Space:
         layers = list(dict.fromkeys(self._owners[flat][begin:end]))
         ready_s = max(self._ready_s[layer] for layer in layers)
         tail_s = max(self._tail_s[layer] for layer in layers)
+        need = (min(layers), flat, first)
         part_s = size * self._update_per_byte / self.ranks
-        piece = Piece(flat, first, last, method, ready_s, part_s, layers)
+        piece = Piece(flat, first, last, method, ready_s, part_s, layers, need)
         kinds = METHODS[method]
         for stage, kind in enumerate(kinds):
             cost, shares = self.network.op(kind), kind == SHARED_PARAMETERS
@@ -201,18 +204,19 @@ class Space:
             limit_s: once it is known that the step takes longer, any such time may be returned.
         """
         self.work += len(order) + _EACH
-        backward, many = self.backward_s, self._many
+        many = self._many
         ends = [0.0] * window
         ended: dict[Piece, float] = {}
+        shared_from: dict[Piece, float] | None = None
         end = issued = 0.0
         late = self.compute_s
         # The list grows meanwhile: its end of an op is read again ``window`` ops later.
         for slot_free, send in zip(ends, order):  # noqa: B905
             ready, latency, transfer, tail, stage, shares, piece = send
             if stage:
-                ready = ended[piece]
-                if shares:  # after the update, which ``optimizer.step()`` allows
-                    ready = (ready if ready > backward else backward) + piece.part_s
+                if shares and shared_from is None:
+                    shared_from = self._shared_from(ended)
+                ready = (shared_from if shares and shared_from else ended)[piece]
             if ready > issued:
                 issued = ready
             if slot_free > issued:
@@ -235,23 +239,22 @@ class Space:
         for send, end in zip(order, ends, strict=True):
             if send.tail_s >= 0:
                 landed.update(dict.fromkeys(send.piece.layers, end))
-        backward, update_s = self.backward_s, self._update_s
-        coming = sorted((max(at, backward), layer) for layer, at in landed.items())
-        updated = [0.0] * len(update_s)
-        waiting: list[int] = []
-        now, arrived = backward, 0
-        while arrived < len(coming) or waiting:
-            if not waiting and coming[arrived][0] > now:
-                now = coming[arrived][0]
-            while arrived < len(coming) and coming[arrived][0] <= now:
-                heapq.heappush(waiting, coming[arrived][1])
-                arrived += 1
-            layer = heapq.heappop(waiting)
-            now = updated[layer] = now + update_s[layer]
-        now = backward
-        for there, forward in zip(updated, self._forward_s, strict=True):
-            now = (there if there > now else now) + forward
+        now = self.backward_s
+        updates = one_by_one(sorted(landed), landed, self._update_s, now)
+        for update, forward in zip(updates, self._forward_s, strict=True):
+            now = (update[1] if update and update[1] > now else now) + forward
         return now
+
+    def _shared_from(self, combined: Mapping[Piece, float]) -> dict[Piece, float]:
+        """When the parts of all pieces are updated, from when their gradients are combined."""
+        if not self._update_per_byte:
+            return {piece: max(at, self.backward_s) for piece, at in combined.items()}
+        self.work += len(combined)
+        pieces = sorted(combined, key=lambda piece: piece.need)
+        durations = [piece.part_s for piece in pieces]
+        ready = [combined[piece] for piece in pieces]
+        parts = one_by_one(range(len(pieces)), ready, durations, self.backward_s)
+        return {piece: part[1] for piece, part in zip(pieces, parts, strict=True) if part}
 
     def critical(self, order: Sequence[Send], window: int) -> tuple[int, list[int]]:
         """What a step waits for, its updates aside.
@@ -264,14 +267,16 @@ class Space:
         idle: list[int] = []
         ends = [0.0] * window
         ended: dict[Piece, float] = {}
+        shared_from: dict[Piece, float] | None = None
         end = issued = 0.0
         late, position = -math.inf, 0
         for at, send in enumerate(order):
             ready = send.ready_s
-            if send.stage:
+            if send.shares:
+                shared_from = shared_from or self._shared_from(ended)
+                ready = shared_from[send.piece]
+            elif send.stage:
                 ready = ended[send.piece]
-                if send.shares:
-                    ready = max(ready, self.backward_s) + send.piece.part_s
             issued = max(issued, ready, ends[at])
             if issued + send.latency_s > end:
                 idle.append(at)

@@ -107,8 +107,10 @@ def best_plan(
         The same plan for the same arguments.
 
     Raises:
-        ValueError: a flat buffer holds a layer that the trace does not have.
+        ValueError: a flat buffer holds a layer that the trace does not have, or windows are none.
     """
+    if not windows or min(windows) < 1:
+        raise ValueError(f"windows are {tuple(windows)}: give at least one, of one op or more")
     methods = choices(network) if methods is None else methods
     families = [[m for m in methods if shards(m) == sharded] for sharded in (False, True)]
     families = [family for family in families if family]

@@ -9,7 +9,7 @@ transfers for at least as long, and a window of one hides none.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from soonest.core.network import Network
@@ -126,12 +126,12 @@ def run(
     updates: list[Interval | None] = [None] * len(work.forward_s)
     parts: list[Interval | None] = []
     if work.sharded:
-        parts = _one_by_one(work.by_need, at, work.part_s, stepped)
+        parts = one_by_one(work.by_need, at, work.part_s, stepped)
         at = [part[1] if part else 0.0 for part in parts]
         lane.send(ops[work.combining :], at)
         landed = work.by_layer(at)
     else:
-        updates = _one_by_one(work.by_need, work.by_layer(at), work.update_s, stepped)
+        updates = one_by_one(work.by_need, work.by_layer(at), work.update_s, stepped)
         landed = [update[1] if update else 0.0 for update in updates]
     forwards: list[Interval] = []
     now = max([work.backward_s, *landed]) if blocking else work.backward_s
@@ -142,8 +142,11 @@ def run(
     return Run(work.gradient_s, lane.issued, lane.transfers, norm, updates, parts, forwards)
 
 
-def _one_by_one(
-    by_need: Sequence[int], ready_s: Sequence[float], duration_s: Sequence[float], from_s: float
+def one_by_one(
+    by_need: Sequence[int],
+    ready_s: Mapping[int, float] | Sequence[float],
+    duration_s: Sequence[float],
+    from_s: float,
 ) -> list[Interval | None]:
     """Updates one item at a time, the one needed first among those that are ready.
 
