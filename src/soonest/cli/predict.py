@@ -50,8 +50,7 @@ def add_to(commands: Any) -> None:
         "--batch",
         type=at_least(1),
         metavar="B",
-        help="samples per GPU: of the trace, if it does not say so; of --model "
-        f"({_BATCH})",
+        help=f"samples per GPU: of the trace, if it does not say so; of --model ({_BATCH})",
     )
     where = predict.add_mutually_exclusive_group()
     where.add_argument("--link", type=rate, metavar="RATE", help="of every host, e.g. 25gbit")
@@ -236,14 +235,14 @@ def _show(scenario: Scenario, rows: list[Row], advice: Advice) -> None:
     for sentence in advice.words:
         print(sentence)
     if scenario.strong:
-        print("Computing is taken to shrink with the samples of a GPU; real ones need enough of them.")
+        print(
+            "Computing is taken to shrink with the samples of a GPU; real ones need enough of them."
+        )
 
 
 def _title(scenario: Scenario) -> str:
     trace = scenario.trace
     per = f"{scenario.batch:g} samples per GPU" if scenario.batch else "the same work on every GPU"
-    work = (
-        f"{scenario.global_batch} samples on all GPUs together" if scenario.strong else per
-    )
+    work = f"{scenario.global_batch} samples on all GPUs together" if scenario.strong else per
     wire = "" if scenario.wire == "float32" else f", gradients sent in {scenario.wire}"
-    return f"{trace.model}, {work}{wire}"
+    return f"{trace.model}, {work}, {scenario.fabric.title}{wire}"

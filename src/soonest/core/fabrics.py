@@ -30,6 +30,11 @@ class Fabric(Protocol):
     """What joins the hosts. Hosts are equal, each has one link, and inside of it nothing costs."""
 
     @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        ...
+
+    @property
     def words(self) -> str:
         """What it is and what has been assumed, in one sentence without its full stop."""
         ...
@@ -86,6 +91,10 @@ class Links:
             )
 
     @property
+    def title(self) -> str:
+        return self.name or f"links of {rate_text(self.link_bps)}, {self.latency_s * 1e6:g} µs"
+
+    @property
     def words(self) -> str:
         named = f"{self.name}: " if self.name else ""
         why = f" ({self.source})" if self.source else ""
@@ -104,8 +113,7 @@ class Links:
         costs = dict(Network.ideal(hosts, self.link_bps, self.latency_s).costs)
         for kind, rounds in _DIRECT.items():
             busy_s = rounds * max(0, hosts - 2) * DIRECT_SHARE * self.latency_s
-            cost = costs[kind]
-            costs[kind] = _held(cost, busy_s)
+            costs[kind] = _held(costs[kind], busy_s)
         for kind, rounds in _RINGS.items():
             costs[kind] = self._ring_or_tree(hosts, rounds)
         return Network(costs)
@@ -169,6 +177,10 @@ class Calibrated:
             )
 
     @property
+    def title(self) -> str:
+        return f"network as measured on {self.hosts} ranks"
+
+    @property
     def words(self) -> str:
         return (
             f"as measured on {self.hosts} ranks; with others, the fixed part of every op is taken "
@@ -207,7 +219,6 @@ class Calibrated:
     def with_latency(self, factor: float) -> Calibrated:
         return replace(self, latency=self.latency * factor)
 
-
     @classmethod
     def from_json(cls, data: dict[str, Any], *, ranks: int | None = None) -> Calibrated:
         """Reads a calibration, or a profile, which has one in it.
@@ -235,7 +246,7 @@ def _ethernet(name: str, bps: float, latency_s: float) -> Links:
 
 
 _RDMA_S = 9.6e-6
-"""Of a hop over the network in a ring with the protocol for large messages, by NCCL's tuning."""
+"""Latency of a hop over the network in a ring with the protocol for large messages, by NCCL's tuning."""
 _RDMA_SHARE = 0.95
 
 
@@ -245,6 +256,7 @@ def _rdma(name: str, bps: float, what: str) -> Links:
 
 
 _EFA_S = 20e-6
+"""Latency assumed where the maker does not state one."""
 
 FABRICS: dict[str, Links] = {
     fabric.name: fabric
@@ -260,7 +272,9 @@ FABRICS: dict[str, Links] = {
         _rdma("ndr-infiniband", 400e9, "four lanes of NDR, 400 Gbit/s"),
         Links(100e9 * _RDMA_SHARE, _EFA_S, "aws-p3dn", "100 Gbit/s for 8 V100, latency assumed"),
         Links(400e9 * _RDMA_SHARE, _EFA_S, "aws-p4d", "400 Gbit/s EFA for 8 A100, latency assumed"),
-        Links(3200e9 * _RDMA_SHARE, _EFA_S, "aws-p5", "3200 Gbit/s EFA for 8 H100, latency assumed"),
+        Links(
+            3200e9 * _RDMA_SHARE, _EFA_S, "aws-p5", "3200 Gbit/s EFA for 8 H100, latency assumed"
+        ),
         _rdma("azure-ndv4", 1600e9, "8 HDR links for 8 A100, 1600 Gbit/s"),
         _rdma("azure-ndv5", 3200e9, "8 NDR links for 8 H100, 3200 Gbit/s"),
     )

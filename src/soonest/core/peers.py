@@ -283,4 +283,3 @@ class _Wire:
         name = ", ".join(layer.name for layer in layers if layer.bytes)
         self.spans.append(Span("network", "send", name, start_s - latency_s, self._free_s))
         return self._free_s
-
