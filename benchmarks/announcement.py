@@ -1,12 +1,12 @@
-"""The table of Fujitsu Laboratories' announcement of August 2016, again: AlexNet, fixed global batch.
+"""The table of Fujitsu Laboratories' announcement of August 2016: AlexNet, fixed global batch.
 
-It said that the same training ran 14.7 times as fast on 16 GPUs as on one, and 27 times on 64, where
-conventional software reached 10.07 and 15.79. The hardware was never published, but these two
+It said that the same training ran 14.7 times as fast on 16 GPUs as on one, and 27 times on 64.
+Conventional software reached 10.07 and 15.79. The hardware was never published, but these two
 numbers pin a model. With one GPU's step as the unit of time,
 
     conventional(n) = 1/n + C(n)             C(n) = 2 (n-1) a + 2 (n-1)/n b
 
-Layer by layer the latency of C is paid once for each of the L layers with parameters, so one message
+Layer by layer the latency of C is paid once for each of the L layers with parameters, so a message
 takes a/L. Nothing else is assumed or tuned: the trace of AlexNet says how the 1/n of computing is
 made up, and what each way of combining costs follows from the messages and bytes that it takes.
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 A, B = 9.574e-5, 1.8105e-2
 """Latency of one message in each layer's ring, all layers together, and time of all bytes once."""
 GPUS = (16, 64)
-CONVENTIONAL = {16: 10.07, 64: 15.79}
 FUJITSU = {16: 14.7, 64: 27.0}
 
 NEAR = 0.03
@@ -153,74 +152,89 @@ def lab(args: argparse.Namespace) -> dict[str, Any]:
 
     if why := unavailable():
         sys.exit(f"announcement: {why}")
-    screen = Screen()
-    link_bps, records = args.link, []
+    bench, link_bps, records = Bench(args, Screen()), args.link, []
     for gpus in args.hosts:
         if link_bps is None:
-            link_bps, sought = seek(args, gpus, screen)
+            link_bps, sought = bench.seek(gpus)
             records += sought
-        record = measured(args, gpus, link_bps, list(ARMS), screen)
-        records.append(record)
+        records.append(bench.measure(gpus, link_bps, list(ARMS)))
     rows = [row_of(record) for record in records if len(record["arms"]) > 1]
     return {"a": A, "b": B, "link_bps": link_bps, "rows": rows, "records": records}
 
 
-def seek(args: argparse.Namespace, gpus: int, screen: Screen) -> tuple[float, list[dict[str, Any]]]:
-    """The rate of the links at which ``sequential`` gets as far as the model says; all tries.
+class Bench:
+    """What is measured in the lab.
 
-    What a step takes besides computing counts as transferring in part only, the rest is latency of
-    this machine's software, so the rate is found by a few tries.
+    Args:
+        args: of the command line.
+        screen: where to tell how far it has got.
     """
-    from soonest.lab import PAYLOAD_SHARE
 
-    unit_s = whole_s(alexnet())
-    wanted_s = conventional_s(gpus) * unit_s
-    link_bps = 8 * alexnet().total_bytes / (B * unit_s) / PAYLOAD_SHARE
-    tries: list[dict[str, Any]] = []
-    for _ in range(TRIES):
-        record = measured(args, gpus, link_bps, ["sequential"], screen)
-        tries.append(record)
-        took_s = record["arms"]["sequential"]["step_ms"] * 1e-3
-        screen.say(
-            f"sequential on {gpus} hosts, links of {rate_text(link_bps)}: "
-            f"{unit_s / took_s:.2f}, wanted {unit_s / wanted_s:.2f}"
+    def __init__(self, args: argparse.Namespace, screen: Screen) -> None:
+        self._args = args
+        self._screen = screen
+        self._scales: dict[int, tuple[float, float]] = {}
+
+    def seek(self, gpus: int) -> tuple[float, list[dict[str, Any]]]:
+        """The rate at which ``sequential`` gets as far as the model says, and all tries.
+
+        Of what a step takes besides computing a part is latency of this machine's software, so the
+        rate is found by a few tries.
+        """
+        from soonest.lab import PAYLOAD_SHARE
+
+        unit_s = whole_s(alexnet())
+        wanted_s = conventional_s(gpus) * unit_s
+        link_bps = 8 * alexnet().total_bytes / (B * unit_s) / PAYLOAD_SHARE
+        tries: list[dict[str, Any]] = []
+        for _ in range(TRIES):
+            record = self.measure(gpus, link_bps, ["sequential"])
+            tries.append(record)
+            took_s = record["arms"]["sequential"]["step_ms"] * 1e-3
+            self._screen.say(
+                f"sequential on {gpus} hosts, links of {rate_text(link_bps)}: "
+                f"{unit_s / took_s:.2f}, wanted {unit_s / wanted_s:.2f}"
+            )
+            if abs(took_s / wanted_s - 1) <= NEAR / 2:  # the other half is for noise in the next
+                return link_bps, tries
+            moving_s = record["communication_ms"] * 1e-3
+            link_bps *= moving_s / max(moving_s + wanted_s - took_s, moving_s / 3)
+        sys.exit(
+            f"announcement: no rate found at which sequential takes {wanted_s * 1e3:.3f} ms: the "
+            "latency of this machine's software is too large a part, give more --slow-motion"
         )
-        if abs(took_s / wanted_s - 1) <= NEAR / 2:  # the other half is for the next run's noise
-            return link_bps, tries
-        moving_s = record["communication_ms"] * 1e-3
-        shorter_s = took_s - wanted_s
-        link_bps *= moving_s / max(moving_s - shorter_s, moving_s / 3)
-    sys.exit(
-        f"announcement: no rate found at which sequential takes {wanted_s * 1e3:.3f} ms: the "
-        "latency of this machine's software is too large a part, give more --slow-motion"
-    )
 
+    def measure(self, gpus: int, link_bps: float, arms: list[str]) -> dict[str, Any]:
+        """The record of one comparison, in which one GPU's step takes as long as in the trace."""
+        from soonest.bench import session
+        from soonest.bench.settings import Settings
 
-def measured(
-    args: argparse.Namespace, gpus: int, link_bps: float, arms: list[str], screen: Screen
-) -> dict[str, Any]:
-    """The record of one comparison; times are those of GPUs whose step with all samples is
-    AlexNet's."""
-    from soonest.bench import scale, session
-    from soonest.bench.settings import Settings
+        trace = slowed(alexnet(), 1 / gpus)
+        slow, shrink = self._scale(trace, gpus, link_bps)
+        steps, rounds = self._args.steps, self._args.rounds
+        settings = Settings(trace, gpus, link_bps, slow, shrink, arms, steps, rounds)
+        screen = self._screen
+        screen.say(f"{gpus} hosts: slow motion {slow:g}, shrink {shrink:g}, {', '.join(arms)}")
+        with screen.work():
+            result = session.run(settings, name="alexnet", say=screen.say, watch=screen.watch)
+        for warning in result.warnings():
+            screen.say(f"WARNING: {warning}")
+        return dict(result.record)
 
-    trace = slowed(alexnet(), 1 / gpus)
-    slow, shrink = args.slow_motion, args.shrink
-    if slow is None or shrink is None:
-        screen.say(f"Measuring what this machine can carry with {gpus} hosts ...")
-        capacity = session.probe(gpus, say=screen.say)
-        slow, shrink = scale.choose(
-            trace, gpus, link_bps, capacity, slow_motion=slow, shrink=shrink
-        )
-        # Every try and every arm alike.
-        args.slow_motion, args.shrink = (slow, shrink) if gpus == args.hosts[0] else (None, None)
-    settings = Settings(trace, gpus, link_bps, slow, shrink, arms, args.steps, args.rounds)
-    screen.say(f"{gpus} hosts: slow motion {slow:g}, shrink {shrink:g}, {', '.join(arms)}")
-    with screen.work():
-        result = session.run(settings, name="alexnet", say=screen.say, watch=screen.watch)
-    for warning in result.warnings():
-        screen.say(f"WARNING: {warning}")
-    return dict(result.record)
+    def _scale(self, trace: Trace, gpus: int, link_bps: float) -> tuple[float, float]:
+        """Slow motion and shrink: as given, or what the cores can do; the same for every try."""
+        from soonest.bench import scale, session
+
+        slow, shrink = self._args.slow_motion, self._args.shrink
+        if slow is not None and shrink is not None:
+            return slow, shrink
+        if gpus not in self._scales:
+            self._screen.say(f"Measuring what this machine can carry with {gpus} hosts ...")
+            capacity = session.probe(gpus, say=self._screen.say)
+            self._scales[gpus] = scale.choose(
+                trace, gpus, link_bps, capacity, slow_motion=slow, shrink=shrink
+            )
+        return self._scales[gpus]
 
 
 def row_of(record: dict[str, Any]) -> dict[str, Any]:

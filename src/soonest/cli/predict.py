@@ -245,4 +245,4 @@ def _title(scenario: Scenario) -> str:
     per = f"{scenario.batch:g} samples per GPU" if scenario.batch else "the same work on every GPU"
     work = f"{scenario.global_batch} samples on all GPUs together" if scenario.strong else per
     wire = "" if scenario.wire == "float32" else f", gradients sent in {scenario.wire}"
-    return f"{trace.model}, {work}{wire}"
+    return f"{trace.model}, {work}, {scenario.fabric.title}{wire}"

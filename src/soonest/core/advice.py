@@ -68,14 +68,14 @@ def _step_s(scenario: Scenario, hosts: int) -> float:
 
 
 def _limit(scenario: Scenario, row: Row) -> str:
+    if row.hosts == 1:
+        return "compute"
     fabric = scenario.fabric
     eased = {
         "compute": replace(scenario, trace=slowed(scenario.trace, 0.5)),
         "bandwidth": replace(scenario, fabric=fabric.faster(2.0)),
         "latency": replace(scenario, fabric=fabric.with_latency(0.5)),
     }
-    if row.hosts == 1:
-        return "compute"
     step_s = {name: _step_s(other, row.hosts) for name, other in eased.items()}
     return min(step_s, key=step_s.__getitem__)
 

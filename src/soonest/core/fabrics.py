@@ -30,6 +30,11 @@ class Fabric(Protocol):
     """What joins the hosts. Hosts are equal, each has one link, and inside of it nothing costs."""
 
     @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        ...
+
+    @property
     def words(self) -> str:
         """What it is and what has been assumed, in one sentence without its full stop."""
         ...
@@ -86,6 +91,10 @@ class Links:
             )
 
     @property
+    def title(self) -> str:
+        return self.name or f"links of {rate_text(self.link_bps)}, {self.latency_s * 1e6:g} µs"
+
+    @property
     def words(self) -> str:
         named = f"{self.name}: " if self.name else ""
         why = f" ({self.source})" if self.source else ""
@@ -104,8 +113,7 @@ class Links:
         costs = dict(Network.ideal(hosts, self.link_bps, self.latency_s).costs)
         for kind, rounds in _DIRECT.items():
             busy_s = rounds * max(0, hosts - 2) * DIRECT_SHARE * self.latency_s
-            cost = costs[kind]
-            costs[kind] = _held(cost, busy_s)
+            costs[kind] = _held(costs[kind], busy_s)
         for kind, rounds in _RINGS.items():
             costs[kind] = self._ring_or_tree(hosts, rounds)
         return Network(costs)
@@ -167,6 +175,10 @@ class Calibrated:
                 f"a calibration of {self.hosts} rank shows nothing of the network: give one of two "
                 "ranks or more"
             )
+
+    @property
+    def title(self) -> str:
+        return f"network as measured on {self.hosts} ranks"
 
     @property
     def words(self) -> str:
@@ -238,7 +250,7 @@ def _ethernet(name: str, bps: float, latency_s: float) -> Links:
 
 
 _RDMA_S = 9.6e-6
-"""Of a hop over the network in a ring with the protocol for large messages, by NCCL's tuning."""
+"""Latency of a hop over the network in a ring with the protocol for large messages, by NCCL's tuning."""
 _RDMA_SHARE = 0.95
 
 
@@ -248,6 +260,7 @@ def _rdma(name: str, bps: float, what: str) -> Links:
 
 
 _EFA_S = 20e-6
+"""Latency assumed where the maker does not state one."""
 
 FABRICS: dict[str, Links] = {
     fabric.name: fabric

@@ -31,7 +31,10 @@ def parse_duration(text: str) -> float:
 
 def rate_text(bps: float) -> str:
     """A rate as people say it, such as ``25 Gbit/s``."""
-    return f"{bps / 1e9:.3g} Gbit/s" if bps >= 1e9 else f"{bps / 1e6:.3g} Mbit/s"
+    for unit, size in (("Tbit/s", 1e12), ("Gbit/s", 1e9)):
+        if bps >= size:
+            return f"{bps / size:.3g} {unit}"
+    return f"{bps / 1e6:.3g} Mbit/s"
 
 
 def size_text(size_bytes: float) -> str:

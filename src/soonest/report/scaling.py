@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from soonest.core.predict import ARMS, SOONEST, Row
+from soonest.core.predict import SOONEST, Row
 from soonest.report.colours import INK, Rgb, of_place
 from soonest.report.curves import spread
 
@@ -23,8 +23,12 @@ _LABEL_IN = 0.18
 _MOST_TICKS = 7
 _FAINT, _GRID = "#7d858f", "#eceef1"
 _COLOURS: dict[str, Rgb] = {
-    arm: of_place(place) for arm, place in zip(ARMS, (0.97, 0.8, 0.62, 0.28, 0.0), strict=True)
-} | {SOONEST: (0.84, 0.19, 0.15)}
+    "sequential": (0.6, 0.63, 0.67),
+    "ddp": of_place(0.72),
+    "ddp-tuned": of_place(0.5),
+    "fsdp2": of_place(0.25),
+    SOONEST: (0.84, 0.19, 0.15),
+}
 _BOUND = "bound"
 
 Value = Callable[[Row, float], float]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from soonest.core.predict import Row
 
 _GAP = "  "
+_MORE = 1.005
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
@@ -17,14 +18,17 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     """
     arms = list(rows[0].step_s)
     heads = ["GPUs", *arms, "bound"]
-    lines = [heads, *([_count(row.gpus), *_steps(row)] for row in rows)]
+    lines = [heads, *([str(row.gpus), *_steps(row)] for row in rows)]
     times = _aligned(lines)
-    shares = _aligned([heads, *([_count(row.gpus), *_shares(row)] for row in rows)])
+    shares = _aligned([heads, *([str(row.gpus), *_shares(row)] for row in rows)])
     yield "Time of a step, ms"
     yield from times
     yield ""
     yield "Speed-up over one GPU alone, and efficiency, which is that per GPU"
     yield from shares
+    most = max(row.efficiency(s) for row in rows for s in (*row.step_s.values(), row.bound_s))
+    if most >= _MORE:
+        yield "More than 100%: updates overlap the forward pass, which they cannot on one GPU alone."
 
 
 def _steps(row: Row) -> list[str]:
@@ -53,7 +57,3 @@ def _ms(step_s: float) -> str:
 
 def _times(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _count(value: int) -> str:
-    return str(value)
