@@ -1,5 +1,6 @@
 """The simulated step: cases worked out by hand, and what holds for every plan."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -161,6 +162,18 @@ def test_nothing_is_issued_behind_an_op_that_flies_alone():
     assert sends(simulate(trace, alone, network(2.0))) == [(1, 4), (2, 5), (5, 8)]
 
 
+def test_only_the_ops_said_to_fly_alone_do():
+    """Of the two ops of a bucket it may be one: the second op of l1 here, and not the first."""
+    trace = model((1, 1, 0.5), (1, 1, 1))
+    plan = several_ops("shard", trace, [(1, 0), (0, 0), (1, 1), (0, 1)])
+    *first, shared, last = plan.ops
+    plan = replace(plan, ops=(*first, replace(shared, alone=True), last))
+    # Each has 0.5 s of latency and 0.5 s of transfer, and parts take no time. l1 is ready at 1, l0
+    # at 1.5, while l1 is in flight. l1 is combined at 2, and shared from then to 3. l0 is combined
+    # at 2.5, but has to wait for that.
+    assert sends(simulate(trace, plan, slow_ops())) == [(1, 2), (1.5, 2.5), (2, 3), (3, 4)]
+
+
 def test_a_bucket_waits_for_the_gradients_of_all_its_layers():
     trace = model((1, 1, 5), (1, 1, 1), (1, 1, 1))
     timeline = simulate(trace, plan_of(trace, [1, 0], fused=2), network())
@@ -194,6 +207,55 @@ def test_the_layer_needed_first_is_updated_first():
     trace = model((1, 1, 1), (1, 1, 10), (1, 1, 1), update_s=3.0)
     timeline = simulate(trace, plan_of(trace, [2, 1, 0]), network())
     assert [span.name for span in timeline.of("update")] == ["l1", "l0", "l2"]
+
+
+def test_an_update_that_has_begun_runs_to_its_end():
+    trace = model((1, 10, 1), (1, 10, 1), update_s=10.0)
+    # l1 is sent from 1 to 2 and l0 from 2 to 3. l1 is combined as the backward pass ends, and so
+    # updated from 2 to 7, and l0, though needed first, from 7 to 12: 12 + 10 + 10.
+    assert step_time_s(trace, plan_of(trace, [1, 0]), network()) == pytest.approx(32)
+    # If l0 is sent first, from 2 to 3, it is updated from 3 to 8. l1 is sent from 3 to 4 and updated
+    # from 8 to 13, while l0 computes until 18: 18 + 10.
+    assert step_time_s(trace, plan_of(trace, [0, 1]), network()) == pytest.approx(28)
+
+
+def test_clipped_gradients_are_all_combined_before_any_is_used():
+    trace = model((1, 1, 1), (2, 1, 10), (3, 1, 1), update_s=3 * 376 / 124)
+    timeline = simulate(trace, plan_of(trace, [2, 1, 0]), network(), clip=True)
+    # l2 is sent from 1 to 4, l1 from 11 to 13, l0 from 13 to 14. Then all are updated, the layer
+    # needed first in front, though l2 was combined long before: 60, 124 and 188 bytes of 372.
+    ends = [14 + 3 * 376 / 124 * size / 372 for size in (60, 60 + 124, 372)]
+    assert sends(timeline) == [(1, 4), (11, 13), (13, 14)]
+    assert on(timeline, "update") == [
+        ("update", "l0", pytest.approx(14), pytest.approx(ends[0])),
+        ("update", "l1", pytest.approx(ends[0]), pytest.approx(ends[1])),
+        ("update", "l2", pytest.approx(ends[1]), pytest.approx(ends[2])),
+    ]
+    # Forward passes take 1 s each, less than the update of l1 and of l2.
+    assert timeline.step_s == pytest.approx(ends[2] + 1)
+
+
+def test_clipping_parts_takes_an_op_of_its_own():
+    trace = model((1, 1, 1), (1, 1, 1), update_s=120 / 64 * 2)
+    plan = several_ops("shard", trace, [(1, 0), (0, 0), (0, 1), (1, 1)])
+    cheaper = Network({**slow_ops().costs, "exchange": Cost.linear(0.25, UNIT_BYTES)})
+    timeline = simulate(trace, plan, cheaper, clip=True)
+    # Combined at 2 and 3. A number takes 0.25 s by the cheapest method that combines, not 0.5 s.
+    # Each part is 32 of 120 bytes of 3.75 s: 1 s. So l0 is updated from 3.25 to 4.25, l1 until
+    # 5.25; l0 is shared from 4.25 to 5.25 and computes until 6.25, as l1 is shared from 5.25 on.
+    assert sends(timeline) == [(1, 2), (2, 3), (3, 3.25), (4.25, 5.25), (5.25, 6.25)]
+    assert [span.name for span in timeline.of("send")][2] == "norm of all gradients"
+    assert [(s.start_s, s.end_s) for s in timeline.of("update")] == [
+        (pytest.approx(3.25), pytest.approx(4.25)),
+        (pytest.approx(4.25), pytest.approx(5.25)),
+    ]
+    assert timeline.step_s == step_time_s(trace, plan, cheaper, clip=True) == pytest.approx(7.25)
+
+
+def test_clipping_nothing_takes_no_time():
+    trace = model((0, 2, 3))
+    plan = first_plan(flats_of(trace), network(), ranks=2)
+    assert step_time_s(trace, plan, network(), clip=True) == pytest.approx(5)
 
 
 def test_updates_share_the_time_by_size():
@@ -330,3 +392,28 @@ def test_blocking_is_never_faster(data: st.DataObject):
     plan = first_plan(flats, network, ranks=2, methods=methods)
     blocking_s = step_time_s(trace, replace(plan, blocking=True), network)
     assert blocking_s >= step_time_s(trace, plan, network) * (1 - 1e-9)
+
+
+def taken_s(buckets: int, method: str) -> float:
+    """Processor time of one simulated step with so many buckets, the least of several."""
+    layers = tuple(Layer(f"l{i}", 6396, 10.0 + i % 7, 20.0 + i % 5) for i in range(buckets))
+    trace = Trace("t", layers, 5000.0)
+    network = Network.ideal(4, 1e10, 1e-5)
+    plan = first_plan(flats_of(trace), network, ranks=4, methods=[method])
+    pieces = tuple(
+        Bucket(0, slot.start, slot.start + 1600, method, (slot.layer,))
+        for slot in plan.flats[0].slots
+    )
+    ops = [Op(i, kind) for kind in METHODS[method] for i in range(buckets)]
+    plan = Plan(4, plan.flats, pieces, tuple(ops))
+    taken: list[float] = []
+    for _ in range(10):
+        began = time.process_time()
+        step_time_s(trace, plan, network)
+        taken.append(time.process_time() - began)
+    return min(taken)
+
+
+@pytest.mark.parametrize("method", ["allreduce", "shard"])
+def test_ten_times_as_many_buckets_take_about_ten_times_as_long(method: str):
+    assert taken_s(2000, method) < 30 * taken_s(200, method)
