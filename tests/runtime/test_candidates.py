@@ -33,10 +33,8 @@ def played(step_s: dict[Candidate, float]) -> tuple[list[Turn], Candidate]:
 
 
 def times(**other_s: float) -> dict[Candidate, float]:
-    named = {
-        **{"usual": USUAL, "ddp": LIKE_DDP, "reduced": REDUCED},
-        **{"coarse": COARSE, "two": TWO, "one": ONE},
-    }
+    names = ("usual", "ddp", "reduced", "coarse", "two", "one")
+    named = dict(zip(names, CANDIDATES, strict=True))
     return {candidate: other_s.get(name, 2.0) for name, candidate in named.items()}
 
 
