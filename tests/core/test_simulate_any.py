@@ -11,6 +11,7 @@ from oracle import World, flat, spans
 from soonest.core.bounds import lower_bound_s
 from soonest.core.network import Network
 from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.core.planner import flats_of, make_plan
 from soonest.core.simulate import Run, run, simulate, step_time_s
 from soonest.core.trace import Trace
 from soonest.core.workload import Workload
@@ -142,6 +143,13 @@ def test_no_step_beats_the_bound(sharded: bool, seed: int, clip: bool):
     mine = replace(trace, update_us=trace.update_us / (plan.ranks if sharded else 1))
     step_s = step_time_s(trace, plan, network, clip=clip)
     assert step_s >= lower_bound_s(mine, network) * (1 - 1e-9)
+
+
+@given(strategies.traces(), strategies.networks, strategies.windows)
+def test_no_good_plan_beats_the_bound_either(trace: Trace, network: Network, window: int):
+    plan = make_plan(trace, flats_of(trace), network, ranks=2, window=window)
+    bound_s = lower_bound_s(trace, network)
+    assert step_time_s(trace, plan, network) >= bound_s * (1 - 1e-9)
 
 
 @both
