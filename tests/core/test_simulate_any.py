@@ -10,7 +10,8 @@ import strategies
 from oracle import World, flat, spans
 from soonest.core.bounds import lower_bound_s
 from soonest.core.network import Network
-from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.core.plan import METHODS, SHARED_PARAMETERS, Plan
+from soonest.core.planner import first_plan, flats_of, make_plan
 from soonest.core.simulate import Run, run, simulate, step_time_s
 from soonest.core.trace import Trace
 from soonest.core.workload import Workload
@@ -144,6 +145,13 @@ def test_no_step_beats_the_bound(sharded: bool, seed: int, clip: bool):
     assert step_s >= lower_bound_s(mine, network) * (1 - 1e-9)
 
 
+@given(strategies.traces(), strategies.networks, strategies.windows)
+def test_no_good_plan_beats_the_bound_either(trace: Trace, network: Network, window: int):
+    plan = make_plan(trace, flats_of(trace), network, ranks=2, window=window)
+    bound_s = lower_bound_s(trace, network)
+    assert step_time_s(trace, plan, network) >= bound_s * (1 - 1e-9)
+
+
 @both
 @given(seeds, st.booleans(), st.floats(1.0, 100.0))
 def test_more_bandwidth_is_never_slower(sharded: bool, seed: int, clip: bool, factor: float):
@@ -156,3 +164,15 @@ def test_more_bandwidth_is_never_slower(sharded: bool, seed: int, clip: bool, fa
     begun_s = sum(updates) if sharded else max(updates, default=0.0)
     allowed = 0.0 if clip else begun_s
     assert faster.step_s <= usual.step_s * (1 + 1e-9) + allowed
+
+
+@given(st.data())
+def test_blocking_is_never_faster(data: st.DataObject):
+    trace = data.draw(strategies.traces())
+    flats, drawn = data.draw(strategies.flats(trace)), data.draw(strategies.networks)
+    kinds = ("all_reduce", *METHODS["shard"])
+    network = Network(dict.fromkeys(kinds, drawn.op("all_reduce")))
+    methods = data.draw(st.sampled_from([["allreduce"], ["shard"]]))
+    plan = first_plan(flats, network, ranks=2, methods=methods)
+    blocking_s = step_time_s(trace, replace(plan, blocking=True), network)
+    assert blocking_s >= step_time_s(trace, plan, network) * (1 - 1e-9)

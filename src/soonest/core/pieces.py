@@ -18,7 +18,7 @@ from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan
 from soonest.core.simulate import one_by_one
 from soonest.core.trace import Trace
 
-_EACH = 10
+_EACH = 15
 """What timing an order costs besides, as in ops."""
 
 
@@ -126,6 +126,8 @@ class Space:
         self._tail_s = [a + b for a, b in zip(trace.tail_s(), self._update_s, strict=True)]
         self._updates = any(self._update_s)
         self._pieces: dict[tuple[int, int, int, str], Piece] = {}
+        self._every: dict[tuple[int, int, int], list[Piece]] = {}
+        self._cheapest: dict[tuple[int, int, int], Piece] = {}
         self.work = 0
 
     def size_bytes(self, flat: int, first: int, last: int) -> int:
@@ -135,13 +137,19 @@ class Space:
 
     def every(self, flat: int, first: int, last: int) -> list[Piece]:
         """The pieces between two cut points, by all methods that can be used there."""
-        known = self.network.known(self.size_bytes(flat, first, last), self.methods)
-        return [self.piece(flat, first, last, method) for method in known]
+        key = (flat, first, last)
+        if key not in self._every:
+            known = self.network.known(self.size_bytes(*key), self.methods)
+            self._every[key] = [self.piece(*key, method) for method in known]
+        return self._every[key]
 
     def cheapest(self, flat: int, first: int, last: int) -> Piece:
         """The piece between two cut points by the method that is cheapest on an idle network."""
-        size = self.size_bytes(flat, first, last)
-        return self.piece(flat, first, last, self.network.best(size, self.methods))
+        key = (flat, first, last)
+        if key not in self._cheapest:
+            method = self.network.best(self.size_bytes(*key), self.methods)
+            self._cheapest[key] = self.piece(*key, method)
+        return self._cheapest[key]
 
     def leanest(self, flat: int, first: int, last: int) -> Piece:
         """The piece between two cut points by the method that transfers for the shortest time."""

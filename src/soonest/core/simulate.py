@@ -3,7 +3,8 @@
 The model of the network: an op first waits out its latency and then transfers. The latency of an
 op in flight passes while others transfer, but transfers are serial, in the order of issue, because
 they share the same links. So a window of two hides the latency of every op whose predecessor
-transfers for at least as long, and a window of one hides none.
+transfers for at least as long, and a window of one hides none. Updates run beside the computation,
+and one that has begun is not put off, so what arrives earlier may hold up what is needed first.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class Workload:
         combining: how many ops combine gradients; those behind them share parameters.
         by_need: what is updated as one, in the order in which the forward pass needs it: buckets
             where each rank updates its parts of them, and otherwise the layers that are sent.
-        norm_s: if gradients are clipped, how long it takes to sum their norms over the ranks once
-            all are combined; zero where every rank has all of them. None without clipping.
+        norm_s: if gradients are clipped, how long the op takes that sums the norms of the ranks'
+            parts, where there are parts; None without clipping.
     """
 
     jobs: list[Job]
@@ -132,7 +132,7 @@ class Workload:
             sharded=sharded,
             combining=sum(job.kind != SHARED_PARAMETERS for job in jobs),
             by_need=by_need,
-            norm_s=(_number_s(network) if sharded else 0.0) if clip else None,
+            norm_s=_number_s(network) if clip else None,
         )
 
     def ready_of(self, job: Job, before_s: float) -> float:
