@@ -129,6 +129,18 @@ def test_a_latency_is_hidden_behind_a_longer_transfer():
     assert sends(simulate(trace, plan, network(2.0))) == [(0, 5), (3, 6)]
 
 
+def test_no_latency_passes_before_the_op_in_front_is_issued():
+    """l1 is ready at 1 s, but behind l0 in the order, which is ready at 4 s."""
+    trace = model((1, 0, 3), (4, 0, 1))
+    plain = plan_of(trace, [0, 1], window=2)
+    buckets = (plain.buckets[0], replace(plain.buckets[1], method="gather"))
+    ops = (Op(0, "all_reduce"), Op(1, "all_gather"))
+    kinds = {"all_reduce": Cost.linear(0.5, UNIT_BYTES), "all_gather": Cost.linear(9.0, UNIT_BYTES)}
+    timeline = simulate(trace, Plan(2, plain.flats, buckets, ops, 2), Network(kinds))
+    # l0: issued at 4, transfers from 4.5 to 5.5. l1: issued at 4, too, transfers from 13 to 17.
+    assert sends(timeline) == [(4, 5.5), (4, 17)]
+
+
 def test_nothing_is_issued_behind_an_op_that_flies_alone():
     trace = model((1, 0, 0), (1, 0, 0), (1, 0, 1))
     plan = plan_of(trace, [2, 0, 1], window=2)

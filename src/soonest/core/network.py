@@ -166,14 +166,18 @@ class Network:
         """
         return sum(self.op(kind).alone_s(size_bytes) for kind in METHODS.get(method, (method,)))
 
-    def best(self, size_bytes: float, methods: Sequence[str]) -> str:
-        """The cheapest of some methods for a bucket; of equal ones the first.
+    def known(self, size_bytes: float, methods: Sequence[str]) -> list[str]:
+        """Those of some methods whose cost for a bucket is known.
 
-        Where some were measured with so many bytes, it is one of those: others were given up.
+        Where some were measured with so many bytes, it is those: others were given up.
         """
         reach = {m: min(self.op(k).sizes_bytes[-1] for k in METHODS[m]) for m in methods}
         enough = min(size_bytes, max(reach.values()))
-        known = [method for method in methods if reach[method] >= enough]
+        return [method for method in methods if reach[method] >= enough]
+
+    def best(self, size_bytes: float, methods: Sequence[str]) -> str:
+        """The cheapest of some methods for a bucket, of which it is ``known``; or the first."""
+        known = self.known(size_bytes, methods)
         return min(known, key=lambda method: self.cost_s(method, size_bytes))
 
     @property

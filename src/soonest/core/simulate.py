@@ -147,14 +147,15 @@ def run(work: Workload, order: Sequence[int], window: int, *, blocking: bool = F
     ended = [0.0] * len(work.jobs)
     combined: list[float | None] = [None] * len(work.forward_s)
     landed = [0.0] * len(work.forward_s)
-    end = 0.0
+    issued = end = 0.0
     alone = False
     for position, index in enumerate(order):
         job = work.jobs[index]
         behind = 1 if alone else window
         slot_free = transfers[position - behind][1] if position >= behind else 0.0
-        issued = max(work.ready_of(job, ended[job.before]), slot_free)
-        start = max(issued + job.latency_s, end)  # Behind the op in front, whatever is ready.
+        # Behind the op in front, whatever is ready: neither is issued nor transfers before it.
+        issued = max(issued, work.ready_of(job, ended[job.before]), slot_free)
+        start = max(issued + job.latency_s, end)
         end = ended[index] = start + job.transfer_s
         transfers.append((start, end))
         alone = job.bucket in work.alone

@@ -36,12 +36,16 @@ class Candidate:
         coarseness: of the usual cut; None for the buckets of ``DistributedDataParallel``.
         blocking: whether ``optimizer.step()`` waits for everything.
         margin: by which share it must be faster than others to stay instead of them.
+        buckets: to take instead of making them.
+        found: the whole plan, to take instead of making one.
     """
 
     cut_name: str
     coarseness: float | None = 1.0
     blocking: bool = False
     margin: float = 0.0
+    buckets: tuple[Bucket, ...] | None = None
+    found: Plan | None = None
 
     @property
     def name(self) -> str:
@@ -52,6 +56,8 @@ class Candidate:
         self, flats: Sequence[Flat], network: Network, *, ranks: int, methods: Sequence[str]
     ) -> tuple[Bucket, ...]:
         """Its buckets; the arguments are those of ``planner.cut``."""
+        if self.buckets is not None:
+            return self.buckets
         if self.coarseness is None:
             return cut_like_ddp(flats, network, methods=methods)
         return cut(flats, network, ranks=ranks, methods=methods, coarseness=self.coarseness)
@@ -68,6 +74,8 @@ class Candidate:
         pace: float,
     ) -> Plan:
         """The plan itself; the arguments are those of ``planner.make_plan``."""
+        if self.found is not None:
+            return self.found
         buckets = self.cut(flats, network, ranks=ranks, methods=methods)
         if self.blocking:
             ops = backward_order(flats, buckets)
@@ -81,9 +89,12 @@ _COARSER_MARGIN = 0.02
 
 LIKE_DDP = Candidate("DDP's buckets", None, blocking=True)
 """In all that takes time, ``DistributedDataParallel``."""
+SEARCHED = Candidate("the searched plan")
+"""Stands for one whose cut, methods, order and window are chosen together, by measured times."""
 CANDIDATES = (
     Candidate("the usual cut"),
     LIKE_DDP,
+    SEARCHED,
     # Where the network is fast, fewer ops cost the processors less than they delay.
     Candidate("4 times as coarse", 4.0, margin=_COARSER_MARGIN),
     Candidate("two buckets", PARTS, margin=_COARSER_MARGIN),
@@ -91,17 +102,26 @@ CANDIDATES = (
 )
 
 
-def of_equal_numbers(candidate: Candidate) -> tuple[Candidate, ...]:
-    """What may take turns with a candidate without changing a number: the cut stays the same."""
-    return tuple(replace(candidate, blocking=blocking, margin=0.0) for blocking in (False, True))
+def with_searched(candidates: Sequence[Candidate], plan: Plan | None) -> tuple[Candidate, ...]:
+    """The candidates with this plan in the place of ``SEARCHED``, or with none there."""
+    found = () if plan is None else (replace(SEARCHED, buckets=plan.buckets, found=plan),)
+    return tuple(one for c in candidates for one in (found if c == SEARCHED else (c,)))
+
+
+def of_equal_numbers(candidate: Candidate, buckets: tuple[Bucket, ...]) -> tuple[Candidate, ...]:
+    """What may take turns with a candidate without changing a number: its buckets stay."""
+    return tuple(
+        replace(candidate, blocking=blocking, margin=0.0, buckets=buckets, found=None)
+        for blocking in (False, True)
+    )
 
 
 def distinct(
     candidates: Sequence[Candidate], cuts: Mapping[Candidate, tuple[Bucket, ...]]
 ) -> tuple[Candidate, ...]:
-    """Those that do not make the same buckets as one before them."""
-    first = {(cuts[c], c.blocking): c for c in reversed(candidates)}
-    return tuple(c for c in candidates if first[cuts[c], c.blocking] is c)
+    """Those that do not make the same buckets as one before them, or are not in ``cuts``."""
+    first = {(cuts[c], c.blocking): c for c in reversed(candidates) if c in cuts}
+    return tuple(c for c in candidates if c not in cuts or first[cuts[c], c.blocking] is c)
 
 
 class Turn(NamedTuple):
