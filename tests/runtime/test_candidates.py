@@ -6,9 +6,11 @@ import pytest
 
 from ranks import mixed_network
 from soonest.core.plan import Bucket, Flat
+from soonest.core.trace import Layer, Trace
 from soonest.runtime.candidates import (
     CANDIDATES,
     LIKE_DDP,
+    SEARCHED,
     Candidate,
     Turn,
     distinct,
@@ -16,9 +18,10 @@ from soonest.runtime.candidates import (
     of_equal_numbers,
     told,
     turns_of,
+    with_searched,
 )
 
-USUAL, _, REDUCED, COARSE, TWO, ONE = CANDIDATES
+USUAL, _, _, REDUCED, COARSE, TWO, ONE = CANDIDATES
 
 
 def played(step_s: dict[Candidate, float]) -> tuple[list[Turn], Candidate]:
@@ -29,19 +32,23 @@ def played(step_s: dict[Candidate, float]) -> tuple[list[Turn], Candidate]:
         if stays:
             return turns, candidate
         turns.append(Turn(candidate.name, (step_s[candidate],) * 3))
-        assert len(turns) < 20, "it comes to an end"
+        assert len(turns) < 30, "it comes to an end"
 
 
 def times(**other_s: float) -> dict[Candidate, float]:
-    names = ("usual", "ddp", "reduced", "coarse", "two", "one")
+    names = ("usual", "ddp", "searched", "reduced", "coarse", "two", "one")
     named = dict(zip(names, CANDIDATES, strict=True))
     return {candidate: other_s.get(name, 2.0) for name, candidate in named.items()}
 
 
-def test_every_candidate_has_a_turn_then_those_near_the_fastest_have_three() -> None:
-    turns, stays = played(times(usual=1.0, coarse=1.2))
-    assert [turn.name for turn in turns[:6]] == [candidate.name for candidate in CANDIDATES]
-    assert [turn.name for turn in turns[6:]] == [USUAL.name, COARSE.name] * 2
+@pytest.mark.parametrize(("coarse_s", "more"), [(1.2, 1), (1.05, 2)])
+def test_every_candidate_has_a_turn_and_those_near_the_fastest_have_more(
+    coarse_s: float, more: int
+) -> None:
+    turns, stays = played(times(usual=1.0, coarse=coarse_s))
+    every = len(CANDIDATES)
+    assert [turn.name for turn in turns[:every]] == [candidate.name for candidate in CANDIDATES]
+    assert [turn.name for turn in turns[every:]] == [USUAL.name, COARSE.name] * more
     assert stays is USUAL
 
 
@@ -52,7 +59,8 @@ def test_none_has_another_turn_if_none_is_near() -> None:
 
 
 def test_settling_takes_tens_of_steps_at_most() -> None:
-    assert len(played(times(usual=1, ddp=1, reduced=1, coarse=1, two=1, one=1))[0]) == 18
+    all_alike = dict.fromkeys(("usual", "ddp", "searched", "reduced", "coarse", "two", "one"), 1.0)
+    assert len(played(times(**all_alike))[0]) == 21
 
 
 @pytest.mark.parametrize(
@@ -61,6 +69,7 @@ def test_settling_takes_tens_of_steps_at_most() -> None:
         ({"usual": 1.0, "ddp": 0.999}, LIKE_DDP),
         ({"usual": 1.0, "ddp": 1.001}, USUAL),
         ({"usual": 1.0, "one": 0.97}, ONE),
+        ({"usual": 1.0, "searched": 0.999}, SEARCHED),
         ({"usual": 1.0, "one": 0.99}, USUAL),
         ({"usual": 1.0, "one": 0.985, "ddp": 0.99}, LIKE_DDP),
         ({"usual": 1.0, "one": 0.95, "ddp": 0.99}, ONE),
@@ -90,17 +99,39 @@ def test_single_slow_steps_do_not_decide() -> None:
 def test_candidates_of_equal_buckets_are_one() -> None:
     flat = Flat.lay_out("float32", 4, [("a", "a", 20), ("b", "b", 20)])
     network = mixed_network(2)
-    cuts = {c: c.cut([flat], network, ranks=2, methods=["allreduce"]) for c in CANDIDATES}
-    assert distinct(CANDIDATES, cuts) == (USUAL, LIKE_DDP), "one bucket, overlapped or waited for"
+    cuts = {
+        c: c.cut([flat], network, ranks=2, methods=["allreduce"])
+        for c in CANDIDATES
+        if c != SEARCHED
+    }
+    distinct_ones = distinct(CANDIDATES, cuts)
+    assert distinct_ones == (USUAL, LIKE_DDP, SEARCHED), "one bucket, overlapped or waited for"
+    plan = USUAL.plan(
+        Trace("t", (Layer("a", 80, 1, 1), Layer("b", 80, 1, 1))),
+        [flat],
+        network,
+        ranks=2,
+        window=3,
+        methods=["allreduce"],
+        pace=1.0,
+    )
+    assert with_searched(distinct_ones, None) == (USUAL, LIKE_DDP)
+    *others, searched = with_searched(distinct_ones, plan)
+    assert others == [USUAL, LIKE_DDP]
+    assert searched.name == SEARCHED.name
+    assert searched.found is plan
 
 
 def test_the_same_numbers_come_of_the_same_cut_only() -> None:
-    waiting = of_equal_numbers(COARSE)[1]
-    assert [(c.coarseness, c.blocking) for c in of_equal_numbers(waiting)] == [
-        (4.0, False),
-        (4.0, True),
-    ]
-    assert {c.coarseness for c in of_equal_numbers(LIKE_DDP)} == {None}
+    flat = Flat.lay_out("float32", 4, [("a", "a", 20)])
+    buckets = (Bucket(0, 0, 32, "gather", ("a",)),)
+    for candidate in (USUAL, COARSE, LIKE_DDP, SEARCHED):
+        overlapping, waiting = of_equal_numbers(candidate, buckets)
+        assert (overlapping.blocking, waiting.blocking) == (False, True)
+        for one in (overlapping, waiting):
+            cut = one.cut([flat], mixed_network(2), ranks=2, methods=["allreduce"])
+            assert cut == buckets
+    assert of_equal_numbers(waiting, buckets) == (overlapping, waiting)
 
 
 def test_it_is_told_why() -> None:

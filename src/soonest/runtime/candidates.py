@@ -21,10 +21,9 @@ from soonest.core.trace import Trace
 
 STEPS = 4
 """Of a turn. The first one starts with nothing in flight, and does not count."""
-_NEAR = 0.25
-"""Candidates that come this near to the fastest have more turns."""
-_TURNS = 3
-"""So many of them: single steps of one plan can differ by a third."""
+_NEAR = (0.25, 0.08)
+"""Candidates that come this near to the fastest have a second turn, and a third one: single steps
+of one plan can differ by a third."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,8 @@ class Candidate:
         methods: by which it may combine, of those that may be used; all of them if empty.
         blocking: whether ``optimizer.step()`` waits for everything.
         margin: by which share it must be faster than others to stay instead of them.
+        buckets: to take instead of making them.
+        found: the whole plan, to take instead of making one.
     """
 
     cut_name: str
@@ -44,6 +45,8 @@ class Candidate:
     methods: tuple[str, ...] = ()
     blocking: bool = False
     margin: float = 0.0
+    buckets: tuple[Bucket, ...] | None = None
+    found: Plan | None = None
 
     @property
     def name(self) -> str:
@@ -54,6 +57,8 @@ class Candidate:
         self, flats: Sequence[Flat], network: Network, *, ranks: int, methods: Sequence[str]
     ) -> tuple[Bucket, ...]:
         """Its buckets; the arguments are those of ``planner.cut``."""
+        if self.buckets is not None:
+            return self.buckets
         methods = [m for m in self.methods if m in methods] or methods
         if self.coarseness is None:
             return cut_like_ddp(flats, network, methods=methods)
@@ -71,6 +76,8 @@ class Candidate:
         pace: float,
     ) -> Plan:
         """The plan itself; the arguments are those of ``planner.make_plan``."""
+        if self.found is not None:
+            return self.found
         buckets = self.cut(flats, network, ranks=ranks, methods=methods)
         if self.blocking:
             ops = backward_order(flats, buckets)
@@ -84,9 +91,12 @@ _COARSER_MARGIN = 0.02
 
 LIKE_DDP = Candidate("DDP's buckets", None, blocking=True)
 """In all that takes time, ``DistributedDataParallel``."""
+SEARCHED = Candidate("the searched plan")
+"""Stands for one whose cut, methods, order and window are chosen together, by measured times."""
 CANDIDATES = (
     Candidate("the usual cut"),
     LIKE_DDP,
+    SEARCHED,
     # Methods are chosen by what they cost on an idle network.
     Candidate("the usual cut for all-reduce alone", methods=("allreduce",)),
     # Where the network is fast, fewer ops cost the processors less than they delay.
@@ -96,17 +106,26 @@ CANDIDATES = (
 )
 
 
-def of_equal_numbers(candidate: Candidate) -> tuple[Candidate, ...]:
-    """What may take turns with a candidate without changing a number: the cut stays the same."""
-    return tuple(replace(candidate, blocking=blocking, margin=0.0) for blocking in (False, True))
+def with_searched(candidates: Sequence[Candidate], plan: Plan | None) -> tuple[Candidate, ...]:
+    """The candidates with this plan in the place of ``SEARCHED``, or with none there."""
+    found = () if plan is None else (replace(SEARCHED, buckets=plan.buckets, found=plan),)
+    return tuple(one for c in candidates for one in (found if c == SEARCHED else (c,)))
+
+
+def of_equal_numbers(candidate: Candidate, buckets: tuple[Bucket, ...]) -> tuple[Candidate, ...]:
+    """What may take turns with a candidate without changing a number: its buckets stay."""
+    return tuple(
+        replace(candidate, blocking=blocking, margin=0.0, buckets=buckets, found=None)
+        for blocking in (False, True)
+    )
 
 
 def distinct(
     candidates: Sequence[Candidate], cuts: Mapping[Candidate, tuple[Bucket, ...]]
 ) -> tuple[Candidate, ...]:
-    """Those that do not make the same buckets as one before them."""
-    first = {(cuts[c], c.blocking): c for c in reversed(candidates)}
-    return tuple(c for c in candidates if first[cuts[c], c.blocking] is c)
+    """Those that do not make the same buckets as one before them, or are not in ``cuts``."""
+    first = {(cuts[c], c.blocking): c for c in reversed(candidates) if c in cuts}
+    return tuple(c for c in candidates if c not in cuts or first[cuts[c], c.blocking] is c)
 
 
 class Turn(NamedTuple):
@@ -133,7 +152,7 @@ def turns_of(data: Any) -> list[Turn]:
 def next_turn(turns: Sequence[Turn], candidates: Sequence[Candidate]) -> tuple[Candidate, bool]:
     """Who has the next turn, and whether it stays.
 
-    Each has one. Then those that came near to the fastest go on, until each has had three.
+    Each has one. Those that came near to the fastest have another, and the nearest a third one.
 
     Args:
         turns: so far.
@@ -146,11 +165,13 @@ def next_turn(turns: Sequence[Turn], candidates: Sequence[Candidate]) -> tuple[C
         if not taken:
             return candidate, False
     least_s = min(min(taken) for taken in step_s.values())
-    near = [c for c, taken in step_s.items() if min(taken) < (1 + _NEAR) * least_s]
-    had = {c: sum(turn.name == c.name for turn in turns) for c in near}
-    behind = min(near, key=had.__getitem__)
-    if len(near) > 1 and had[behind] < _TURNS:
-        return behind, False
+    had = {c: sum(turn.name == c.name for turn in turns) for c in candidates}
+    near = list(candidates)
+    for number, share in enumerate(_NEAR, 1):
+        near = [c for c in near if min(step_s[c]) < (1 + share) * least_s]
+        behind = [c for c in near if had[c] <= number]
+        if len(near) > 1 and behind:
+            return behind[0], False
     return min(near, key=lambda c: median(step_s[c]) / (1 - c.margin)), True
 
 

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from soonest.core.network import Network
 from soonest.core.plan import Plan
+from soonest.core.planner import best_plan
 from soonest.core.trace import Trace
 from soonest.runtime import collectives
 from soonest.runtime.agree import agree_on_plan
 from soonest.runtime.candidates import (
     CANDIDATES,
+    SEARCHED,
     STEPS,
     Candidate,
     Turn,
@@ -25,6 +27,7 @@ from soonest.runtime.candidates import (
     of_equal_numbers,
     told,
     turns_of,
+    with_searched,
 )
 from soonest.runtime.drift import Drift
 from soonest.runtime.engine import Engine
@@ -63,7 +66,8 @@ class Learner:
     again, ever more rarely.
 
     With more than two ranks cut and method decide how sums are rounded. So turns are remembered
-    from one run to the next, and what a run has measured counts in all that follow it. Where
+    from one run to the next, and what a run has measured counts in all that follow it; so is the
+    plan that was searched for by measured times. Where
     nothing can be remembered, and when steps have changed, only such candidates take turns as do
     not change a number: the same cut, waited for or not.
 
@@ -94,10 +98,12 @@ class Learner:
         self._drift = Drift()
         # Of these only the first rank knows.
         self._trace: Trace | None = None
-        self._candidates: tuple[Candidate, ...] = CANDIDATES
+        self._to_try: tuple[Candidate, ...] = CANDIDATES
+        self._candidates: tuple[Candidate, ...] = ()
         self._now = CANDIDATES[0]
         self._turns: list[Turn] = []
         self._known: list[Turn] = []
+        self._known_plan: Plan | None = None
         self._file: Path | None = None
 
     def __call__(self, engine: Engine) -> None:
@@ -139,12 +145,33 @@ class Learner:
         if engine.ranks.group.rank() == 0:
             if not self._observing:
                 self._had_turn(taken)
-            elif self._traces:
-                self._trace = typical(self._traces)
+            else:
+                self._take_in_what_was_observed(engine)
             self._now, stays = next_turn(self._turns, self._candidates)
             why = self._why() if stays else f"it is the turn of {self._now.name}"
         self._observing = False
         self._go_on(engine, engine.layout, why, stays=stays)
+
+    def _take_in_what_was_observed(self, engine: Engine) -> None:
+        if self._traces:
+            self._trace = typical(self._traces)
+        plan = self._searched(engine) if SEARCHED in self._to_try else None
+        self._candidates = with_searched(self._to_try, plan)
+
+    def _searched(self, engine: Engine) -> Plan | None:
+        """The plan that a search finds, or found in an earlier run; None if the usual cut is it."""
+        assert self._trace is not None
+        if self._known_plan is None:
+            self._known_plan = best_plan(
+                self._trace,
+                engine.layout.flats,
+                self._network.slowed(self._pace()),
+                ranks=engine.ranks.group.size(),
+                methods=self._methods,
+            )
+            self._keep([])
+        usual = self._plan(engine, engine.layout, self._to_try[0])
+        return None if self._known_plan.buckets == usual.buckets else self._known_plan
 
     def _compare(self, engine: Engine) -> None:
         """Learns anew if steps have changed."""
@@ -153,8 +180,8 @@ class Learner:
             return
         self._note_switch(engine, f"steps take {factor:.2f} times as long as before, so plan anew")
         if engine.ranks.group.size() > _EXACT_RANKS:
-            self._candidates = of_equal_numbers(self._now)
-        self._file = None
+            self._to_try = of_equal_numbers(self._now, engine.program.plan.buckets)
+        self._file = self._known_plan = None
         self._turns, self._known, self._traces, self._paces = [], [], [], []
         self._before = None
         self._observing = engine.attention.learning = True
@@ -168,9 +195,10 @@ class Learner:
                 layout.flats, self._network, ranks=ranks, methods=self._methods
             )
             for candidate in CANDIDATES
+            if candidate != SEARCHED
         }
-        self._candidates = distinct(CANDIDATES, cuts)
-        self._now = self._candidates[0]
+        self._to_try = distinct(CANDIDATES, cuts)
+        self._now = self._to_try[0]
         if ranks <= _EXACT_RANKS:
             return
         key = {
@@ -180,14 +208,29 @@ class Learner:
             "window": self._window,
             "network": self._network.to_json(),
             "flats": [asdict(flat) for flat in layout.flats],
-            "cuts": [[asdict(bucket) for bucket in cuts[c]] for c in self._candidates],
-            "candidates": [c.name for c in self._candidates],
+            "cuts": [[asdict(bucket) for bucket in buckets] for buckets in cuts.values()],
+            "candidates": [candidate.name for candidate in self._to_try],
             "inputs": engine.inputs,
         }
         self._file = place_of("turns", key)
-        self._known = turns_of(recall(self._file)) if self._file else []
-        if self._file is None or not keep(self._file, self._known):
-            self._candidates, self._file = of_equal_numbers(self._now), None
+        self._recall()
+        if not self._keep(self._known):
+            self._to_try = of_equal_numbers(self._now, cuts[self._now])
+
+    def _recall(self) -> None:
+        """What earlier runs have found: a searched plan, and turns that were had with it."""
+        data = recall(self._file) if self._file else None
+        try:
+            self._known_plan = Plan.from_json(data["searched"])  # type: ignore[index]
+            self._known = turns_of(data["turns"])  # type: ignore[index]
+        except (KeyError, TypeError, ValueError):  # none yet, or no longer readable
+            self._known_plan, self._known = None, []
+
+    def _keep(self, turns: Sequence[Turn]) -> bool:
+        """Lets later runs know; False where that is not possible."""
+        plan = self._known_plan
+        data = {"searched": plan.to_json() if plan else None, "turns": turns}
+        return self._file is not None and keep(self._file, data)
 
     def _had_turn(self, step_s: tuple[float, ...]) -> None:
         """Takes note of a turn, or of what an earlier run measured in it."""
@@ -198,8 +241,7 @@ class Learner:
             return
         self._turns.append(Turn(self._now.name, step_s))
         self._known = []
-        if self._file is not None:
-            keep(self._file, self._turns)
+        self._keep(self._turns)
 
     def _why(self) -> str:
         remembered = " as remembered" if self._known == self._turns else ""
@@ -210,7 +252,7 @@ class Learner:
         engine.complete()
         mine = None
         if engine.ranks.group.rank() == 0:
-            mine = _Decision(self._plan(engine, layout).to_json(), why, stays)
+            mine = _Decision(self._plan(engine, layout, self._now).to_json(), why, stays)
         decision = self._first_rank(engine, mine)
         assert decision is not None
         plan = Plan.from_json(decision.plan)
@@ -226,18 +268,21 @@ class Learner:
             self._drift = Drift(plans=self._plans)
             self._plans += 1
 
-    def _plan(self, engine: Engine, layout: Layout) -> Plan:
+    def _plan(self, engine: Engine, layout: Layout, candidate: Candidate) -> Plan:
         assert self._trace is not None
-        return self._now.plan(
+        return candidate.plan(
             self._trace,
             layout.flats,
             self._network,
             ranks=engine.ranks.group.size(),
             window=self._window,
             methods=self._methods,
-            # Under the real load, and past what short tests can get through at once.
-            pace=median(self._paces) if self._paces else 1.0,
+            pace=self._pace(),
         )
+
+    def _pace(self) -> float:
+        """Of the network under the real load, and past what short tests can get through at once."""
+        return median(self._paces) if self._paces else 1.0
 
     def _note_switch(self, engine: Engine, what: str) -> None:
         text = f"step {self._steps}: {what}"
