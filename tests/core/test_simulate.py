@@ -103,16 +103,27 @@ def test_a_second_op_waits_for_the_first_of_its_bucket():
 
 
 def test_parameters_are_shared_after_the_update_of_a_part():
-    trace = model((2, 1, 1), (4, 1, 5), update_s=4 * 6)
+    """Each of two ranks updates a half of each layer: 128 and 256 of all 376 bytes, in 24 s."""
+    trace = model((2, 1, 1), (4, 1, 5), update_s=24)
     plan = several_ops("shard", trace, [(1, 0), (0, 0), (0, 1), (1, 1)])
     timeline = simulate(trace, plan, slow_ops())
-    part_s = 4 * 6 / 2 * 128 / sum(layer.bytes for layer in trace.layers)
-    # All is summed by 8.5 s, the backward pass over by 6; each of two ranks updates a half.
-    assert sends(timeline)[:2] == [(5, 7.5), (7, 8.5)]
-    shared = sends(timeline)[2]
-    assert shared[0] == pytest.approx(8.5 + part_s)
-    assert not timeline.of("update"), "no rank updates a whole layer"
-    assert timeline.of("wait")[0].end_s == pytest.approx(shared[1])
+    parts = [24 / 2 * size / 376 for size in (128, 256)]
+    # l1 is ready at 5, issued then and combined at 5 + 0.5 + 2. l0 is ready at 6, and so is issued
+    # within the window; it transfers for 1 s behind l1, until 8.5. Meanwhile l1 is being updated.
+    first, second = 7.5 + parts[1], 7.5 + parts[1] + parts[0]
+    assert on(timeline, "update") == [
+        ("update", plan.describe(1), pytest.approx(7.5), pytest.approx(first)),
+        ("update", plan.describe(0), pytest.approx(first), pytest.approx(second)),
+    ]
+    # l0 is shared first, as planned: 0.5 s of latency, 1 s of transfer; l1 has 2 s behind it. The
+    # backward pass ended at 6, and each layer's forward takes 1 s.
+    shared = [second + 1.5, second + 3.5]
+    assert [end for _, end in sends(timeline)] == pytest.approx([7.5, 8.5, *shared])
+    assert on(timeline, "wait") == [
+        ("wait", "l0", pytest.approx(6), pytest.approx(shared[0])),
+        ("wait", "l1", pytest.approx(shared[0] + 1), pytest.approx(shared[1])),
+    ]
+    assert timeline.step_s == pytest.approx(shared[1] + 1)
 
 
 @pytest.mark.parametrize(("window", "ends"), [(1, [4, 7, 10]), (2, [4, 5, 7]), (3, [4, 5, 6])])

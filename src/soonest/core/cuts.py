@@ -143,3 +143,20 @@ def layers_between(flat: Flat, start: int, stop: int) -> tuple[str, ...]:
     first = bisect_right(flat.slots, start, key=lambda slot: slot.start) - 1
     last = bisect_left(flat.slots, stop, key=lambda slot: slot.start)
     return tuple(dict.fromkeys(slot.layer for slot in flat.slots[max(first, 0) : last]))
+
+
+def cut_points(flat: Flat, slice_bytes: float) -> list[int]:
+    """Where a flat buffer may be cut, both ends included: between parameters and inside large ones.
+
+    Args:
+        flat: the flat buffer.
+        slice_bytes: a parameter may be cut into slices of this size or a little larger.
+    """
+    ends = [*(slot.start for slot in flat.slots), flat.numel][1:]
+    points = [0]
+    for slot, end in zip(flat.slots, ends, strict=True):
+        slices = int((end - slot.start) * flat.itemsize // slice_bytes) or 1
+        step = (end - slot.start) / flat.align / slices
+        points += [slot.start + round(number * step) * flat.align for number in range(1, slices)]
+        points.append(end)
+    return points

@@ -6,17 +6,20 @@ numbers, and an order of their ops is timed without a ``Plan``. ``simulate`` tak
 
 from __future__ import annotations
 
-import heapq
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from soonest.core.cuts import layers_between
+from soonest.core.cuts import cut_points, layers_between
 from soonest.core.network import Network
-from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, shards
+from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan, shards
+from soonest.core.simulate import one_by_one
 from soonest.core.trace import Trace
+
+_EACH = 10
+"""What timing an order costs besides, as in ops."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +33,7 @@ class Piece:
         ready_s: when the gradients of all layers that it carries are ready.
         part_s: how long a rank takes to update its part, where it is sharded.
         layers: indices of the layers that it carries.
+        need: sorts pieces by the first layer that needs them.
         sends: its ops.
     """
 
@@ -40,6 +44,7 @@ class Piece:
     ready_s: float
     part_s: float
     layers: Sequence[int]
+    need: tuple[int, int, int]
     sends: list[Send] = field(default_factory=list["Send"], repr=False)
 
 
@@ -66,23 +71,6 @@ class Send(NamedTuple):
     piece: Piece
 
 
-def cut_points(flat: Flat, slice_bytes: float) -> list[int]:
-    """Where a flat buffer may be cut, both ends included: between parameters and inside large ones.
-
-    Args:
-        flat: the flat buffer.
-        slice_bytes: a parameter may be cut into slices of this size or a little larger.
-    """
-    ends = [slot.start for slot in flat.slots[1:]] + [flat.numel]
-    points = [0]
-    for slot, end in zip(flat.slots, ends, strict=True):
-        slices = int((end - slot.start) * flat.itemsize // slice_bytes) or 1
-        step = (end - slot.start) / flat.align / slices
-        points += [slot.start + round(number * step) * flat.align for number in range(1, slices)]
-        points.append(end)
-    return points
-
-
 class Space:
     """All pieces that a plan may be made of.
 
@@ -97,7 +85,8 @@ class Space:
     Attributes:
         trace, flats, network, ranks, methods: as given.
         points: per flat buffer, where it may be cut.
-        compute_s: how long a step computes.
+        backward_s: how long the backward pass computes.
+        compute_s: how long a step does.
         work: how many ops and layers were timed so far.
 
     Raises:
@@ -127,8 +116,8 @@ class Space:
         self.sharded = any(shards(method) for method in methods)
         self._many = any(len(METHODS[method]) > 1 for method in methods)
         self._ready_s = trace.ready_s()
-        self._backward_s = self._ready_s[0]
-        self.compute_s = self._backward_s + trace.forward_s
+        self.backward_s = self._ready_s[0]
+        self.compute_s = self.backward_s + trace.forward_s
         self._forward_s = [layer.fwd_us * 1e-6 for layer in trace.layers]
         self._update_per_byte = trace.update_us * 1e-6 / max(1, trace.total_bytes)
         # A rank that updates but its parts does so before it shares them.
@@ -174,8 +163,9 @@ class Space:
         layers = list(dict.fromkeys(self._owners[flat][begin:end]))
         ready_s = max(self._ready_s[layer] for layer in layers)
         tail_s = max(self._tail_s[layer] for layer in layers)
+        need = (min(layers), flat, first)
         part_s = size * self._update_per_byte / self.ranks
-        piece = Piece(flat, first, last, method, ready_s, part_s, layers)
+        piece = Piece(flat, first, last, method, ready_s, part_s, layers, need)
         kinds = METHODS[method]
         for stage, kind in enumerate(kinds):
             cost, shares = self.network.op(kind), kind == SHARED_PARAMETERS
@@ -191,8 +181,15 @@ class Space:
         """The pieces that some ops are of, in the order of buckets."""
         return sorted({send.piece for send in order}, key=lambda piece: (piece.flat, piece.first))
 
-    def bucket(self, piece: Piece) -> Bucket:
-        """The bucket that a piece stands for."""
+    def plan(self, order: Sequence[Send], window: int) -> Plan:
+        """The plan that some order of ops stands for."""
+        pieces = self.pieces_of(order)
+        index = {piece: i for i, piece in enumerate(pieces)}
+        ops = [Op(index[send.piece], METHODS[send.piece.method][send.stage]) for send in order]
+        buckets = tuple(map(self._bucket, pieces))
+        return Plan(self.ranks, tuple(self.flats), buckets, tuple(ops), window)
+
+    def _bucket(self, piece: Piece) -> Bucket:
         points = self.points[piece.flat]
         start, stop = points[piece.first], points[piece.last]
         layers = layers_between(self.flats[piece.flat], start, stop)
@@ -206,19 +203,20 @@ class Space:
             window: how many may be in flight.
             limit_s: once it is known that the step takes longer, any such time may be returned.
         """
-        self.work += len(order)
-        backward, many = self._backward_s, self._many
+        self.work += len(order) + _EACH
+        many = self._many
         ends = [0.0] * window
         ended: dict[Piece, float] = {}
+        shared_from: dict[Piece, float] | None = None
         end = issued = 0.0
         late = self.compute_s
         # The list grows meanwhile: its end of an op is read again ``window`` ops later.
         for slot_free, send in zip(ends, order):  # noqa: B905
             ready, latency, transfer, tail, stage, shares, piece = send
             if stage:
-                ready = ended[piece]
-                if shares:  # after the update, which ``optimizer.step()`` allows
-                    ready = (ready if ready > backward else backward) + piece.part_s
+                if shares and shared_from is None:
+                    shared_from = self._shared_from(ended)
+                ready = (shared_from if shares and shared_from else ended)[piece]
             if ready > issued:
                 issued = ready
             if slot_free > issued:
@@ -241,23 +239,22 @@ class Space:
         for send, end in zip(order, ends, strict=True):
             if send.tail_s >= 0:
                 landed.update(dict.fromkeys(send.piece.layers, end))
-        backward, update_s = self._backward_s, self._update_s
-        coming = sorted((max(at, backward), layer) for layer, at in landed.items())
-        updated = [0.0] * len(update_s)
-        waiting: list[int] = []
-        now, arrived = backward, 0
-        while arrived < len(coming) or waiting:
-            if not waiting and coming[arrived][0] > now:
-                now = coming[arrived][0]
-            while arrived < len(coming) and coming[arrived][0] <= now:
-                heapq.heappush(waiting, coming[arrived][1])
-                arrived += 1
-            layer = heapq.heappop(waiting)
-            now = updated[layer] = now + update_s[layer]
-        now = backward
-        for there, forward in zip(updated, self._forward_s, strict=True):
-            now = (there if there > now else now) + forward
+        now = self.backward_s
+        updates = one_by_one(sorted(landed), landed, self._update_s, now)
+        for update, forward in zip(updates, self._forward_s, strict=True):
+            now = (update[1] if update and update[1] > now else now) + forward
         return now
+
+    def _shared_from(self, combined: Mapping[Piece, float]) -> dict[Piece, float]:
+        """When the parts of all pieces are updated, from when their gradients are combined."""
+        if not self._update_per_byte:
+            return {piece: max(at, self.backward_s) for piece, at in combined.items()}
+        self.work += len(combined)
+        pieces = sorted(combined, key=lambda piece: piece.need)
+        durations = [piece.part_s for piece in pieces]
+        ready = [combined[piece] for piece in pieces]
+        parts = one_by_one(range(len(pieces)), ready, durations, self.backward_s)
+        return {piece: part[1] for piece, part in zip(pieces, parts, strict=True) if part}
 
     def critical(self, order: Sequence[Send], window: int) -> tuple[int, list[int]]:
         """What a step waits for, its updates aside.
@@ -270,14 +267,16 @@ class Space:
         idle: list[int] = []
         ends = [0.0] * window
         ended: dict[Piece, float] = {}
+        shared_from: dict[Piece, float] | None = None
         end = issued = 0.0
         late, position = -math.inf, 0
         for at, send in enumerate(order):
             ready = send.ready_s
-            if send.stage:
+            if send.shares:
+                shared_from = shared_from or self._shared_from(ended)
+                ready = shared_from[send.piece]
+            elif send.stage:
                 ready = ended[send.piece]
-                if send.shares:
-                    ready = max(ready, self._backward_s) + send.piece.part_s
             issued = max(issued, ready, ends[at])
             if issued + send.latency_s > end:
                 idle.append(at)
@@ -286,45 +285,3 @@ class Space:
             if end + send.tail_s >= late:
                 late, position = end + send.tail_s, at
         return position, [at for at in idle if at <= position]
-
-    def dispatched(self, pieces: Sequence[Piece]) -> list[Send]:
-        """The ops of all pieces: whenever the network gets free, the longest tail goes first.
-
-        That is Schrage's heuristic (J. Carlier, "The one-machine sequencing problem", European
-        Journal of Operational Research 11, 1982), latencies taken as hidden.
-        """
-        self.work += 2 * len(pieces)
-        coming = sorted((piece.ready_s, number) for number, piece in enumerate(pieces))
-        coming.reverse()
-        later: list[tuple[float, int, Send]] = []
-        waiting: list[tuple[float, int, Send]] = []
-        sharing: list[tuple[float, int, Send]] = []
-        order: list[Send] = []
-        now = 0.0
-        while coming or waiting or later or sharing:
-            if not (coming or waiting or later):
-                later, sharing = sharing, later
-            if not waiting:
-                first = min(
-                    coming[-1][0] if coming else math.inf, later[0][0] if later else math.inf
-                )
-                now = max(now, first)
-            while coming and coming[-1][0] <= now:
-                number = coming.pop()[1]
-                send = pieces[number].sends[0]
-                heapq.heappush(waiting, (-pieces[number].sends[-1].tail_s, number, send))
-            while later and later[0][0] <= now:
-                _, number, send = heapq.heappop(later)
-                heapq.heappush(waiting, (-pieces[number].sends[-1].tail_s, number, send))
-            _, number, send = heapq.heappop(waiting)
-            order.append(send)
-            now += send.transfer_s
-            sends = send.piece.sends
-            if send.stage + 1 < len(sends):
-                after = sends[send.stage + 1]
-                if after.shares:
-                    ready_s = max(now, self._backward_s) + send.piece.part_s
-                    heapq.heappush(sharing, (ready_s, number, after))
-                else:
-                    heapq.heappush(later, (now, number, after))
-        return order

@@ -88,8 +88,10 @@ def best_plan(
         The same plan for the same arguments.
 
     Raises:
-        ValueError: a flat buffer holds a layer that the trace does not have.
+        ValueError: a flat buffer holds a layer that the trace does not have, or windows are none.
     """
+    if not windows or min(windows) < 1:
+        raise ValueError(f"windows are {tuple(windows)}: give at least one, of one op or more")
     methods = choices(network) if methods is None else methods
     families = [[m for m in methods if shards(m) == sharded] for sharded in (False, True)]
     families = [family for family in families if family]
@@ -113,20 +115,16 @@ def best_plan(
 
 def _searched(space: Space, windows: Sequence[int], max_work: int) -> Plan:
     """The best plan of some pieces."""
-    trace, flats, network = space.trace, space.flats, space.network
-    widest, bound_s = max(windows), lower_bound_s(trace, network)
+    trace, network = space.trace, space.network
+    widest = max(windows)
+    bound_s = lower_bound_s(trace, network, methods=space.methods, window=widest)
     starts = simple_orders(space)
-    sequence, step_s = search(space, starts, widest, bound_s=bound_s, max_work=max_work)
-    near_s = step_s * (1 + _AS_GOOD)
+    sequence = search(space, starts, widest, bound_s=bound_s, max_work=max_work)
+    near_s = space.step_s(sequence, widest) * (1 + _AS_GOOD)
     window = min(w for w in windows if space.step_s(sequence, w) <= near_s)
-    pieces = space.pieces_of(sequence)
-    index = {piece: i for i, piece in enumerate(pieces)}
-    buckets = tuple(space.bucket(piece) for piece in pieces)
-    alone = first_needed(trace, buckets)
-    ops = [Op(index[send.piece], METHODS[send.piece.method][send.stage]) for send in sequence]
-    plan = Plan(space.ranks, tuple(flats), buckets, tuple(ops), window)
-    urgent = tuple(replace(op, alone=op.bucket in alone) for op in ops)
-    careful = replace(plan, ops=urgent)
+    plan = space.plan(sequence, window)
+    alone = first_needed(trace, plan.buckets)
+    careful = replace(plan, ops=tuple(replace(op, alone=op.bucket in alone) for op in plan.ops))
     return careful if step_time_s(trace, careful, network) <= near_s else plan
 
 

@@ -7,6 +7,7 @@ Handbook of Metaheuristics, 2003). It is deterministic, and counts its work inst
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -22,16 +23,19 @@ _DESCENT_WORK = 0.2
 _FEW = 12
 """Up to so many ops all moves of single ops are tried, beyond only those that look useful."""
 _KICKS = (1, 2, 3, 4)
-_ENOUGH = 60
+_ENOUGH = 150
 """After so many random changes in vain the search ends."""
+
+_OP = 2e-5
+"""What an op costs besides, as a share of the step: the simulator does not know of everything."""
 
 Order = list[Send]
 
 
 def search(
     space: Space, starts: Sequence[Order], window: int, *, bound_s: float, max_work: int
-) -> tuple[Order, float]:
-    """The best order found, and how long a step takes with it, seconds.
+) -> Order:
+    """The best order found.
 
     Args:
         space: of what it may consist.
@@ -50,49 +54,54 @@ class _Search:
         self._goal_s = goal_s
         self._max_work = max_work
 
-    def run(self, starts: Sequence[Order]) -> tuple[Order, float]:
-        timed = [(self._space.step_s(order, self._window), order) for order in starts]
-        timed.sort(key=lambda entry: entry[0])
-        share = int(_DESCENT_WORK * (self._max_work - self._space.work))
-        found = [self._descend(order, step_s, share) for step_s, order in timed[:_DESCENTS]]
-        step_s, order = min(found, key=lambda entry: entry[0])
+    def run(self, starts: Sequence[Order]) -> Order:
+        timed = [(self._cost(order), number) for number, order in enumerate(starts)]
+        share = int(_DESCENT_WORK * self._left())
+        found = [
+            self._descend(starts[number], cost, share) for cost, number in sorted(timed)[:_DESCENTS]
+        ]
+        cost, order = min(found, key=lambda entry: entry[0])
         draw, vain = random.Random(0), 0
-        while vain < _ENOUGH and step_s > self._goal_s and self._left() > 0:
+        while vain < _ENOUGH and self._left() > 0 and not self._is_good(cost, order):
             kicked = self._kicked(order, draw)
-            tried_s = self._space.step_s(kicked, self._window)
-            tried_s, tried = self._descend(kicked, tried_s, self._left())
+            tried, other = self._descend(kicked, self._cost(kicked), self._left())
             vain += 1
-            if tried_s < step_s * (1 - _GAIN):
-                step_s, order, vain = tried_s, tried, 0
-        return order, step_s
+            if tried < cost * (1 - _GAIN):
+                cost, order, vain = tried, other, 0
+        return order
 
     def _left(self) -> int:
         return self._max_work - self._space.work
 
-    def _descend(self, order: Order, step_s: float, work: int) -> tuple[float, Order]:
-        """Makes the first change that helps, as long as there is one."""
+    def _cost(self, order: Order, limit: float = math.inf) -> float:
+        """Seconds of a step, and a little for each op; above the limit any such cost."""
+        ops = 1 + _OP * len(order)
+        return ops * self._space.step_s(order, self._window, limit / ops)
+
+    def _is_good(self, cost: float, order: Order) -> bool:
+        return cost <= (1 + _OP * len(order)) * self._goal_s
+
+    def _descend(self, order: Order, cost: float, work: int) -> tuple[float, Order]:
+        """Makes the first change that helps, as long as there is one.
+
+        Only changes that may let the op land earlier for which the step waits: what is sent behind
+        that op does not matter. Changes of one kind follow each other while they help.
+        """
         stop = self._space.work + min(work, self._left())
-        improved = True
-        while improved and step_s > self._goal_s:
-            improved = False
-            for candidate in self._changes(order):
-                limit_s = step_s * (1 - _GAIN)
-                tried_s = self._space.step_s(candidate, self._window, limit_s)
-                if tried_s < limit_s:
-                    order, step_s, improved = candidate, tried_s, True
+        kinds, vain = (self._moves, self._cuts), 0
+        while vain < len(kinds) and not self._is_good(cost, order):
+            critical, idle = self._space.critical(order, self._window)
+            limit = cost * (1 - _GAIN)
+            for candidate in kinds[0](order, critical, idle):
+                tried = self._cost(candidate, limit)
+                if tried < limit:
+                    order, cost, vain = candidate, tried, 0
                     break
                 if self._space.work > stop:
-                    return step_s, order
-        return step_s, order
-
-    def _changes(self, order: Order) -> Iterator[Order]:
-        """Orders with one change that may let the op land earlier for which the step waits.
-
-        What is sent behind that op does not matter, so nothing changes there.
-        """
-        critical, idle = self._space.critical(order, self._window)
-        yield from self._moves(order, critical, idle)
-        yield from self._cuts(order, critical, idle)
+                    return cost, order
+            else:
+                kinds, vain = kinds[::-1], vain + 1
+        return cost, order
 
     def _moves(self, order: Order, critical: int, idle: Sequence[int]) -> Iterator[Order]:
         """The critical op earlier, one in front of it behind it, or a ready one into a gap."""
@@ -129,7 +138,7 @@ class _Search:
     def _of_two(self, order: Order, left: Piece, right: Piece) -> Iterator[Order]:
         """Two neighbours as one, or with the border between them elsewhere."""
         flat, first, border, last = left.flat, left.first, left.last, right.last
-        for like in {left, right} if left.method != right.method else {left}:
+        for like in (left, right) if left.method != right.method else (left,):
             both = self._like(like, flat, first, last)
             yield _swapped(order, {left: [both], right: []})
             yield _swapped(order, {left: [], right: [both]})
@@ -156,12 +165,12 @@ class _Search:
             for pair in (halves, halves[::-1]):
                 split = _swapped(order, {piece: pair})
                 yield split
-                if len(piece.sends) > 1:
+                if any(len(half.sends) > 1 for half in (piece, *pair)):
                     continue
                 targets = (
                     range(len(split))
                     if len(split) <= _FEW
-                    else {critical + 1, *(gap for gap in idle if gap < at)}
+                    else [critical + 1, *(gap for gap in idle if gap < at)]
                 )
                 for new in targets:
                     old = at if new < at else at + 1

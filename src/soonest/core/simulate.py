@@ -9,108 +9,17 @@ transfers for at least as long, and a window of one hides none.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from soonest.core.network import Network
-from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Plan
+from soonest.core.plan import Plan
 from soonest.core.timeline import Span, Timeline
 from soonest.core.trace import Trace
+from soonest.core.workload import Job, Workload
 
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One op of one bucket, in numbers.
-
-    Args:
-        bucket: index of the bucket.
-        kind: of the op.
-        latency_s: passes while others transfer.
-        transfer_s: how long it keeps the network to itself.
-        before: index of the job of the same bucket that comes before it; -1 for the first one.
-        last: whether the bucket is combined or, if its parameters are shared, in place with it.
-    """
-
-    bucket: int
-    kind: str
-    latency_s: float
-    transfer_s: float
-    before: int
-    last: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """A trace, its buckets and a network in numbers, to be run under any order of the ops.
-
-    Args:
-        jobs: the ops of all buckets, by bucket, and of one bucket in their order.
-        ready_s: per bucket, when the gradients of all layers that it carries are ready.
-        tail_s: per bucket, the forward computation that cannot start before it landed.
-        layers_of: per bucket, the indices of the layers that it carries.
-        part_s: per bucket, how long a rank takes to update its part, where it is sharded.
-        backward_s: length of the backward pass.
-        forward_s, update_s: per layer.
-        alone: buckets behind whose ops no other is issued before they are done.
-    """
-
-    jobs: list[Job]
-    ready_s: list[float]
-    tail_s: list[float]
-    layers_of: list[list[int]]
-    part_s: list[float]
-    backward_s: float
-    forward_s: list[float]
-    update_s: list[float]
-    alone: frozenset[int]
-
-    @classmethod
-    def of(
-        cls,
-        trace: Trace,
-        flats: Sequence[Flat],
-        buckets: Sequence[Bucket],
-        network: Network,
-        *,
-        ranks: int,
-        alone: Iterable[int] = (),
-    ) -> Workload:
-        """Raises ``ValueError`` where a bucket carries a layer that the trace does not have."""
-        index = {layer.name: i for i, layer in enumerate(trace.layers)}
-        try:
-            layers_of = [[index[name] for name in bucket.layers] for bucket in buckets]
-        except KeyError as missing:
-            raise ValueError(
-                f"the plan sends layer {missing}, but trace {trace.model!r} has no such layer"
-            ) from None
-        ready, tail = trace.ready_s(), trace.tail_s()
-        update_per_byte = trace.update_us * 1e-6 / max(1, trace.total_bytes)
-        sizes = [(b.stop - b.start) * flats[b.flat].itemsize for b in buckets]
-        jobs: list[Job] = []
-        for bucket, size in enumerate(sizes):
-            kinds = METHODS[buckets[bucket].method]
-            for stage, kind in enumerate(kinds):
-                cost = network.op(kind)
-                before = len(jobs) - 1 if stage else -1
-                transfer_s, last = cost.transfer_s(size), stage == len(kinds) - 1
-                jobs.append(Job(bucket, kind, cost.latency_s, transfer_s, before, last))
-        return cls(
-            jobs=jobs,
-            ready_s=[max((ready[i] for i in layers), default=0.0) for layers in layers_of],
-            tail_s=[max((tail[i] for i in layers), default=0.0) for layers in layers_of],
-            layers_of=layers_of,
-            part_s=[size * update_per_byte / ranks for size in sizes],
-            backward_s=ready[0],
-            forward_s=[layer.fwd_us * 1e-6 for layer in trace.layers],
-            update_s=[layer.bytes * update_per_byte for layer in trace.layers],
-            alone=frozenset(alone),
-        )
-
-    def ready_of(self, job: Job, before_s: float) -> float:
-        """When a job can be issued, if the one before it of the same bucket ended then."""
-        if job.kind == SHARED_PARAMETERS:  # after the update, which ``optimizer.step()`` allows
-            return max(before_s, self.backward_s) + self.part_s[job.bucket]
-        return self.ready_s[job.bucket] if job.before < 0 else before_s
+Interval = tuple[float, float]
+"""Start and end, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,111 +27,188 @@ class Run:
     """When everything happened; seconds since the backward pass began.
 
     Args:
-        transfers: per op, start and end of its transfer; its latency is just before.
-        updates: per layer, start and end of its update; None if it has nothing to send, or if each
-            rank updates but a part of it.
-        forwards: per layer, start and end of its forward computation.
+        gradients: per layer, when its gradient was ready.
+        issued: per op, when it was issued.
+        transfers: per op, its transfer; its latency is just before.
+        norm: the op that sums the norms of gradients over the ranks; None if there is none.
+        updates: per layer, its update; None if it has nothing to send, or if each rank updates but
+            a part of it.
+        parts: per bucket, the update of a rank's part of it; empty if ranks update everything.
+        forwards: per layer, its forward computation.
     """
 
-    transfers: list[tuple[float, float]]
-    updates: list[tuple[float, float] | None]
-    forwards: list[tuple[float, float]]
+    gradients: Sequence[float]
+    issued: Sequence[float]
+    transfers: Sequence[Interval]
+    norm: Interval | None
+    updates: Sequence[Interval | None]
+    parts: Sequence[Interval | None]
+    forwards: Sequence[Interval]
 
     @property
     def step_s(self) -> float:
         return self.forwards[-1][1]
 
 
-def run(work: Workload, order: Sequence[int], window: int) -> Run:
+class Lane:
+    """What issues the ops of one step, strictly in order, and the network that carries them.
+
+    Args:
+        window: how many ops may be in flight.
+
+    Attributes:
+        issued, transfers: see ``Run``.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._alone = False
+        self.issued: list[float] = []
+        self.transfers: list[Interval] = []
+
+    def send(self, ops: Iterable[tuple[Job, bool]], at_s: list[float]) -> None:
+        """Issues some more ops, each as soon as can be.
+
+        Args:
+            ops: each with whether no other is issued behind it before it is done.
+            at_s: per bucket, when what is sent first is ready; becomes the end of its last op.
+        """
+        window, alone = self._window, self._alone
+        every, transfers = self.issued, self.transfers
+        issued, end = (every[-1], transfers[-1][1]) if every else (0.0, 0.0)
+        for position, (job, next_alone) in enumerate(ops, len(transfers)):
+            # Behind the op in front, whatever is ready: neither is issued nor transfers before it.
+            issued = max(issued, at_s[job.bucket])
+            behind = 1 if alone else window
+            if position >= behind:
+                issued = max(issued, transfers[position - behind][1])
+            start = max(issued + job.latency_s, end)
+            end = at_s[job.bucket] = start + job.transfer_s
+            every.append(issued)
+            transfers.append((start, end))
+            alone = next_alone
+        self._alone = alone
+
+
+def run(
+    work: Workload, order: Sequence[int], window: int, *, alone: Sequence[bool] | None = None
+) -> Run:
     """Runs one step.
 
     Args:
         work: what to run.
-        order: indices of all jobs, in the order of issue; those of a bucket in theirs.
+        order: indices of all jobs, in the order of issue; those of a bucket in theirs, and those
+            that share parameters behind all others.
         window: how many ops may be in flight.
+        alone: per op of the order, whether no other is issued behind it before it is done; those
+            of the buckets in ``work.alone`` if None.
     """
-    transfers: list[tuple[float, float]] = []
-    ended = [0.0] * len(work.jobs)
-    combined: list[float | None] = [None] * len(work.forward_s)
-    landed = [0.0] * len(work.forward_s)
-    issued = end = 0.0
-    alone = False
-    for position, index in enumerate(order):
-        job = work.jobs[index]
-        behind = 1 if alone else window
-        slot_free = transfers[position - behind][1] if position >= behind else 0.0
-        # Behind the op in front, whatever is ready: neither is issued nor transfers before it.
-        issued = max(issued, work.ready_of(job, ended[job.before]), slot_free)
-        start = max(issued + job.latency_s, end)
-        end = ended[index] = start + job.transfer_s
-        transfers.append((start, end))
-        alone = job.bucket in work.alone
-        if job.last:
-            shared = job.kind == SHARED_PARAMETERS
-            for layer in work.layers_of[job.bucket]:
-                if shared:
-                    landed[layer] = end
-                else:
-                    combined[layer] = end
-    updates = _updates(work, combined)
-    forwards: list[tuple[float, float]] = []
+    jobs = [work.jobs[index] for index in order]
+    if alone is None:
+        alone = [job.bucket in work.alone for job in jobs]
+    ops = list(zip(jobs, alone, strict=True))
+    lane = Lane(window)
+    at = list(work.ready_s)
+    lane.send(ops[: work.combining], at)
+    stepped, norm = work.backward_s, None  # ``optimizer.step()`` is called after it.
+    if work.norm_s is not None:
+        stepped = max([stepped, *at])
+        if work.sharded:
+            norm = (stepped, stepped + work.norm_s)
+            stepped += work.norm_s
+    updates: list[Interval | None] = [None] * len(work.forward_s)
+    parts: list[Interval | None] = []
+    if work.sharded:
+        parts = one_by_one(work.by_need, at, work.part_s, stepped)
+        at = [part[1] if part else 0.0 for part in parts]
+        lane.send(ops[work.combining :], at)
+        landed = work.by_layer(at)
+    else:
+        updates = one_by_one(work.by_need, work.by_layer(at), work.update_s, stepped)
+        landed = [update[1] if update else 0.0 for update in updates]
+    forwards: list[Interval] = []
     now = work.backward_s
-    for duration, update, there in zip(work.forward_s, updates, landed, strict=True):
-        start = max(now, there, update[1] if update else 0.0)
+    for duration, there in zip(work.forward_s, landed, strict=True):
+        start = max(now, there)
         now = start + duration
         forwards.append((start, now))
-    return Run(transfers, updates, forwards)
+    return Run(work.gradient_s, lane.issued, lane.transfers, norm, updates, parts, forwards)
 
 
-def _updates(work: Workload, combined: Sequence[float | None]) -> list[tuple[float, float] | None]:
-    """Updates one layer at a time, the one needed first among those whose gradients are combined.
+def one_by_one(
+    by_need: Sequence[int],
+    ready_s: Mapping[int, float] | Sequence[float],
+    duration_s: Sequence[float],
+    from_s: float,
+) -> list[Interval | None]:
+    """Updates one item at a time, the one needed first among those that are ready.
 
-    None starts before the backward pass ended, because ``optimizer.step()`` is called after it.
+    Args:
+        by_need: the items, the one needed first in front.
+        ready_s, duration_s: per item.
+        from_s: nothing is updated before.
+
+    Returns:
+        Per item, when it is updated; None if it is not among those needed.
     """
-    updates: list[tuple[float, float] | None] = [None] * len(combined)
-    coming = sorted(
-        (max(at, work.backward_s), i) for i, at in enumerate(combined) if at is not None
-    )
+    intervals: list[Interval | None] = [None] * len(duration_s)
+    coming = sorted((ready_s[item], place) for place, item in enumerate(by_need))
     waiting: list[int] = []
-    now, arrived = 0.0, 0
-    while arrived < len(coming) or waiting:
-        if not waiting:
-            now = max(now, coming[arrived][0])
+    now, arrived = from_s, 0
+    for ready, _ in coming:
+        now = max(now, ready)  # If this one is not ready, all in front of it have been updated.
         while arrived < len(coming) and coming[arrived][0] <= now:
             heapq.heappush(waiting, coming[arrived][1])
             arrived += 1
-        layer = heapq.heappop(waiting)
-        updates[layer] = (now, now + work.update_s[layer])
-        now += work.update_s[layer]
-    return updates
+        item = by_need[heapq.heappop(waiting)]
+        start, now = now, now + duration_s[item]
+        intervals[item] = (start, now)
+    return intervals
 
 
-def _run_plan(trace: Trace, plan: Plan, network: Network) -> Run:
-    alone = [op.bucket for op in plan.ops if op.alone]
-    work = Workload.of(trace, plan.flats, plan.buckets, network, ranks=plan.ranks, alone=alone)
-    index = {(job.bucket, job.kind): i for i, job in enumerate(work.jobs)}
-    return run(work, [index[op.bucket, op.kind] for op in plan.ops], plan.window)
+def _run_plan(trace: Trace, plan: Plan, network: Network, clip: bool) -> Run:
+    work = Workload.of(trace, plan.flats, plan.buckets, network, ranks=plan.ranks, clip=clip)
+    return run(work, work.sequence(plan.ops), plan.window, alone=[op.alone for op in plan.ops])
 
 
-def step_time_s(trace: Trace, plan: Plan, network: Network) -> float:
+def step_time_s(trace: Trace, plan: Plan, network: Network, *, clip: bool = False) -> float:
     """Seconds of one steady-state step; see ``simulate``."""
-    return _run_plan(trace, plan, network).step_s
+    return _run_plan(trace, plan, network, clip).step_s
 
 
-def simulate(trace: Trace, plan: Plan, network: Network, *, title: str = "soonest") -> Timeline:
+def simulate(
+    trace: Trace, plan: Plan, network: Network, *, clip: bool = False, title: str = "soonest"
+) -> Timeline:
     """One steady-state step, from the start of a backward pass to the start of the next one.
 
     A bucket is ready when the gradients of all its layers are. Ops are issued strictly in the
-    order of the plan, at most ``plan.window`` in flight. A layer is updated when all its buckets
-    are combined, and its forward computation waits for that.
+    order of the plan, at most ``plan.window`` in flight. After the backward pass a layer is updated
+    when all its buckets are combined, and its forward computation waits for that. Where the plan
+    shards, a rank updates its part of a bucket instead, then shares it, and the forward computation
+    of a layer waits for all its buckets. Updates run one at a time, what is needed first in front.
+
+    Args:
+        trace: the model.
+        plan: what is sent, how, and in which order.
+        network: what combining costs.
+        clip: gradients are clipped by the norm of all of them, so no update starts before all are
+            combined and, where the plan shards, the norms of the ranks' parts are summed.
+        title: of the timeline.
+
+    Raises:
+        ValueError: the plan sends a layer that the trace does not have, or by a method whose cost
+            is not known.
     """
-    result = _run_plan(trace, plan, network)
+    return timeline_of(trace, plan, network, _run_plan(trace, plan, network, clip), title=title)
+
+
+def timeline_of(trace: Trace, plan: Plan, network: Network, result: Run, *, title: str) -> Timeline:
+    """A step that was run as a timeline."""
     spans: list[Span] = []
-    backward_at = 0.0
-    for layer, ready in zip(reversed(trace.layers), reversed(trace.ready_s()), strict=True):
-        spans.append(Span("compute", "backward", layer.name, backward_at, ready))
-        backward_at = ready
-    now = backward_at
+    now = 0.0
+    for layer, ready in zip(reversed(trace.layers), reversed(result.gradients), strict=True):
+        spans.append(Span("compute", "backward", layer.name, now, ready))
+        now = ready
     for layer, (start, end) in zip(trace.layers, result.forwards, strict=True):
         if start > now:
             spans.append(Span("compute", "wait", layer.name, now, start))
@@ -232,7 +218,12 @@ def simulate(trace: Trace, plan: Plan, network: Network, *, title: str = "soones
         name = plan.describe(op.bucket)
         latency_s = network.op(op.kind).latency_s
         spans.append(Span("network", "send", name, start - latency_s, end))
+    if result.norm:
+        spans.append(Span("network", "send", "norm of all gradients", *result.norm))
     for layer, update in zip(trace.layers, result.updates, strict=True):
         if update:
             spans.append(Span("update", "update", layer.name, *update))
+    for bucket, part in enumerate(result.parts):
+        if part:
+            spans.append(Span("update", "update", plan.describe(bucket), *part))
     return Timeline(title, result.step_s, tuple(spans))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from soonest.core.cuts import PARTS, cut
 from soonest.core.pieces import Piece, Send, Space
 from soonest.core.plan import Bucket
 
-_COARSENESS = (1.0, 0.5, 2.0, 4.0, 8.0, PARTS, math.inf)
+_COARSENESS = (1.0, 0.25, 0.5, 2.0, 4.0, 8.0, PARTS, math.inf)
 _FILLED_BYTES = 25e6
 """Size of the buckets that ``DistributedDataParallel`` fills from the back."""
 _MOST_PIECES = 64
@@ -25,7 +26,7 @@ def simple_orders(space: Space) -> list[list[Send]]:
         for choose in (space.cheapest, space.leanest):
             pieces = [choose(i, a, b) for i, at in enumerate(cuts) for a, b in pairwise(at)]
             if tuple(pieces) not in orders:
-                orders[tuple(pieces)] = space.dispatched(pieces)
+                orders[tuple(pieces)] = dispatched(space, pieces)
     return list(orders.values())
 
 
@@ -72,3 +73,44 @@ def _layer_borders(space: Space, flat: int) -> list[int]:
     starts = {b.start for a, b in pairwise(slots) if a.layer != b.layer}
     points = space.points[flat]
     return [i for i, at in enumerate(points) if at in starts or i in (0, len(points) - 1)]
+
+
+def dispatched(space: Space, pieces: Sequence[Piece]) -> list[Send]:
+    """The ops of all pieces: whenever the network gets free, the longest tail goes first.
+
+    That is Schrage's heuristic (J. Carlier, "The one-machine sequencing problem", European
+    Journal of Operational Research 11, 1982), latencies taken as hidden.
+    """
+    space.work += 2 * len(pieces)
+    coming = sorted((piece.ready_s, number) for number, piece in enumerate(pieces))
+    coming.reverse()
+    later: list[tuple[float, int, Send]] = []
+    waiting: list[tuple[float, int, Send]] = []
+    sharing: list[tuple[float, int, Send]] = []
+    order: list[Send] = []
+    now = 0.0
+    while coming or waiting or later or sharing:
+        if not (coming or waiting or later):
+            later, sharing = sharing, later
+        if not waiting:
+            first = min(coming[-1][0] if coming else math.inf, later[0][0] if later else math.inf)
+            now = max(now, first)
+        while coming and coming[-1][0] <= now:
+            number = coming.pop()[1]
+            send = pieces[number].sends[0]
+            heapq.heappush(waiting, (-pieces[number].sends[-1].tail_s, number, send))
+        while later and later[0][0] <= now:
+            _, number, send = heapq.heappop(later)
+            heapq.heappush(waiting, (-pieces[number].sends[-1].tail_s, number, send))
+        _, number, send = heapq.heappop(waiting)
+        order.append(send)
+        now += send.transfer_s
+        sends = send.piece.sends
+        if send.stage + 1 < len(sends):
+            after = sends[send.stage + 1]
+            if after.shares:
+                ready_s = max(now, space.backward_s) + send.piece.part_s
+                heapq.heappush(sharing, (ready_s, number, after))
+            else:
+                heapq.heappush(later, (now, number, after))
+    return order
