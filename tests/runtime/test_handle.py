@@ -20,7 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import soonest
 from ranks import run_ranks
 from runtime.steering import keep_to_the_usual_plan
+from soonest.cli import main
 from soonest.core.plan import Plan
+from soonest.core.trace import Trace
 from soonest.runtime import guard
 
 
@@ -386,3 +388,35 @@ def test_a_script_may_end_in_the_middle_of_overlap(how: str, tmp_path: Path) -> 
     assert "Warning" not in done.stderr, done.stderr
     sums = [line for line in done.stdout.splitlines() if line.startswith("sum")]
     assert len(set(sums)) == (1 if how in ("read", "destroy") else 0)
+
+
+def profiles(folder: str) -> str:
+    model, optimizer = build()
+    handle = soonest.prioritize(model, optimizer)
+    path = Path(folder, f"{dist.get_rank()}.json")
+    with pytest.raises(ValueError, match="train some more steps"):
+        handle.save_profile(path)
+    while not handle.settled:
+        steps(model, optimizer)
+    steps(model, optimizer, 3)
+    handle.save_profile(path)
+    handle.detach()
+    with pytest.raises(ValueError, match="before detach"):
+        handle.save_profile(path)
+    return str(path)
+
+
+def test_a_profile_of_a_job_predicts_larger_ones(tmp_path: Path) -> None:
+    first, _ = run_ranks(profiles, 2, str(tmp_path))
+    trace = Trace.load(first)
+    assert trace.model == "Net"
+    assert {layer.name for layer in trace.layers} == {"first", "norm", "middle", "last"}
+    assert trace.layers[0].name == "first", "in the order of use"
+    sizes = {name: 4 * sum(p.numel() for p in m.parameters()) for name, m in Net().named_modules()}
+    assert all(layer.bytes == sizes[layer.name] for layer in trace.layers)
+    assert trace.forward_s > 0 < trace.backward_s
+    assert trace.update_us > 0
+    assert trace.info["ranks"] == 2
+    figures = tmp_path / "figures.json"
+    assert main(["predict", "--profile", first, "--hosts", "2,8", "--json", str(figures)]) == 0
+    assert [row["hosts"] for row in json.loads(figures.read_text())["rows"]] == [2, 8]

@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         scenario = _scenario(args)
         hosts = _hosts(args, scenario)
+        if args.picture and len(hosts) < 2:
+            raise ValueError("nothing to draw: a curve needs two numbers of hosts or more")
         rows = predict(scenario, hosts)
         advice = advise(scenario, rows)
     except ValueError as error:

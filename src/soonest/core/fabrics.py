@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 from soonest.core.network import MAX_BYTES_PER_S, Cost, Network
@@ -204,11 +205,12 @@ class Calibrated:
         share = 1.0 if kind in _EACH_WHOLE else self.hosts / hosts
         moved = (hosts - 1) / (self.hosts - 1) * share / self.rate
         sizes, seconds = cost.sizes_bytes, cost.seconds
-        slope = (
-            (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]) if len(cost.sizes_bytes) > 1 else 0.0
-        )
+        slopes = [
+            (t1 - t0) / (s1 - s0)
+            for (s0, t0), (s1, t1) in pairwise(zip(sizes, seconds, strict=True))
+        ]
         late_s = cost.latency_s
-        fixed_s = max(late_s, seconds[0] - slope * sizes[0])
+        fixed_s = max(late_s, seconds[0] - (slopes[0] if slopes else 0.0) * sizes[0])
         return Cost(
             sizes,
             tuple(fixed * fixed_s + moved * (second - fixed_s) for second in seconds),
@@ -250,7 +252,7 @@ def _ethernet(name: str, bps: float, latency_s: float) -> Links:
 
 
 _RDMA_S = 9.6e-6
-"""Latency of a hop over the network in a ring with the protocol for large messages, by NCCL's tuning."""
+"""Latency of a hop in a ring with the protocol for large messages, by NCCL's tuning table."""
 _RDMA_SHARE = 0.95
 
 

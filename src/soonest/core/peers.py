@@ -62,7 +62,7 @@ def ddp(
     in_flight: int = IN_FLIGHT,
     title: str = "ddp",
 ) -> Timeline:
-    """``DistributedDataParallel``: buckets as they get full, all waited for after the backward pass.
+    """``DistributedDataParallel``: buckets as they get full, all waited for before the update.
 
     See S. Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training",
     VLDB 2020.

@@ -28,7 +28,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     yield from shares
     most = max(row.efficiency(s) for row in rows for s in (*row.step_s.values(), row.bound_s))
     if most >= _MORE:
-        yield "More than 100%: updates overlap the forward pass, which they cannot on one GPU alone."
+        yield "More than 100%: updates overlap the forward pass, unlike on one GPU alone."
 
 
 def _steps(row: Row) -> list[str]:
