@@ -209,14 +209,17 @@ def test_a_model_that_sends_nothing_needs_nobody_else():
         assert step_time_s(trace, plan, Network.linear(1.0, 1.0), clip=clip) == pytest.approx(5.0)
 
 
-def test_thousands_of_ranks_take_less_than_a_second():
-    """Five times as much for machines slower than ours."""
-    trace, network = Trace.load("resnet50"), Network.ideal(4096, 100e9, 1e-7)
-    plan = make_plan(trace, flats_of(trace), network, ranks=4096)
-    assert len(plan.buckets) > 10
-    taken: list[float] = []
-    for _ in range(3):
-        began = time.process_time()
-        simulate_ranks(trace, plan, network, stragglers={7: 1.2}, jitter=0.1, steps=5)
-        taken.append(time.process_time() - began)
-    assert min(taken) < 5.0
+def test_a_thousand_times_as_many_ranks_do_not_take_a_thousand_times_as_long():
+    trace = Trace.load("resnet50")
+
+    def taken_s(ranks: int) -> float:
+        network = Network.ideal(ranks, 100e9, 1e-7)
+        plan = make_plan(trace, flats_of(trace), network, ranks=ranks)
+        taken: list[float] = []
+        for _ in range(3):
+            began = time.process_time()
+            simulate_ranks(trace, plan, network, stragglers={3: 1.2}, jitter=0.1, steps=5)
+            taken.append(time.process_time() - began)
+        return min(taken)
+
+    assert taken_s(4096) < 300 * taken_s(4)
