@@ -65,6 +65,11 @@ class Steered:
             self.plans.append(self.handle.plan)
             self.settled.append(self.handle.settled)
 
+    def skip(self, steps: int) -> None:
+        """Leaves out the data of so many steps."""
+        for _ in range(steps):
+            torch.randn(6, 8, generator=self._data)
+
     def settle(self) -> None:
         while not self.handle.settled:
             self.train(1)

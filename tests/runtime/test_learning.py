@@ -174,6 +174,50 @@ def test_what_a_run_that_was_ended_early_has_measured_counts(tmp_path: Path) -> 
     assert "as remembered" in why
 
 
+def goes_on(folder: str, sharded: bool, before: int | None) -> tuple[Any, int, str]:
+    """Trains for ten steps from where an earlier run was killed, or to there and on.
+
+    Args:
+        before: steps that the earlier run has made; None in that run itself.
+
+    Returns:
+        Parameters at the end, how many steps came before the last ten, and the last reason.
+    """
+    os.environ["SOONEST_CACHE"] = folder
+
+    def step_s(step: int, plan: Plan) -> float:
+        return 0.1 + 0.01 * abs(len(plan.buckets) - 2) + 0.001 * plan.blocking
+
+    steered = Steered(step_s, shard_optimizer=sharded)
+    file = Path(folder) / f"saved-{dist.get_rank()}"
+    if before is None:
+        steered.settle()
+        steered.train(3)
+        torch.save(steered.handle.state_dict(), file)
+    else:
+        steered.skip(before)
+        steered.handle.load_state_dict(torch.load(file))
+    before = before or len(steered.plans)
+    steered.train(10)
+    steered.handle.flush()
+    return steered.values(), before, steered.handle.history[-1]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_killed_and_resumed_three_ranks_round_as_if_they_had_gone_on(
+    sharded: bool, tmp_path: Path
+) -> None:
+    folder = str(tmp_path)
+    values, steps, _ = run_ranks(goes_on, 3, folder, sharded, None)[0]
+    resumed, _, why = run_ranks(goes_on, 3, folder, sharded, steps)[0]
+    assert "since training is resumed" in why
+    assert same(resumed, values)
+    for memory in tmp_path.glob("choice-*.json"):
+        memory.unlink()
+    unaware, _, _ = run_ranks(goes_on, 3, folder, sharded, steps)[0]
+    assert not same(unaware, values), "the cut matters"
+
+
 def other_input(folder: str, batch: int) -> int:
     """How many memories there are after a step with batches of this size."""
     os.environ["SOONEST_CACHE"] = folder

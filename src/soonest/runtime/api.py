@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -138,7 +139,9 @@ def prioritize(
             "optimizer": type(optimizer).__name__,
             "separable": by_bucket,
             "wire": [str(wire.gradients), str(wire.parameters)],
+            "flats": [asdict(flat) for flat in layout.flats],
         }
+        resumed = bool(optimizer.state)
         learner = Learner(network, window=WINDOW, methods=methods, job=job)
         engine = Engine(
             model,
@@ -157,9 +160,10 @@ def prioritize(
         layout.move_out()
         raise
     engine.settled = given is not None
+    learner.resume(engine, resumed=resumed)
     asked = f"method={method!r} was asked for" if method else None
     why = "as the given plan says" if given is not None else asked
-    return Handle(model, optimizer, engine, Choice(network, methods, why, tuple(notes)))
+    return Handle(model, optimizer, engine, Choice(network, methods, why, tuple(notes)), learner)
 
 
 def _methods(

@@ -19,6 +19,7 @@ from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
 from soonest.runtime import checkpoint, pinned
 from soonest.runtime.engine import Engine
+from soonest.runtime.learn import Learner
 
 
 class Choice(NamedTuple):
@@ -49,11 +50,13 @@ class Handle:
         optimizer: Optimizer,
         engine: Engine | None = None,
         choice: Choice | None = None,
+        learner: Learner | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
         self._optimizer = optimizer
         self._choice = choice
+        self._learner = learner
         if engine:
             _engines.add(engine)
             # At exit, what is in flight goes first.
@@ -224,6 +227,8 @@ class Handle:
         checkpoint.take(self._model, plain, state_dict)
         if self._engine:
             self._engine.state.take(plain)
+            assert self._learner
+            self._learner.resume(self._engine)
 
     def _plain_optimizer(self) -> Optimizer:
         self.flush()

@@ -57,6 +57,28 @@ class _Decision(NamedTuple):
     stays: bool
 
 
+class _Choice(NamedTuple):
+    """What stayed, for training that is resumed.
+
+    Args:
+        order: of the parameters in the flat buffers, by name.
+        plan: as JSON.
+    """
+
+    order: list[str]
+    plan: dict[str, Any]
+
+
+def _choice_of(data: Any) -> _Choice | None:
+    """One that was kept as JSON; None if it is no longer readable."""
+    try:
+        choice = _Choice(**data)
+        Plan.from_json(choice.plan)
+    except (TypeError, ValueError):
+        return None
+    return choice
+
+
 class Learner:
     """Makes a plan after the first step, lets it take turns with others, and goes on with the best.
 
@@ -67,9 +89,9 @@ class Learner:
 
     With more than two ranks cut and method decide how sums are rounded. So turns are remembered
     from one run to the next, and what a run has measured counts in all that follow it; so is the
-    plan that was searched for by measured times. Where
-    nothing can be remembered, and when steps have changed, only such candidates take turns as do
-    not change a number: the same cut, waited for or not.
+    plan that was searched for by measured times. Training that is resumed goes on with what stayed,
+    without turns. Where nothing can be remembered, and when steps have changed, only such
+    candidates take turns as do not change a number: the same cut, waited for or not.
 
     All ranks call it after the same steps and take the first rank's decisions, so they plan alike.
 
@@ -77,7 +99,7 @@ class Learner:
         network: what combining costs on this group.
         window: how many ops may be in flight.
         methods: that the plans may use.
-        job: what else tells this training from others with the same plans, as JSON.
+        job: what tells this training from others on the same network, as JSON.
     """
 
     def __init__(
@@ -122,6 +144,58 @@ class Learner:
         if len(self._ended_s) == STEPS:
             self._turn_ends(engine)
 
+    def resume(self, engine: Engine, *, resumed: bool = True) -> None:
+        """Goes on with what stayed in an earlier run; a collective call.
+
+        So training that is resumed rounds sums as if it had never stopped.
+
+        Args:
+            engine: of the training.
+            resumed: whether it is; what the first rank says counts.
+        """
+        if engine.settled or engine.ranks.group.size() <= _EXACT_RANKS:
+            return
+        mine = None
+        if resumed and engine.ranks.group.rank() == 0 and (file := self._place_of_choice(engine)):
+            mine = _choice_of(recall(file))
+        chosen = self._first_rank(engine, mine)
+        if chosen is None:
+            return
+        engine.complete()
+        layout, plan = self._layout(engine, chosen.order), Plan.from_json(chosen.plan)
+        agree_on_plan(engine.ranks.group, plan)
+        engine.attention.learning = False
+        engine.bind(layout, plan)
+        self._stays(engine, plan, "as it stayed before, since training is resumed")
+
+    def _place_of_choice(self, engine: Engine) -> Path | None:
+        key = {
+            **self._job,
+            "format": _FORMAT,
+            "ranks": engine.ranks.group.size(),
+            "window": self._window,
+            "network": self._network.to_json(),
+        }
+        return place_of("choice", key)
+
+    @staticmethod
+    def _layout(engine: Engine, order: Sequence[str]) -> Layout:
+        same = list(order) == [member.name for member in engine.layout.members]
+        return engine.layout if same else Layout(engine.model, list(order))
+
+    def _stays(self, engine: Engine, plan: Plan, why: str) -> None:
+        """The plan in use is the last one for now."""
+        self._name(engine, plan, why)
+        engine.settled = True
+        self._drift = Drift(plans=self._plans)
+        self._plans += 1
+
+    def _name(self, engine: Engine, plan: Plan, why: str) -> None:
+        before, name = self._named, plan.fingerprint[:8]
+        self._named = name
+        beside = " stays" if name == before else f" instead of {before}" if before else ""
+        self._note_switch(engine, f"plan {name}{beside}: {why}")
+
     def _first(self, engine: Engine) -> None:
         engine.attention.learning = True
         self._trace = self._trace_of(engine, engine.record, engine.observed)
@@ -129,9 +203,7 @@ class Learner:
         self._note_pace(engine, engine.record)
         members = engine.layout.members
         mine = [members[index].name for index in engine.observed.first_use()]
-        order = self._first_rank(engine, mine)
-        same = order == [member.name for member in members]
-        layout = engine.layout if same else Layout(engine.model, order)
+        layout = self._layout(engine, self._first_rank(engine, mine))
         if engine.ranks.group.rank() == 0:
             self._choose_candidates(engine, layout)
         self._go_on(engine, layout, "the first step showed the order of use", stays=False)
@@ -256,17 +328,21 @@ class Learner:
         decision = self._first_rank(engine, mine)
         assert decision is not None
         plan = Plan.from_json(decision.plan)
-        before, name = self._named or engine.program.plan.fingerprint[:8], plan.fingerprint[:8]
+        self._named = self._named or engine.program.plan.fingerprint[:8]
         agree_on_plan(engine.ranks.group, plan)
         engine.bind(layout, plan)
-        if decision.stays or self._steps == 1:
-            self._named = name
-            beside = f" instead of {before}" if name != before else " stays"
-            self._note_switch(engine, f"plan {name}{beside}: {decision.why}")
         if decision.stays:
-            engine.settled = True
-            self._drift = Drift(plans=self._plans)
-            self._plans += 1
+            self._stays(engine, plan, decision.why)
+            self._keep_choice(engine, decision)
+        elif self._steps == 1:
+            self._name(engine, plan, decision.why)
+
+    def _keep_choice(self, engine: Engine, decision: _Decision) -> None:
+        group = engine.ranks.group
+        file = self._place_of_choice(engine) if group.rank() == 0 else None
+        if file is not None and group.size() > _EXACT_RANKS:
+            order = [member.name for member in engine.layout.members]
+            keep(file, _Choice(order, decision.plan)._asdict())
 
     def _plan(self, engine: Engine, layout: Layout, candidate: Candidate) -> Plan:
         assert self._trace is not None
