@@ -18,14 +18,14 @@ def step_s(arm: str, step: int) -> float | None:
     return {"ddp": 0.6, "ddp-small": 0.5, "soonest": 0.4}[arm] + (1.0 if step < 2 else 0.0)
 
 
-def messages(steps: int = 6) -> list[tuple[int, dict[str, Any]]]:
+def messages(steps: int = 6, *, settled_at: int = 2) -> list[tuple[int, dict[str, Any]]]:
     told: list[tuple[int, dict[str, Any]]] = []
     for rank in range(RANKS):
         for arm in COMPARED:
             told += [
                 (rank, {
                     "kind": "step", "arm": arm, "loss": (1 / (1 + step + rank)).hex(),
-                    "seconds": step_s(arm, step),
+                    "seconds": step_s(arm, step), "settled": step >= settled_at,
                 })
                 for step in range(steps)
             ]  # fmt: skip
@@ -89,6 +89,18 @@ def test_step_times_leave_out_the_first_turn():
     assert result.step_ms("ddp-small") is None
     assert result.speedup("soonest") == pytest.approx(1.5)
     assert result.speedup("ddp-small") is None
+
+
+def test_step_times_leave_out_the_turns_in_which_plans_take_turns():
+    told = messages(settled_at=4)
+    for _, message in told:
+        if message["kind"] == "step" and message["seconds"] and message["seconds"] < 1:
+            message["seconds"] += 0.1
+            break
+    assert result_of(told).step_ms("ddp") == pytest.approx(600), "the slower step came before"
+    assert "from step 5 on" in "\n".join(summary(result_of(told)))
+    never = messages(settled_at=100)
+    assert result_of(never).step_ms("soonest") == pytest.approx(400), "or there would be nothing"
 
 
 def test_the_bound_comes_from_the_layers_and_the_link():

@@ -26,7 +26,7 @@ def show(monkeypatch: pytest.MonkeyPatch, out: io.StringIO) -> str:
         for _ in range(20):
             for arm, seconds in (("ddp", 0.6), ("soonest", 0.4)):
                 told = {"kind": "step", "arm": arm, "loss": (1.5).hex()}
-                result.take(0, {**told, "seconds": seconds})
+                result.take(0, {**told, "seconds": seconds, "settled": True})
                 shown.watch(result, arm)
     return out.getvalue()
 

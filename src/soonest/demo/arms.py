@@ -21,9 +21,13 @@ class Arm(Protocol):
 
     Attributes:
         model: what to call in the training loop.
+        settled: whether steps are from now on as they stay.
     """
 
     model: nn.Module
+
+    @property
+    def settled(self) -> bool: ...
 
     def flush(self) -> None:
         """Waits until nothing is under way any more."""
@@ -37,6 +41,8 @@ class Arm(Protocol):
 
 class Ddp:
     """DistributedDataParallel, with these options."""
+
+    settled = True
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, *, bucket_cap_mb: float | None = None
@@ -63,6 +69,10 @@ class Soonest:
         self._handle = soonest.prioritize(model, optimizer)
         self.flush = self._handle.flush
         self.timeline = self._handle.timeline
+
+    @property
+    def settled(self) -> bool:
+        return self._handle.settled
 
     def observe(self) -> None:
         pass  # It always does.

@@ -51,9 +51,11 @@ def train(settings: Settings) -> None:
 
 def _turn(name: str, training: Training, number: int) -> None:
     dist.barrier()
+    settled = training.arm.settled
     for index, (loss, seconds) in enumerate(training.steps(number)):
         # The first step of a turn finds the network idle, so it is no step like the others.
-        tell("step", arm=name, loss=loss.hex(), seconds=seconds if index else None)
+        timed = seconds if index else None
+        tell("step", arm=name, loss=loss.hex(), seconds=timed, settled=settled)
     training.arm.flush()
 
 

@@ -23,6 +23,8 @@ class ArmResult:
     Args:
         losses: per rank and step, nats per byte, as ``float.hex`` writes them: exact.
         seconds: per timed step, by its number.
+        settled_at: the first step of the first turn that began with a plan that stays; None if
+            there was none.
         checksums: of the final parameters, by rank.
         test_nats: loss on the held-out text, by rank, nats per byte.
         timeline: a typical step of rank 0.
@@ -30,6 +32,7 @@ class ArmResult:
 
     losses: list[list[str]] = field(default_factory=lambda: [[] for _ in range(RANKS)])
     seconds: dict[int, float] = field(default_factory=dict[int, float])
+    settled_at: int | None = None
     checksums: dict[int, str] = field(default_factory=dict[int, str])
     test_nats: dict[int, float] = field(default_factory=dict[int, float])
     timeline: Timeline | None = None
@@ -75,8 +78,12 @@ class Result:
         match message["kind"]:
             case "step":
                 arm.losses[rank].append(message["loss"])
-                if rank == 0 and message["seconds"] is not None:
-                    arm.seconds[len(arm.losses[0]) - 1] = message["seconds"]
+                if rank == 0:
+                    step = len(arm.losses[0]) - 1
+                    if message["seconds"] is not None:
+                        arm.seconds[step] = message["seconds"]
+                    if message["settled"] and arm.settled_at is None:
+                        arm.settled_at = step
             case "trained":
                 arm.checksums[rank] = message["checksum"]
                 arm.test_nats[rank] = message["test_nats"]
@@ -109,9 +116,20 @@ class Result:
             found.append(f"the final parameters differ: their checksums are {told}")
         return found
 
+    @property
+    def warm_turns(self) -> int:
+        """So many turns are not timed: the first, and those in which plans still take turns.
+
+        If they did so until the end, there is nothing else to time.
+        """
+        turns = self.settings.turns("soonest")
+        at = self.arms["soonest"].settled_at
+        return max(1, -(-at // turns[0])) if at is not None else 1
+
     def step_ms(self, arm: str) -> float | None:
-        """Median time of a step, milliseconds; without the first turn, in which plans are made."""
-        seconds = self.arms[arm].step_s(warm_from=self.settings.turns(arm)[0])
+        """Median time of a step, milliseconds, in those turns that are timed, the same of all."""
+        warm_from = sum(self.settings.turns(arm)[: self.warm_turns])
+        seconds = self.arms[arm].step_s(warm_from)
         return None if seconds is None else seconds * 1e3
 
     def speedup(self, arm: str, over: str = "ddp") -> float | None:

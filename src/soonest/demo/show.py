@@ -113,7 +113,12 @@ def _state(arm: ArmResult) -> str:
 
 def summary(result: Result) -> Iterator[str]:
     """What came of it, line by line."""
-    yield "Time of a step:"
+    steps, untimed = (
+        result.settings.steps,
+        sum(result.settings.turns("soonest")[: result.warm_turns]),
+    )
+    timed = f", from step {untimed + 1} on, when the plan had settled" if untimed < steps else ""
+    yield f"Time of a step{timed}:"
     for name, title in ARMS.items():
         milliseconds, speedup = result.step_ms(name), result.speedup(name)
         if milliseconds is not None and speedup is not None:
