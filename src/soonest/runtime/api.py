@@ -142,7 +142,7 @@ def prioritize(
             "flats": [asdict(flat) for flat in layout.flats],
         }
         resumed = bool(optimizer.state)
-        learner = Learner(network, window=WINDOW, methods=methods, job=job)
+        learner = Learner(network, window=WINDOW, methods=methods, ranks=group.size(), job=job)
         engine = Engine(
             model,
             optimizer,

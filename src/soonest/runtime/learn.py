@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,16 +25,14 @@ from soonest.runtime.candidates import (
     next_turn,
     of_equal_numbers,
     told,
-    turns_of,
     with_searched,
 )
 from soonest.runtime.drift import Drift
 from soonest.runtime.engine import Engine
 from soonest.runtime.layout import Layout
+from soonest.runtime.memory import Choice, Memory
 from soonest.runtime.profile import Record, now_s, pace_of, trace_of, typical
-from soonest.runtime.remember import keep, place_of, recall
 
-_FORMAT = 1
 _EXACT_RANKS = 2
 """So many ranks add up alike under any cut."""
 
@@ -55,28 +52,6 @@ class _Decision(NamedTuple):
     plan: dict[str, Any]
     why: str
     stays: bool
-
-
-class _Choice(NamedTuple):
-    """What stayed, for training that is resumed.
-
-    Args:
-        order: of the parameters in the flat buffers, by name.
-        plan: as JSON.
-    """
-
-    order: list[str]
-    plan: dict[str, Any]
-
-
-def _choice_of(data: Any) -> _Choice | None:
-    """One that was kept as JSON; None if it is no longer readable."""
-    try:
-        choice = _Choice(**data)
-        Plan.from_json(choice.plan)
-    except (TypeError, ValueError):
-        return None
-    return choice
 
 
 class Learner:
@@ -99,16 +74,23 @@ class Learner:
         network: what combining costs on this group.
         window: how many ops may be in flight.
         methods: that the plans may use.
+        ranks: how many.
         job: what tells this training from others on the same network, as JSON.
     """
 
     def __init__(
-        self, network: Network, *, window: int, methods: Sequence[str], job: Mapping[str, Any]
+        self,
+        network: Network,
+        *,
+        window: int,
+        methods: Sequence[str],
+        ranks: int,
+        job: Mapping[str, Any],
     ) -> None:
         self._network = network
         self._window = window
         self._methods = methods
-        self._job = job
+        self._ranks = ranks
         self._steps = 0
         self._plans = 0
         self._named: str | None = None
@@ -124,9 +106,9 @@ class Learner:
         self._candidates: tuple[Candidate, ...] = ()
         self._now = CANDIDATES[0]
         self._turns: list[Turn] = []
-        self._known: list[Turn] = []
-        self._known_plan: Plan | None = None
-        self._file: Path | None = None
+        self._memory = Memory(
+            {**job, "ranks": ranks, "window": window, "network": network.to_json()}
+        )
 
     def __call__(self, engine: Engine) -> None:
         """To be called after every step that used combined gradients."""
@@ -153,11 +135,9 @@ class Learner:
             engine: of the training.
             resumed: whether it is; what the first rank says counts.
         """
-        if engine.settled or engine.ranks.group.size() <= _EXACT_RANKS:
+        if engine.settled or self._ranks <= _EXACT_RANKS:
             return
-        mine = None
-        if resumed and engine.ranks.group.rank() == 0 and (file := self._place_of_choice(engine)):
-            mine = _choice_of(recall(file))
+        mine = self._memory.choice() if resumed and engine.ranks.group.rank() == 0 else None
         chosen = self._first_rank(engine, mine)
         if chosen is None:
             return
@@ -167,16 +147,6 @@ class Learner:
         engine.attention.learning = False
         engine.bind(layout, plan)
         self._stays(engine, plan, "as it stayed before, since training is resumed")
-
-    def _place_of_choice(self, engine: Engine) -> Path | None:
-        key = {
-            **self._job,
-            "format": _FORMAT,
-            "ranks": engine.ranks.group.size(),
-            "window": self._window,
-            "network": self._network.to_json(),
-        }
-        return place_of("choice", key)
 
     @staticmethod
     def _layout(engine: Engine, order: Sequence[str]) -> Layout:
@@ -233,17 +203,17 @@ class Learner:
     def _searched(self, engine: Engine) -> Plan | None:
         """The plan that a search finds, or found in an earlier run; None if the usual cut is it."""
         assert self._trace is not None
-        if self._known_plan is None:
-            self._known_plan = best_plan(
+        if self._memory.searched is None:
+            self._memory.searched = best_plan(
                 self._trace,
                 engine.layout.flats,
                 self._network.slowed(self._pace()),
-                ranks=engine.ranks.group.size(),
+                ranks=self._ranks,
                 methods=self._methods,
             )
-            self._keep([])
-        usual = self._plan(engine, engine.layout, self._to_try[0])
-        return None if self._known_plan.buckets == usual.buckets else self._known_plan
+            self._memory.keep_turns([])
+        searched, usual = self._memory.searched, self._plan(engine.layout, self._to_try[0])
+        return None if searched.buckets == usual.buckets else searched
 
     def _compare(self, engine: Engine) -> None:
         """Learns anew if steps have changed."""
@@ -251,72 +221,48 @@ class Learner:
         if factor is None:
             return
         self._note_switch(engine, f"steps take {factor:.2f} times as long as before, so plan anew")
-        if engine.ranks.group.size() > _EXACT_RANKS:
+        if self._ranks > _EXACT_RANKS:
             self._to_try = of_equal_numbers(self._now, engine.program.plan.buckets)
-        self._file = self._known_plan = None
-        self._turns, self._known, self._traces, self._paces = [], [], [], []
+        self._memory.forget_turns()
+        self._turns, self._traces, self._paces = [], [], []
         self._before = None
         self._observing = engine.attention.learning = True
         engine.settled = False
 
     def _choose_candidates(self, engine: Engine, layout: Layout) -> None:
         """Those of which any may stay, and what is known of them."""
-        ranks = engine.ranks.group.size()
         cuts = {
             candidate: candidate.cut(
-                layout.flats, self._network, ranks=ranks, methods=self._methods
+                layout.flats, self._network, ranks=self._ranks, methods=self._methods
             )
             for candidate in CANDIDATES
             if candidate != SEARCHED
         }
         self._to_try = distinct(CANDIDATES, cuts)
         self._now = self._to_try[0]
-        if ranks <= _EXACT_RANKS:
+        if self._ranks <= _EXACT_RANKS:
             return
-        key = {
-            **self._job,
-            "format": _FORMAT,
-            "ranks": ranks,
-            "window": self._window,
-            "network": self._network.to_json(),
+        details = {
             "flats": [asdict(flat) for flat in layout.flats],
             "cuts": [[asdict(bucket) for bucket in buckets] for buckets in cuts.values()],
             "candidates": [candidate.name for candidate in self._to_try],
             "inputs": engine.inputs,
         }
-        self._file = place_of("turns", key)
-        self._recall()
-        if not self._keep(self._known):
+        if not self._memory.recall_turns(details):
             self._to_try = of_equal_numbers(self._now, cuts[self._now])
-
-    def _recall(self) -> None:
-        """What earlier runs have found: a searched plan, and turns that were had with it."""
-        data = recall(self._file) if self._file else None
-        try:
-            self._known_plan = Plan.from_json(data["searched"])  # type: ignore[index]
-            self._known = turns_of(data["turns"])  # type: ignore[index]
-        except (KeyError, TypeError, ValueError):  # none yet, or no longer readable
-            self._known_plan, self._known = None, []
-
-    def _keep(self, turns: Sequence[Turn]) -> bool:
-        """Lets later runs know; False where that is not possible."""
-        plan = self._known_plan
-        data = {"searched": plan.to_json() if plan else None, "turns": turns}
-        return self._file is not None and keep(self._file, data)
 
     def _had_turn(self, step_s: tuple[float, ...]) -> None:
         """Takes note of a turn, or of what an earlier run measured in it."""
-        number = len(self._turns)
-        known = self._known[number] if number < len(self._known) else None
-        if known is not None and known.name == self._now.name:
-            self._turns.append(known)
+        number, known = len(self._turns), self._memory.turns
+        if number < len(known) and known[number].name == self._now.name:
+            self._turns.append(known[number])
             return
         self._turns.append(Turn(self._now.name, step_s))
-        self._known = []
-        self._keep(self._turns)
+        self._memory.turns = []
+        self._memory.keep_turns(self._turns)
 
     def _why(self) -> str:
-        remembered = " as remembered" if self._known == self._turns else ""
+        remembered = " as remembered" if self._memory.turns == self._turns else ""
         return told(self._turns, self._now) + remembered
 
     def _go_on(self, engine: Engine, layout: Layout, why: str, *, stays: bool) -> None:
@@ -324,7 +270,7 @@ class Learner:
         engine.complete()
         mine = None
         if engine.ranks.group.rank() == 0:
-            mine = _Decision(self._plan(engine, layout, self._now).to_json(), why, stays)
+            mine = _Decision(self._plan(layout, self._now).to_json(), why, stays)
         decision = self._first_rank(engine, mine)
         assert decision is not None
         plan = Plan.from_json(decision.plan)
@@ -333,24 +279,19 @@ class Learner:
         engine.bind(layout, plan)
         if decision.stays:
             self._stays(engine, plan, decision.why)
-            self._keep_choice(engine, decision)
+            if engine.ranks.group.rank() == 0 and self._ranks > _EXACT_RANKS:
+                order = [member.name for member in engine.layout.members]
+                self._memory.keep_choice(Choice(order, decision.plan))
         elif self._steps == 1:
             self._name(engine, plan, decision.why)
 
-    def _keep_choice(self, engine: Engine, decision: _Decision) -> None:
-        group = engine.ranks.group
-        file = self._place_of_choice(engine) if group.rank() == 0 else None
-        if file is not None and group.size() > _EXACT_RANKS:
-            order = [member.name for member in engine.layout.members]
-            keep(file, _Choice(order, decision.plan)._asdict())
-
-    def _plan(self, engine: Engine, layout: Layout, candidate: Candidate) -> Plan:
+    def _plan(self, layout: Layout, candidate: Candidate) -> Plan:
         assert self._trace is not None
         return candidate.plan(
             self._trace,
             layout.flats,
             self._network,
-            ranks=engine.ranks.group.size(),
+            ranks=self._ranks,
             window=self._window,
             methods=self._methods,
             pace=self._pace(),
