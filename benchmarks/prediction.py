@@ -73,7 +73,7 @@ def measure(cells: dict[str, Any], args: argparse.Namespace) -> None:
             link_bps = link_for(trace, case.hosts, case.load)
             scales = scale.choose(trace, case.hosts, link_bps, capacities[case.hosts])
             settings = Settings(
-                trace, case.hosts, link_bps, *scales, ("local", *ARMS), 3, args.rounds
+                trace, case.hosts, link_bps, *scales, (FLOOR, *ARMS), 3, args.rounds
             )
             with tempfile.TemporaryDirectory() as cache:  # each cell measures its own network
                 os.environ["SOONEST_CACHE"] = cache

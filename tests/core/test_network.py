@@ -192,3 +192,20 @@ def test_json_round_trip(network: Network):
 def test_broken_json_is_refused(data: dict):
     with pytest.raises(ValueError, match="no network"):
         Network.from_json(data)
+
+
+@given(
+    st.lists(st.floats(1e-6, 10.0), min_size=2, max_size=9),
+    st.lists(st.floats(1e-6, 10.0), min_size=9, max_size=9),
+    st.floats(0.01, 100.0),
+)
+def test_whatever_was_measured_can_be_slowed(
+    alone_s: list[float], spaced_s: list[float], factor: float
+):
+    sizes = [1024.0 * 4**power for power in range(len(alone_s))]
+    spaced = dict(zip(sizes, spaced_s, strict=False))
+    cost = Cost.fit(zip(sizes, alone_s, strict=True), spaced_s=spaced)
+    slower = cost.slowed(factor)
+    for size in sizes:
+        assert slower.transfer_s(size) == pytest.approx(factor * cost.transfer_s(size), abs=1e-9)
+        assert slower.latency_at(size) == pytest.approx(cost.latency_at(size))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 from soonest.core.network import MAX_BYTES_PER_S, Cost, Network
@@ -213,7 +213,7 @@ class Calibrated:
         fixed_s = max(late_s, seconds[0] - (slopes[0] if slopes else 0.0) * sizes[0])
         return Cost(
             sizes,
-            tuple(fixed * fixed_s + moved * (second - fixed_s) for second in seconds),
+            tuple(accumulate((fixed * fixed_s + moved * (s - fixed_s) for s in seconds), max)),
             fixed * late_s,
             cost.error,
             tuple(fixed * late_s + moved * (hidden - late_s) for hidden in cost.hidden_s),

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import median
 from typing import Any
 
@@ -154,7 +154,7 @@ class Cost:
             late + factor * (second - late)
             for late, second in zip(hidden_s, self.seconds, strict=True)
         )
-        return replace(self, seconds=seconds)
+        return replace(self, seconds=tuple(accumulate(seconds, max)))  # whatever was rounded
 
 
 @dataclass(frozen=True)
