@@ -31,8 +31,12 @@ _DROPPED_FROM = 64 << 10
 is not measured with still more."""
 _STREAM = 6
 """Ops that follow each other, with two in flight."""
+_STREAM_SHARE = 1 / 40
+"""Of the time for all, what larger all-reduces that follow each other take at each size: as long as
+that, what lets the first ones pass faster is used up. Of other methods what small ones show holds.
+"""
 _SHORT_STREAM = 4
-"""So many all-reduces that are not small. What is seen of other methods with small ones holds."""
+"""So many at least."""
 _HURRIED = 3
 """Where even the smallest size takes too long, so many sizes are left out."""
 _FORMAT = 2
@@ -114,7 +118,7 @@ def measure(
                 for kind in kinds:
                     spaced[kind][size] = _spaced_s(kind, ranks, piece, _STREAM)
         elif row.stream and spaced:
-            spaced["all_reduce"][size] = _spaced_s("all_reduce", ranks, piece, _SHORT_STREAM)
+            spaced["all_reduce"][size] = _spaced_s("all_reduce", ranks, piece, row.stream)
         found = {kind: _time(kind, ranks, piece, row.times) for kind in kinds}
         for kind, took in found.items():
             samples[kind] += [(size, seconds) for seconds in took]
@@ -125,7 +129,8 @@ def measure(
         )
         before = dearer
         left_s = end_s - time.perf_counter()
-        row = collectives.first_rank_object(ranks.group, _next(sizes, size, live, op_s, left_s))
+        mine = _next(sizes, size, live, op_s, left_s, stream_s=_STREAM_SHARE * budget_s)
+        row = collectives.first_rank_object(ranks.group, mine)
     costs = {kind: Cost.fit(took, spaced_s=spaced.get(kind)) for kind, took in samples.items()}
     fit = collectives.first_rank_object(ranks.group, Network(costs).to_json())
     return Network.from_json(fit)
@@ -138,17 +143,23 @@ class _Row(NamedTuple):
         size: of buckets, bytes; None ends it.
         live: methods.
         times: of each op.
-        stream: whether all-reduces also follow each other.
+        stream: all-reduces that then follow each other.
     """
 
     size: int | None
     live: tuple[str, ...]
     times: int = 1
-    stream: bool = False
+    stream: int = 0
 
 
 def _next(
-    sizes: Sequence[int], size: int, live: tuple[str, ...], op_s: Mapping[str, float], left_s: float
+    sizes: Sequence[int],
+    size: int,
+    live: tuple[str, ...],
+    op_s: Mapping[str, float],
+    left_s: float,
+    *,
+    stream_s: float,
 ) -> _Row:
     """What to measure next.
 
@@ -158,19 +169,20 @@ def _next(
         live: methods to go on with.
         op_s: what one op of each kind took, seconds.
         left_s: of the time for all, seconds.
+        stream_s: about so long should all-reduces follow each other, seconds.
     """
     larger = [other for other in sizes if other > size]
     if not larger:
         return _Row(None, live)
     growth = larger[0] / size
     row_s, one_s = growth * sum(op_s.values()), growth * op_s["all_reduce"]
-    stream_s = _SHORT_STREAM * one_s
-    if row_s + stream_s <= left_s:
-        times = _TIMES if _TIMES * row_s + stream_s < left_s / 2 else 1
-        return _Row(larger[0], live, times, stream=True)
+    ops = max(_SHORT_STREAM, math.ceil(stream_s / one_s))
+    if row_s + ops * one_s <= left_s:
+        times = _TIMES if _TIMES * row_s + ops * one_s < left_s / 2 else 1
+        return _Row(larger[0], live, times, ops)
     # Large all-reduces show the bandwidth.
     if one_s <= left_s:
-        return _Row(larger[0], ("allreduce",), stream=one_s + stream_s <= left_s)
+        return _Row(larger[0], ("allreduce",), stream=ops if (1 + ops) * one_s <= left_s else 0)
     hurried = larger[min(_HURRIED, len(larger) - 1)]  # even so there must be one
     return _Row(hurried if size == sizes[0] else None, ("allreduce",))
 
