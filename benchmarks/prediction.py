@@ -73,7 +73,7 @@ def measure(cells: dict[str, Any], args: argparse.Namespace) -> None:
             link_bps = link_for(trace, case.hosts, case.load)
             scales = scale.choose(trace, case.hosts, link_bps, capacities[case.hosts])
             settings = Settings(
-                trace, case.hosts, link_bps, *scales, (FLOOR, *ARMS), 3, args.rounds
+                trace, case.hosts, link_bps, *scales, (FLOOR, *ARMS), STEPS, args.rounds
             )
             with tempfile.TemporaryDirectory() as cache:  # each cell measures its own network
                 os.environ["SOONEST_CACHE"] = cache
@@ -121,18 +121,14 @@ def predictions(record: Mapping[str, Any]) -> dict[str, float]:
     from soonest.core import peers
     from soonest.core.network import Network
     from soonest.core.planner import flats_of, make_plan
+    from soonest.core.predict import slowed
     from soonest.core.simulate import step_time_s
     from soonest.core.trace import Trace
 
     slow, shrink, ranks = record["slow_motion"], record["shrink"], record["hosts"]
-    trace = Trace.load(record["trace"])
+    trace = slowed(Trace.load(record["trace"]), slow)
     layers = tuple(
-        replace(
-            layer,
-            bytes=4 * max(1, round(layer.bytes / 4 / shrink)) if layer.bytes else 0,
-            fwd_us=layer.fwd_us * slow,
-            bwd_us=layer.bwd_us * slow,
-        )
+        replace(layer, bytes=4 * max(1, round(layer.bytes / 4 / shrink)) if layer.bytes else 0)
         for layer in trace.layers
     )
     update_ms = max(0.0, record["arms"][FLOOR]["step_ms"] - record["compute_ms"])
