@@ -1,11 +1,13 @@
-"""Predicted against measured step times, one point for each."""
+"""Predicted against measured step times, one point for each, and by how much they are off."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -13,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from soonest.report.colours import INK, of_place
 
 _DPI = 160
-_SIZE_IN = (7.2, 6.6)
+_SIZE_IN = (7.2, 8.2)
 _NEAR, _FAR = 0.04, 0.12
 _FAINT, _GRID = "#7d858f", "#eceef1"
 _MARKS = ("o", "s", "D", "^", "v", "P")
@@ -57,55 +59,69 @@ def draw(pairs: Sequence[Pair], path: str | Path) -> Path:
         raise ValueError("nothing to draw: give at least one step time")
     figure = Figure(figsize=_SIZE_IN, dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.11, 0.1, 0.84, 0.78))
+    above = figure.add_axes((0.11, 0.36, 0.84, 0.53))
+    below = figure.add_axes((0.11, 0.08, 0.84, 0.24))
     times = [ms for pair in pairs for ms in (pair.measured_ms, pair.predicted_ms)]
-    ends = [min(times) / 1.3, max(times) * 1.3]
+    ends = (min(times) / 1.15, max(times) * 1.15)
+    most = max(_FAR * 1.25, *(abs(pair.error) * 1.1 for pair in pairs))
     for share, shade in ((_FAR, "#f3f4f6"), (_NEAR, "#e3e6ea")):
-        low, high = [[ms * (1 + sign * share) for ms in ends] for sign in (-1, 1)]
-        axes.fill_between(ends, low, high, color=shade, linewidth=0, zorder=1)
-        axes.text(
-            ends[1] / 1.03, ends[1] / 1.03 * (1 - share), f"{share:.0%}", size=7.5, color=_FAINT,
-            ha="right", va="top", zorder=2,
-        )  # fmt: skip
-    axes.plot(ends, ends, color=INK, linewidth=0.9, zorder=2)
-    arms = list(dict.fromkeys(pair.arm for pair in pairs))
-    for place, arm in enumerate(arms):
-        mine = [pair for pair in pairs if pair.arm == arm]
-        axes.scatter(
-            [pair.measured_ms for pair in mine],
-            [pair.predicted_ms for pair in mine],
-            s=26,
-            marker=_MARKS[place % len(_MARKS)],
-            color=[of_place(0.1 + 0.75 * place / max(1, len(arms) - 1))],
-            edgecolor="white",
-            linewidth=0.6,
-            label=arm,
-            zorder=3,
+        above.fill_between(
+            ends,
+            [ms * (1 - share) for ms in ends],
+            [ms * (1 + share) for ms in ends],
+            color=shade,
+            linewidth=0,
         )
-    for axis, which in ((axes.xaxis, "measured"), (axes.yaxis, "predicted")):
-        axis.set_label_text(f"{which} step, ms", size=9.5, color=INK)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-    axes.set_xlim(ends[0], ends[1])
-    axes.set_ylim(ends[0], ends[1])
-    axes.grid(color=_GRID, linewidth=0.7, zorder=0)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8.5, colors=_FAINT, length=2)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="upper left", handletextpad=0.3)
+        below.axhspan(-100 * share, 100 * share, color=shade, linewidth=0)
+    above.plot(ends, ends, color=INK, linewidth=0.9)
+    below.axhline(0, color=INK, linewidth=0.9)
+    for place, arm in enumerate(dict.fromkeys(pair.arm for pair in pairs)):
+        mine = [pair for pair in pairs if pair.arm == arm]
+        measured = [pair.measured_ms for pair in mine]
+        mark: dict[str, Any] = {
+            "s": 30,
+            "marker": _MARKS[place % len(_MARKS)],
+            "color": [of_place(0.1 + 0.28 * (place % 4))],
+            "edgecolor": "white",
+            "linewidth": 0.6,
+            "zorder": 3,
+        }
+        above.scatter(measured, [pair.predicted_ms for pair in mine], label=arm, **mark)
+        below.scatter(measured, [100 * pair.error for pair in mine], **mark)
+    above.set_yscale("log")
+    _ticks(above.yaxis)
+    above.set_ylim(*ends)
+    above.set_ylabel("predicted step, ms", size=9.5, color=INK)
+    above.legend(frameon=False, fontsize=9, loc="upper left", handletextpad=0.3)
+    below.set_ylim(-100 * most, 100 * most)
+    below.set_yticks([-100 * _FAR, -100 * _NEAR, 0, 100 * _NEAR, 100 * _FAR])
+    below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%"))
+    below.set_ylabel("off by", size=9.5, color=INK)
+    below.set_xlabel("measured step, ms", size=9.5, color=INK)
+    for axes in (above, below):
+        axes.set_xscale("log")
+        _ticks(axes.xaxis)
+        axes.set_xlim(*ends)
+        axes.grid(color=_GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(which="major", labelsize=8.5, colors=_FAINT, length=0)
+        axes.tick_params(which="minor", length=0)
+        for side in axes.spines.values():
+            side.set_visible(False)
     figure.text(
         0.03, 0.955, "Step times, predicted and measured", size=13, weight="bold", color=INK
     )
-    figure.text(
-        0.03, 0.92, f"{len(pairs)} steps on emulated hosts; bands: off by up to 4 and 12 %",
-        size=9, color=_FAINT,
-    )  # fmt: skip
+    cells = len({pair.cell for pair in pairs})
+    told = f"{len(pairs)} steps of {cells} comparisons on emulated hosts; bands: 4 and 12 %"
+    figure.text(0.03, 0.922, told, size=9, color=_FAINT)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI, format="png")
     return path
+
+
+def _ticks(axis: Axis) -> None:
+    """Round numbers at the ticks of a logarithmic axis."""
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
