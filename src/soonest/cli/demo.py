@@ -21,7 +21,7 @@ def add_to(commands: Any) -> None:
         "DistributedDataParallel and with soonest in turn, and compares results and times.",
     )
     demo.add_argument(
-        "--steps", type=at_least(2), default=60, metavar="N", help="training steps of each (60)"
+        "--steps", type=at_least(2), default=100, metavar="N", help="training steps of each (100)"
     )
     demo.add_argument(
         "--out", type=Path, default=Path("out"), metavar="DIR", help="for the picture (out)"

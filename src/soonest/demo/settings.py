@@ -34,7 +34,7 @@ class Settings:
         pictured: steps behind the others of which one is shown as a timeline.
     """
 
-    steps: int = 90
+    steps: int = 100
     turn: int = 10
     timed_turn: int = 4
     batch: int = 6

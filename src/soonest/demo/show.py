@@ -113,12 +113,13 @@ def _state(arm: ArmResult) -> str:
 
 def summary(result: Result) -> Iterator[str]:
     """What came of it, line by line."""
-    steps, untimed = (
-        result.settings.steps,
-        sum(result.settings.turns("soonest")[: result.warm_turns]),
+    untimed = sum(result.settings.turns("soonest")[: result.warm_turns])
+    settled = result.arms["soonest"].settled_at is not None
+    yield (
+        f"Time of a step, from step {untimed + 1} on, when soonest's plan had settled:"
+        if settled
+        else "Time of a step; soonest's plans still took turns, which more --steps would end:"
     )
-    timed = f", from step {untimed + 1} on, when the plan had settled" if untimed < steps else ""
-    yield f"Time of a step{timed}:"
     for name, title in ARMS.items():
         milliseconds, speedup = result.step_ms(name), result.speedup(name)
         if milliseconds is not None and speedup is not None:
