@@ -7,8 +7,8 @@ Accelerating Data Parallel Training", PVLDB 13, 2020).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 
 from soonest.core.network import Network
 from soonest.core.plan import Bucket, Flat
@@ -43,11 +43,26 @@ def cut_like_ddp(
     )
 
 
+def filled(sizes_bytes: Iterable[float], caps_bytes: Sequence[float]) -> list[int]:
+    """How many pieces each bucket holds that is closed as soon as it has enough.
+
+    Args:
+        sizes_bytes: of the pieces, in the order in which they come.
+        caps_bytes: what is enough for the first bucket and for those behind it; the last one stays.
+    """
+    counts: list[int] = []
+    held, size = 0, 0.0
+    for piece in sizes_bytes:
+        held, size = held + 1, size + piece
+        if size >= caps_bytes[min(len(counts), len(caps_bytes) - 1)]:
+            counts.append(held)
+            held, size = 0, 0.0
+    return [*counts, held] if held else counts
+
+
 def _borders(flat: Flat) -> list[int]:
     """Where a flat buffer is cut, both ends included, in elements."""
-    borders, limit = [flat.numel], FIRST_BYTES
-    for slot in reversed(flat.slots):
-        if (borders[-1] - slot.start) * flat.itemsize >= limit or not slot.start:
-            borders.append(slot.start)
-            limit = CAP_BYTES
-    return borders[::-1]
+    borders = [flat.numel, *(slot.start for slot in reversed(flat.slots))]
+    sizes = [(stop - start) * flat.itemsize for stop, start in pairwise(borders)]
+    ends = accumulate(filled(sizes, (FIRST_BYTES, CAP_BYTES)), initial=0)
+    return [borders[end] for end in ends][::-1]

@@ -158,14 +158,7 @@ def gpt2(depth: int, width: int, *, tokens: int = 1024) -> list[Block]:
     vocabulary = 50257
     blocks = [Block("wte", vocabulary * width), Block("wpe", 1024 * width)]
     for number in range(depth):
-        at = f"h.{number}"
-        blocks += [
-            _norm(f"{at}.ln_1", width),
-            _attention(f"{at}.attn", width, tokens),
-            _norm(f"{at}.ln_2", width),
-            _linear(f"{at}.mlp.c_fc", width, 4 * width, times=tokens),
-            _linear(f"{at}.mlp.c_proj", 4 * width, width, times=tokens),
-        ]
+        blocks += _transformer(f"h.{number}", width, tokens, "attn", "mlp.c_fc", "mlp.c_proj")
     return [*blocks, Block("ln_f", 2 * width, vocabulary * width * tokens)]
 
 
@@ -179,15 +172,22 @@ def vit(depth: int, width: int, *, patch: int = 16) -> list[Block]:
         Block("encoder.pos_embedding", tokens * width),
     ]
     for number in range(depth):
-        at = f"encoder.{number}"
-        blocks += [
-            _norm(f"{at}.ln_1", width),
-            _attention(f"{at}.self_attention", width, tokens),
-            _norm(f"{at}.ln_2", width),
-            _linear(f"{at}.mlp.0", width, 4 * width, times=tokens),
-            _linear(f"{at}.mlp.3", 4 * width, width, times=tokens),
-        ]
+        names = ("self_attention", "mlp.0", "mlp.3")
+        blocks += _transformer(f"encoder.{number}", width, tokens, *names)
     return [*blocks, _norm("encoder.ln", width), _linear("head", width, 1000)]
+
+
+def _transformer(
+    at: str, width: int, tokens: int, attention: str, inner: str, outer: str
+) -> list[Block]:
+    """One block with its norms in front, and the names that its layers have."""
+    return [
+        _norm(f"{at}.ln_1", width),
+        _attention(f"{at}.{attention}", width, tokens),
+        _norm(f"{at}.ln_2", width),
+        _linear(f"{at}.{inner}", width, 4 * width, times=tokens),
+        _linear(f"{at}.{outer}", 4 * width, width, times=tokens),
+    ]
 
 
 def _attention(name: str, width: int, tokens: int) -> Block:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
+from soonest.core.like_ddp import filled
 from soonest.core.network import Network
 from soonest.core.plan import Bucket, Flat, Op, Plan
 from soonest.core.planner import flats_of
@@ -187,17 +188,9 @@ def fsdp2_on_gloo(trace: Trace, network: Network, *, ranks: int) -> Timeline:
 
 def ddp_buckets(trace: Trace, caps_mb: Sequence[float]) -> list[list[int]]:
     """The layers of each bucket, as indices: the last layer first, as its gradient is."""
-    buckets: list[list[int]] = []
-    held: list[int] = []
-    for index in reversed(range(len(trace.layers))):
-        if not trace.layers[index].bytes:
-            continue
-        held.append(index)
-        cap_bytes = caps_mb[min(len(buckets), len(caps_mb) - 1)] * MB
-        if sum(trace.layers[i].bytes for i in held) >= cap_bytes:
-            buckets.append(held)
-            held = []
-    return [*buckets, held] if held else buckets
+    sending = [i for i in reversed(range(len(trace.layers))) if trace.layers[i].bytes]
+    counts = filled((trace.layers[i].bytes for i in sending), [mb * MB for mb in caps_mb])
+    return [sending[a:b] for a, b in pairwise(accumulate(counts, initial=0))]
 
 
 def _plan(trace: Trace, groups: Sequence[Sequence[int]], *, ranks: int, window: int) -> Plan:

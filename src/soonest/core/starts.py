@@ -6,9 +6,10 @@ import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from soonest.core.cuts import PARTS, cut
+from soonest.core.like_ddp import filled
 from soonest.core.pieces import Piece, Send, Space
 from soonest.core.plan import Bucket
 
@@ -61,11 +62,10 @@ def _snapped(points: Sequence[int], flat: int, buckets: Sequence[Bucket]) -> lis
 
 def _filled(space: Space, flat: int) -> list[int]:
     """Buckets that are closed as soon as they hold enough, from the back to the front."""
-    found = [len(space.points[flat]) - 1]
-    for i in range(found[0] - 1, -1, -1):
-        if i == 0 or space.size_bytes(flat, i, found[-1]) >= _FILLED_BYTES:
-            found.append(i)
-    return found[::-1]
+    last = len(space.points[flat]) - 1
+    sizes = [space.size_bytes(flat, i, i + 1) for i in reversed(range(last))]
+    ends = accumulate(filled(sizes, [_FILLED_BYTES]), initial=0)
+    return [last - end for end in ends][::-1]
 
 
 def _layer_borders(space: Space, flat: int) -> list[int]:
