@@ -161,8 +161,8 @@ def test_what_is_hidden_never_falls_nor_rises_faster_than_the_whole():
     assert cost.transfer_s(2e6) == pytest.approx(cost.transfer_s(1e6))
 
 
-@pytest.mark.parametrize("hidden_s", [(2e-4, 3e-4), (1e-4, 0.5e-4), (1e-4, 2e-3)])
-def test_refuses_hidden_times_that_cannot_be(hidden_s: tuple[float, float]):
+@pytest.mark.parametrize("hidden_s", [(2e-4, 3e-4), (1e-4, 0.5e-4), (1e-4, 2e-3), (1e-4,)])
+def test_refuses_hidden_times_that_cannot_be(hidden_s: tuple[float, ...]):
     with pytest.raises(ValueError, match="hidden_s"):
         Cost((1.0, 2.0), (1e-3, 2e-3), 1e-4, hidden_s=hidden_s)
 

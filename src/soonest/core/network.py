@@ -55,6 +55,8 @@ class Cost:
                 f"latency_s is {self.latency_s!r}, but must be from zero to the time of the "
                 f"smallest size, {self.seconds[0]!r}"
             )
+        if len(self.hidden_s) not in (0, len(self.seconds)):
+            raise ValueError("hidden_s of a cost needs as many times as seconds, or none")
         if self.hidden_s:
             left_s = [t - h for t, h in zip(self.seconds, self.hidden_s, strict=True)]
             if self.hidden_s[0] != self.latency_s or any(
