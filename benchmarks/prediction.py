@@ -2,9 +2,10 @@
 
 Each cell is a model on so many hosts with links of some rate. The ranks calibrate the network, for
 longer than `soonest.prioritize` does because emulated links are slow, and then train every arm in
-turn. From that calibration and the trace alone the simulator says how long a step of each arm
-takes: nothing is fitted to the steps that it predicts. What an update takes is known from the arm
-that does not communicate.
+turn; soonest with the plan that was made from that calibration, so that what is simulated is what
+runs. From the calibration and the trace alone the simulator says how long a step of each arm takes:
+nothing is fitted to the steps that it predicts. What an update takes is known from the arm that
+does not communicate.
 
     sudo python benchmarks/prediction.py                # what has no record yet; hours for all
     python benchmarks/prediction.py --show              # only the table and the picture
@@ -23,11 +24,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-STEPS = 3
-CALIBRATION_S = 15.0
+STEPS, ROUNDS = 2, 3
+CALIBRATION_S = 30.0
+CALM = 1.5
+"""Times the slow motion that this machine needs at the least, so that its cores hold nothing up."""
 FLOOR = "prediction:calibrated"
 """The arm that does not communicate; it calibrates first."""
-ARMS = ("sequential", "ddp", "soonest")
+PLANNED = "prediction:planned"
+"""soonest with the plan for that calibration."""
+ARMS = {"sequential": "sequential", "ddp": "ddp", "soonest": PLANNED}
+"""What is predicted, and the arms that are measured."""
 HERE = Path(__file__).parent / "records"
 
 
@@ -37,7 +43,9 @@ def main() -> int:
     parser.add_argument("--picture", type=Path, default=HERE / "prediction.png")
     parser.add_argument("--show", action="store_true", help="measure nothing")
     parser.add_argument("--hosts", help="only so many, as in 2,4")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each arm (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="turns of each arm (%(default)s)"
+    )
     parser.add_argument("--only", help="cells whose names contain this")
     parser.add_argument("--again", action="store_true", help="also what has a record")
     args = parser.parse_args()
@@ -55,8 +63,7 @@ def measure(cells: dict[str, Any], args: argparse.Namespace) -> None:
     from soonest.core.trace import Trace
 
     hosts = [int(n) for n in args.hosts.split(",")] if args.hosts else suite.HOSTS
-    wanted = [case for case in suite.cases(hosts=hosts) if case.load != 0.5 or case.hosts == 4]
-    chosen = [case for case in wanted if (args.only or "") in key_of(case)]
+    chosen = [case for case in suite.cases(hosts=hosts) if (args.only or "") in key_of(case)]
     left = [case for case in chosen if args.again or key_of(case) not in cells]
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -71,9 +78,10 @@ def measure(cells: dict[str, Any], args: argparse.Namespace) -> None:
                 capacities[case.hosts] = session.probe(case.hosts, say=screen.say)
             trace = Trace.load(case.trace)
             link_bps = link_for(trace, case.hosts, case.load)
-            scales = scale.choose(trace, case.hosts, link_bps, capacities[case.hosts])
+            slow, shrink = scale.choose(trace, case.hosts, link_bps, capacities[case.hosts])
+            arms = (FLOOR, *ARMS.values())
             settings = Settings(
-                trace, case.hosts, link_bps, *scales, (FLOOR, *ARMS), STEPS, args.rounds
+                trace, case.hosts, link_bps, CALM * slow, shrink, arms, STEPS, args.rounds
             )
             with tempfile.TemporaryDirectory() as cache:  # each cell measures its own network
                 os.environ["SOONEST_CACHE"] = cache
@@ -82,13 +90,17 @@ def measure(cells: dict[str, Any], args: argparse.Namespace) -> None:
             cells[key_of(case)] = record
             found = predictions(record)
             line = ", ".join(
-                f"{arm} {record['arms'][arm]['step_ms']:.1f} measured, {found[arm]:.1f} predicted"
-                for arm in ARMS
+                f"{what} {record['arms'][arm]['step_ms']:.1f} measured, {found[what]:.1f} predicted"
+                for what, arm in ARMS.items()
             )
             screen.say(f"{case.title}, ms: {line}")
             partial = args.record.with_suffix(".partial")
             partial.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
             partial.replace(args.record)
+
+
+_networks: list[Any] = []
+"""What was measured last by this process."""
 
 
 def calibrated(settings: Any, time: Any) -> Any:
@@ -100,12 +112,61 @@ def calibrated(settings: Any, time: Any) -> Any:
     from soonest.runtime import calibrate, groups
 
     ranks = groups.ranks_of(groups.private_group(dist.group.WORLD, None))
+    replay = arms.replayed(settings)
+    largest = max(parameter.numel() * 4 for parameter in replay.parameters())
+    enough = next((i for i, size in enumerate(calibrate.SIZES, 1) if size >= largest), None)
     network = calibrate.measure(
-        ranks, methods=("allreduce",), device=torch.device("cpu"), budget_s=CALIBRATION_S
+        ranks,
+        methods=("allreduce",),
+        device=torch.device("cpu"),
+        budget_s=CALIBRATION_S,
+        sizes=calibrate.SIZES[:enough],
     )
+    _networks.append(network)
     arm = arms.local(settings, time)
     arm.note["network"] = network.to_json()
     return arm
+
+
+def planned(settings: Any, time: Any) -> Any:
+    """The arm ``PLANNED``."""
+    import soonest
+    from soonest.bench import arms
+
+    replay = arms.replayed(settings)
+    optimizer = replay.sgd()
+    trace = scaled(settings.trace, settings.slow_motion, settings.shrink)
+    plan = plan_for(trace, _networks[-1], ranks=settings.hosts)
+    handle = soonest.prioritize(replay, optimizer, plan=plan)
+    return arms.Arm.of(
+        replay, replay, optimizer, flush=handle.flush, ready=lambda: handle.settled,
+        timeline=handle.timeline, detach=handle.detach,
+    )  # fmt: skip
+
+
+def scaled(trace: Any, slow_motion: float, shrink: float, update_s: float = 0.0) -> Any:
+    """What a replay really computes and sends, with layers named as its modules are."""
+    from soonest.core.predict import slowed
+
+    layers = [
+        replace(
+            layer,
+            name=f"layers.{number}",
+            bytes=4 * max(1, round(layer.bytes / 4 / shrink)) if layer.bytes else 0,
+        )
+        for number, layer in enumerate(trace.layers)
+    ]
+    return slowed(replace(trace, layers=tuple(layers), update_us=update_s * 1e6), slow_motion)
+
+
+def plan_for(trace: Any, network: Any, *, ranks: int) -> Any:
+    """The plan that soonest runs, and that is simulated."""
+    from soonest.core.plan import Flat
+    from soonest.core.planner import make_plan
+
+    sizes = [(f"{one.name}.weight", one.name, one.bytes // 4) for one in trace.layers if one.bytes]
+    flats = (Flat.lay_out("float32", 4, sizes),)
+    return make_plan(trace, flats, network, ranks=ranks)
 
 
 def key_of(case: Any) -> str:
@@ -120,23 +181,18 @@ def predictions(record: Mapping[str, Any]) -> dict[str, float]:
     """
     from soonest.core import peers
     from soonest.core.network import Network
-    from soonest.core.planner import flats_of, make_plan
-    from soonest.core.predict import slowed
     from soonest.core.simulate import step_time_s
     from soonest.core.trace import Trace
 
     slow, shrink, ranks = record["slow_motion"], record["shrink"], record["hosts"]
-    trace = slowed(Trace.load(record["trace"]), slow)
-    layers = tuple(
-        replace(layer, bytes=4 * max(1, round(layer.bytes / 4 / shrink)) if layer.bytes else 0)
-        for layer in trace.layers
-    )
-    update_ms = max(0.0, record["arms"][FLOOR]["step_ms"] - record["compute_ms"])
-    trace = replace(trace, layers=layers, update_us=update_ms * slow * 1e3)
-    calibrated = record["arms"][FLOOR]["network"]
-    network = Network.from_json(record["arms"]["soonest"]["network"] | calibrated)
+    floor = record["arms"][FLOOR]
+    # Updates are really made, but not in slow motion.
+    update_s = max(0.0, floor["step_ms"] - record["compute_ms"]) * slow / 1e3
+    trace = Trace.load(record["trace"])
+    network = Network.from_json(floor["network"])
+    plan = plan_for(scaled(trace, slow, shrink), network, ranks=ranks)
+    trace = scaled(trace, slow, shrink, update_s)
     caps_mb = [mb / shrink for mb in peers.SWEEP_MB["default"]]
-    plan = make_plan(trace, flats_of(trace), network, ranks=ranks)
     found_s = {
         "sequential": peers.sequential(trace, network, ranks=ranks).step_s,
         "ddp": peers.ddp(trace, network, ranks=ranks, caps_mb=caps_mb).step_s,
@@ -156,8 +212,8 @@ def show(cells: Mapping[str, Any], picture: Path) -> int:
     for name, record in cells.items():
         found = predictions(record)
         cells_of_row: list[str] = []
-        for arm in ARMS:
-            pair = Pair(arm, name, record["arms"][arm]["step_ms"], found[arm])
+        for what, arm in ARMS.items():
+            pair = Pair(what, name, record["arms"][arm]["step_ms"], found[what])
             pairs.append(pair)
             cells_of_row.append(
                 f"{pair.measured_ms:.1f}  {pair.predicted_ms:.1f}  {pair.error:+.1%}"

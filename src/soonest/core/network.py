@@ -97,8 +97,9 @@ class Cost:
         Args:
             samples: ``(size_bytes, seconds)``, at least one, in any order, sizes repeated at will.
             spaced_s: by size, the time from op to op if there is always another in flight; what is
-                missing to the time of one alone is hidden. It must have the smallest size. Without
-                it, all is latency that is left of a line through the two smallest sizes at no size.
+                missing to the time of one alone is hidden, and none alone takes less. It must have
+                the smallest size. Without it, all is latency that is left of a line through the two
+                smallest sizes at no size.
         """
         by_size: defaultdict[float, list[float]] = defaultdict(list)
         for size, seconds in samples:
@@ -112,12 +113,20 @@ class Cost:
         if not spaced_s:
             latency_s = min(max(0.0, _at_nothing(sizes, seconds)), seconds[0])
             return cls(sizes, tuple(seconds), latency_s, median(spread))
+        # What single ops get through at once, links with some room for more do not carry for long.
+        seconds = _never_falling(
+            [max(t, spaced_s.get(size, 0.0)) for size, t in zip(sizes, seconds, strict=True)]
+        )
+        found_s = [
+            t - spaced_s[size] for size, t in zip(sizes, seconds, strict=True) if size in spaced_s
+        ]
         hidden_s: list[float] = []
+        rising = iter(_never_falling(found_s))
         for size, second in zip(sizes, seconds, strict=True):
             before_s = hidden_s[-1] if hidden_s else 0.0
             most_s = before_s + second - (seconds[len(hidden_s) - 1] if hidden_s else 0.0)
-            found_s = second - spaced_s[size] if size in spaced_s else before_s
-            hidden_s.append(min(max(before_s, found_s), most_s))
+            here_s = next(rising) if size in spaced_s else before_s
+            hidden_s.append(min(max(before_s, here_s), most_s))
         return cls(sizes, tuple(seconds), hidden_s[0], median(spread), tuple(hidden_s))
 
     def alone_s(self, size_bytes: float) -> float:

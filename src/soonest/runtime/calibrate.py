@@ -31,11 +31,11 @@ _DROPPED_FROM = 64 << 10
 is not measured with still more."""
 _STREAM = 6
 """Ops that follow each other, with two in flight."""
-_STREAM_SHARE = 1 / 40
+_STREAM_SHARE = 1 / 20
 """Of the time for all, what larger all-reduces that follow each other take at each size: as long as
 that, what lets the first ones pass faster is used up. Of other methods what small ones show holds.
 """
-_SHORT_STREAM = 4
+_SHORT_STREAM = 6
 """So many at least."""
 _HURRIED = 3
 """Where even the smallest size takes too long, so many sizes are left out."""
@@ -102,7 +102,7 @@ def measure(
     """
     end_s = time.perf_counter() + budget_s
     samples: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
-    spaced: defaultdict[str, dict[float, float]] = defaultdict(dict)
+    streams: defaultdict[str, dict[int, _Stream]] = defaultdict(dict)
     before: dict[str, float] = {}
     row = _Row(sizes[0], tuple(dict.fromkeys(("allreduce", *methods))))
     while (size := row.size) is not None:
@@ -116,9 +116,9 @@ def measure(
             row = row._replace(times=times)
             if times > 1:
                 for kind in kinds:
-                    spaced[kind][size] = _spaced_s(kind, ranks, piece, _STREAM)
-        elif row.stream and spaced:
-            spaced["all_reduce"][size] = _spaced_s("all_reduce", ranks, piece, row.stream)
+                    streams[kind][size] = _stream(kind, ranks, piece, _STREAM)
+        elif row.stream and streams:
+            streams["all_reduce"][size] = _stream("all_reduce", ranks, piece, row.stream)
         found = {kind: _time(kind, ranks, piece, row.times) for kind in kinds}
         for kind, took in found.items():
             samples[kind] += [(size, seconds) for seconds in took]
@@ -131,7 +131,7 @@ def measure(
         left_s = end_s - time.perf_counter()
         mine = _next(sizes, size, live, op_s, left_s, stream_s=_STREAM_SHARE * budget_s)
         row = collectives.first_rank_object(ranks.group, mine)
-    costs = {kind: Cost.fit(took, spaced_s=spaced.get(kind)) for kind, took in samples.items()}
+    costs = {kind: _cost(took, streams[kind]) for kind, took in samples.items()}
     fit = collectives.first_rank_object(ranks.group, Network(costs).to_json())
     return Network.from_json(fit)
 
@@ -150,6 +150,18 @@ class _Row(NamedTuple):
     live: tuple[str, ...]
     times: int = 1
     stream: int = 0
+
+
+class _Stream(NamedTuple):
+    """Ops that followed each other.
+
+    Args:
+        ops: how many.
+        seconds: all of them together.
+    """
+
+    ops: int
+    seconds: float
 
 
 def _next(
@@ -178,7 +190,8 @@ def _next(
     row_s, one_s = growth * sum(op_s.values()), growth * op_s["all_reduce"]
     ops = max(_SHORT_STREAM, math.ceil(stream_s / one_s))
     if row_s + ops * one_s <= left_s:
-        times = _TIMES if _TIMES * row_s + ops * one_s < left_s / 2 else 1
+        kept = 1.0 if len(larger) == 1 else 0.5  # with more sizes to come
+        times = _TIMES if _TIMES * row_s + ops * one_s < kept * left_s else 1
         return _Row(larger[0], live, times, ops)
     # Large all-reduces show the bandwidth.
     if one_s <= left_s:
@@ -214,17 +227,29 @@ def _time(kind: str, ranks: Ranks, piece: Piece, times: int) -> list[float]:
     return took
 
 
-def _spaced_s(kind: str, ranks: Ranks, piece: Piece, ops: int) -> float:
-    """Seconds from the end of one op to that of the next, while two are in flight."""
+def _stream(kind: str, ranks: Ranks, piece: Piece, ops: int) -> _Stream:
+    """Ops that follow each other, with two in flight."""
     pieces = [piece, Piece(piece.gradients.clone(), piece.parameters.clone(), piece.wire)]
+    began_s = time.perf_counter()
     flying = [collectives.start(kind, ranks, pieces[0])]
-    ended_s: list[float] = []
     for number in range(1, ops):
         flying.append(collectives.start(kind, ranks, pieces[number % 2]))
         _finish(flying.pop(0))
-        ended_s.append(time.perf_counter())
     _finish(flying.pop())
-    return (ended_s[-1] - ended_s[0]) / (len(ended_s) - 1)
+    return _Stream(ops, time.perf_counter() - began_s)
+
+
+def _cost(took: Sequence[tuple[int, float]], streams: Mapping[int, _Stream]) -> Cost:
+    """What an op costs, from single ones and from streams.
+
+    Of a stream only the whole tells something: ops in flight share the links, so that the first one
+    ends late, and the last one soon behind it.
+    """
+    spaced_s: dict[float, float] = {}
+    for size, stream in streams.items():
+        alone_s = median(seconds for other, seconds in took if other == size)
+        spaced_s[size] = max(0.0, stream.seconds - alone_s) / (stream.ops - 1)
+    return Cost.fit(took, spaced_s=spaced_s)
 
 
 def _finish(running: Running) -> None:
