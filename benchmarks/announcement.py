@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument("--link", type=parse_rate, help="of the lab: seek none, take this rate")
     parser.add_argument("--slow-motion", type=float, help="of the lab (what cores can do)")
     parser.add_argument("--shrink", type=float, help="of the lab (what cores can do)")
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
     parser.add_argument("--steps", type=int, default=6, help="of the lab, counted (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="of the lab (%(default)s)")
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -157,7 +158,7 @@ def lab(args: argparse.Namespace) -> dict[str, Any]:
         if link_bps is None:
             link_bps, sought = bench.seek(gpus)
             records += sought
-        records.append(bench.measure(gpus, link_bps, list(ARMS)))
+        records.append(bench.measure(gpus, link_bps, args.arms))
     rows = [row_of(record) for record in records if len(record["arms"]) > 1]
     return {"a": A, "b": B, "link_bps": link_bps, "rows": rows, "records": records}
 
