@@ -138,10 +138,12 @@ def planned(settings: Any, time: Any) -> Any:
     trace = scaled(settings.trace, settings.slow_motion, settings.shrink)
     plan = plan_for(trace, _networks[-1], ranks=settings.hosts)
     handle = soonest.prioritize(replay, optimizer, plan=plan)
-    return arms.Arm.of(
+    arm = arms.Arm.of(
         replay, replay, optimizer, flush=handle.flush, ready=lambda: handle.settled,
         timeline=handle.timeline, detach=handle.detach,
     )  # fmt: skip
+    arm.note["network"] = _networks[-1].to_json()
+    return arm
 
 
 def scaled(trace: Any, slow_motion: float, shrink: float, update_s: float = 0.0) -> Any:
@@ -190,7 +192,8 @@ def predictions(record: Mapping[str, Any]) -> dict[str, float]:
     update_s = max(0.0, floor["step_ms"] - record["compute_ms"]) * slow / 1e3
     trace = Trace.load(record["trace"])
     network = Network.from_json(floor["network"])
-    plan = plan_for(scaled(trace, slow, shrink), network, ranks=ranks)
+    planned_for = Network.from_json(record["arms"][PLANNED]["network"])
+    plan = plan_for(scaled(trace, slow, shrink), planned_for, ranks=ranks)
     trace = scaled(trace, slow, shrink, update_s)
     caps_mb = [mb / shrink for mb in peers.SWEEP_MB["default"]]
     found_s = {

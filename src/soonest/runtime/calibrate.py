@@ -32,11 +32,11 @@ is not measured with still more."""
 _STREAM = 6
 """Ops that follow each other, with two in flight."""
 _STREAM_SHARE = 1 / 20
-"""Of the time for all, what larger all-reduces that follow each other take at each size: as long as
-that, what lets the first ones pass faster is used up. Of other methods what small ones show holds.
-"""
-_SHORT_STREAM = 6
-"""So many at least."""
+"""Of the time for all, what all-reduces that follow each other take at each size: as long as that,
+what lets the first ones pass faster is used up. Of other methods what small ones show holds."""
+_STREAM_BYTES = 256 << 10
+"""Larger ones do not follow each other here. What one of them leaves unused, others make up only if
+they are as large and come right behind."""
 _HURRIED = 3
 """Where even the smallest size takes too long, so many sizes are left out."""
 _FORMAT = 2
@@ -188,7 +188,7 @@ def _next(
         return _Row(None, live)
     growth = larger[0] / size
     row_s, one_s = growth * sum(op_s.values()), growth * op_s["all_reduce"]
-    ops = max(_SHORT_STREAM, math.ceil(stream_s / one_s))
+    ops = max(_STREAM, math.ceil(stream_s / one_s)) if larger[0] <= _STREAM_BYTES else 0
     if row_s + ops * one_s <= left_s:
         kept = 1.0 if len(larger) == 1 else 0.5  # with more sizes to come
         times = _TIMES if _TIMES * row_s + ops * one_s < kept * left_s else 1
