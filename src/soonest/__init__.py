@@ -7,10 +7,11 @@ from soonest.core.timeline import Timeline
 from soonest.errors import PeerLostError, PlanMismatchError, ReadTooEarlyError, SoonestError
 
 if TYPE_CHECKING:
-    from soonest.runtime import Handle, prioritize
+    from soonest.runtime import DistributedDataParallel, Handle, prioritize
 
 __all__ = [
     "METHODS",
+    "DistributedDataParallel",
     "Handle",
     "PeerLostError",
     "Plan",
@@ -24,7 +25,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Imports the runtime, and torch with it, when it is first asked for."""
-    if name in ("Handle", "prioritize"):
+    if name in ("DistributedDataParallel", "Handle", "prioritize"):
         from soonest import runtime
 
         return getattr(runtime, name)

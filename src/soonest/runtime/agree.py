@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import zip_longest
 
 from torch import nn
@@ -28,13 +28,20 @@ def agree_on_input(group: collectives.Group, wrong: str | None) -> None:
             raise ValueError(theirs if wrong is not None else f"rank {rank}: {theirs}")
 
 
-def agree_on_model(group: collectives.Group, model: nn.Module) -> None:
+def agree_on_model(
+    group: collectives.Group, model: nn.Module, without: Collection[str] = ()
+) -> None:
     """Compares the trainable parameters of all ranks' models; a collective call.
+
+    Args:
+        group: all ranks.
+        model: this rank's.
+        without: names of parameters that may differ.
 
     Raises:
         PlanMismatchError: on every rank, naming the first parameter that differs.
     """
-    mine = [f"{name} {tuple(p.shape)} {p.dtype}" for name, _, p in trainable(model)]
+    mine = [f"{name} {tuple(p.shape)} {p.dtype}" for name, _, p in trainable(model, without)]
     models = collectives.gather_objects(group, mine)
     for rank, theirs in enumerate(models):
         for index, (first, other) in enumerate(zip_longest(models[0], theirs, fillvalue="missing")):

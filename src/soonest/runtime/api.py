@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,17 +12,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from soonest.core.network import Network
 from soonest.core.plan import Plan, shards
 from soonest.core.planner import first_plan
 from soonest.runtime import agree, calibrate, collectives, groups, pinned, update
 from soonest.runtime.checks import check, check_options
 from soonest.runtime.engine import Engine
-from soonest.runtime.handle import Choice, Handle
-from soonest.runtime.lanes import ThreadLane
-from soonest.runtime.layout import Layout
+from soonest.runtime.handle import Choice, Handle, is_shared
+from soonest.runtime.lanes import Lane, ThreadLane
+from soonest.runtime.layout import Layout, trainable
 from soonest.runtime.learn import Learner
 from soonest.runtime.peers import Peers
 
+UNKNOWN = Network.linear(0.0, 1e9)
+"""Stands for the network where it chooses nothing."""
 WINDOW = 2
 """Ops in flight: the second hides the latency of the first; more would only blur the order."""
 
@@ -85,13 +89,58 @@ def prioritize(
             to do.
         PlanMismatchError: the ranks have different models or plans, or ask for different things.
     """
-    check(model, optimizer)
+    return start(
+        model,
+        optimizer,
+        process_group=process_group,
+        timeout_s=timeout_s,
+        plan=plan,
+        separable=separable,
+        method=method,
+        shard_optimizer=shard_optimizer,
+        wire_dtype=wire_dtype,
+        parameter_wire_dtype=parameter_wire_dtype,
+    )
+
+
+def start(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    timeout_s: float | None = None,
+    plan: Plan | str | Path | None = None,
+    separable: bool | None = None,
+    method: str | None = None,
+    shard_optimizer: bool = False,
+    wire_dtype: torch.dtype | None = None,
+    parameter_wire_dtype: torch.dtype | None = None,
+    without: Collection[str] = (),
+    equal: bool = False,
+    own_lane: Lane | None = None,
+    turns: Callable[[Learner], Callable[[Engine], None]] | None = None,
+) -> Handle:
+    """What ``prioritize`` does, for those who also choose how it is done.
+
+    Args:
+        model, optimizer: and all up to ``parameter_wire_dtype``: see ``prioritize``.
+        without: names of parameters to leave alone.
+        equal: all ranks' models are equal by now.
+        own_lane: executes the plan, which must be given, in a group of any size.
+        turns: given what learns from a step, says what to do at the end of each.
+    """
+    if isinstance(model, nn.Module) and is_shared(p for _, _, p in trainable(model, without)):
+        raise ValueError(
+            "this model is prioritized already: detach() the handle of the first call before, or "
+            "call prioritize of the soonest.DistributedDataParallel that it is in"
+        )
+    check(model, optimizer, without)
     wire = collectives.Wire(wire_dtype, parameter_wire_dtype)
     check_options(method, wire, shard_optimizer=shard_optimizer)
     given, unreadable = pinned.load(plan)
     parent = process_group if process_group is not None else dist.group.WORLD
     assert parent is not None
-    if parent.size() == 1:
+    if parent.size() == 1 and own_lane is None:
         if unreadable:
             raise ValueError(unreadable)
         return Handle(model, optimizer)
@@ -107,7 +156,7 @@ def prioritize(
         "parameter_wire_dtype": parameter_wire_dtype,
     }
     agree.agree_on_options(group, options)
-    agree.agree_on_model(group, model)
+    agree.agree_on_model(group, model, without)
     if given is not None:
         agree.agree_on_plan(group, given)
     ranks = groups.ranks_of(group)
@@ -117,17 +166,22 @@ def prioritize(
     sharing = collectives.Ranks(ranks.second, ranks.second) if sharded else None
     peers = Peers(group)
     order = [slot.name for flat in given.flats for slot in flat.slots] if given else []
-    layout = Layout(model, order)
-    lane = ThreadLane(timeout_s=groups.timeout_of(group), blame=peers.blame)
+    layout = Layout(model, order, without=without)
+    lane = own_lane or ThreadLane(timeout_s=groups.timeout_of(group), blame=peers.blame)
     try:
         if given is not None and (wrong := pinned.misfit(given, layout, group.size())):
             raise ValueError(
                 f"the plan is not for this model and group: {wrong}. Leave out plan=, or give one "
                 "that was saved with this model on as many ranks"
             )
-        collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
-        network = calibrate.network_of(
-            ranks, methods=methods, device=layout.parameters[0].device, wire=wire
+        if not equal:
+            collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
+        network = (
+            calibrate.network_of(
+                ranks, methods=methods, device=layout.parameters[0].device, wire=wire
+            )
+            if own_lane is None
+            else UNKNOWN
         )
         first = given or first_plan(
             layout.flats, network, ranks=group.size(), window=WINDOW, methods=methods
@@ -153,7 +207,7 @@ def prioritize(
             lane=lane,
             sharing=sharing,
             wire=wire,
-            after_step=learner if given is None else _nothing,
+            after_step=(turns(learner) if turns else learner) if given is None else _nothing,
         )
     except BaseException:
         lane.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,8 +19,13 @@ from soonest.runtime.layout import trainable
 from soonest.runtime.takeover import is_taken_over
 
 
-def check(model: nn.Module, optimizer: Optimizer) -> None:
-    """Raises ValueError (TypeError for a wrong type) if soonest cannot work with these two."""
+def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ()) -> None:
+    """Raises ValueError (TypeError for a wrong type) if soonest cannot work with these two.
+
+    Args:
+        model, optimizer: the user's own.
+        without: names of parameters that are left alone.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, but must be a torch.nn.Module")
     if not isinstance(optimizer, Optimizer):
@@ -37,7 +43,7 @@ def check(model: nn.Module, optimizer: Optimizer) -> None:
             "or detach() the handle of the first call before"
         )
     _check_wrapping(model)
-    named = trainable(model)
+    named = trainable(model, without)
     if not named:
         raise ValueError(
             "the model has no parameter that requires a gradient, so there is nothing to share: "
@@ -49,7 +55,8 @@ def check(model: nn.Module, optimizer: Optimizer) -> None:
     _check_sharing(named)
     _check_optimizer(model, optimizer)
     for name, module in model.named_modules():
-        if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        sparse = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+        if sparse and f"{name}.weight".removeprefix(".") not in without:
             raise ValueError(
                 f"module {name!r} produces sparse gradients, which cannot be combined: "
                 "build it with sparse=False"
@@ -79,7 +86,8 @@ def check_options(method: str | None, wire: Wire, *, shard_optimizer: bool) -> N
 def _check_wrapping(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f"module {name!r}" if name else "the model"
-        if isinstance(module, DistributedDataParallel | DataParallel):
+        shares = isinstance(module, DistributedDataParallel | DataParallel)
+        if shares and not getattr(module, "has_given_way", False):
             kind = type(module).__name__
             raise ValueError(
                 f"{where} is wrapped by {kind}, which shares gradients itself: "

@@ -388,6 +388,11 @@ def _batches(tensors: Sequence[Tensor], limit_bytes: int = 64 << 20) -> list[lis
     return batches
 
 
+def sum_small(group: Group, tensor: Tensor) -> None:
+    """Sums a small tensor over the ranks, in place, and waits for it; a collective call."""
+    group.allreduce([tensor]).wait()
+
+
 def gather_objects(group: Group, value: Any) -> list[Any]:
     """Every rank's value, by rank."""
     values: list[Any] = [None] * group.size()

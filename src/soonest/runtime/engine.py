@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -63,6 +63,9 @@ class Engine:
         settled: the plan stays.
         history: how plans have changed so far, and why, one sentence each.
         inputs: shapes and dtypes of the tensors that the first forward pass was given.
+        synchronizing: backward passes combine gradients, instead of only accumulating them here.
+        latest: the last backward pass that was combined, or is being so.
+        after_backward: called at the end of each one that does, with the members it gave nothing.
         observed: the record of the first forward pass, once a backward pass has followed it.
     """
 
@@ -91,7 +94,8 @@ class Engine:
         self._cls = type(optimizer)
         self.state = OptimizerState(optimizer, self._cls, sharing, wire)
         self._after_step = after_step
-        self._synchronizing = True
+        self.synchronizing = True
+        self.after_backward: Callable[[Engine, Sequence[Member]], None] = _nobody
         self._forward_ended = NEVER
         self._sweeps_begun = 0
         self._open: Sweep | None = None
@@ -116,7 +120,7 @@ class Engine:
             hook.remove()
         self._hooks = []
         self._complete_records.clear()
-        self._latest: Sweep | None = None
+        self.latest: Sweep | None = None
         self.layout = layout
         self._updater = Updater(self.optimizer, self._cls, layout.members)
         self.state.bind(layout, plan)
@@ -126,7 +130,7 @@ class Engine:
         self._landing = Landing(self.program, self.lane, self._module_hooks)
         self.attention.refresh()
         self.record = self._new_record()
-        self._shares = [self._share(grads) for grads in layout.grads]
+        self.divide_by(self.ranks.group.size())
         for member in layout.members:
             member.sweep = None
             before, after = partial(self._before, member), partial(self._after, member)
@@ -143,10 +147,17 @@ class Engine:
     def record(self, record: Record) -> None:
         self._landing.record = record
 
-    def _share(self, grads: Tensor) -> Tensor:
-        """What to multiply gradients by: as a tensor, and not a number, it is ready for use."""
-        exact = torch.promote_types(grads.dtype, torch.float32)
-        return torch.tensor(1.0 / self.ranks.group.size(), dtype=exact, device=grads.device)
+    def divide_by(self, ranks: int) -> None:
+        """From now on, combined gradients are sums over all ranks divided by this number."""
+        # What to multiply by: as a tensor, and not a number, it is ready for use.
+        self._shares = [
+            torch.tensor(
+                1.0 / ranks,
+                dtype=torch.promote_types(grads.dtype, torch.float32),
+                device=grads.device,
+            )
+            for grads in self.layout.grads
+        ]
 
     def _new_record(self, *, closely: bool = True) -> Record:
         plan = self.program.plan
@@ -177,9 +188,14 @@ class Engine:
 
     def _after(self, member: Member, parameter: nn.Parameter) -> None:
         """A gradient has been written to ``parameter.grad``."""
-        # None: the graph led here, but with an undefined gradient.
-        if self._synchronizing and parameter.grad is not None:
-            self._contribute(self._open or self._begin(), member)
+        if self.synchronizing:
+            sweep = self._open
+            if sweep is None:
+                sweep = self._begin()
+                torch.autograd.Variable._execution_engine.queue_callback(self._close)
+            # None: the graph led here, but with an undefined gradient.
+            if parameter.grad is not None:
+                self._contribute(sweep, member)
 
     def _begin(self) -> Sweep:
         """The first gradient of a backward pass that is to be combined."""
@@ -196,11 +212,21 @@ class Engine:
             self._complete_records.append(self.record)
         sweep = Sweep(self._sweeps_begun, self.program, record)
         self._sweeps_begun += 1
-        self._open = self._latest = sweep
+        self._open = self.latest = sweep
         self._landing.flying = True
         self.lane.begin(sweep)
-        torch.autograd.Variable._execution_engine.queue_callback(self._close)
         return sweep
+
+    def contribute_nothing(self) -> None:
+        """Takes part in a backward pass that only others have: no gradient changes here."""
+        sweep = self._begin()
+        for member in self.layout.members:
+            guard.land(member.parameter)
+            self._landing.make_room(member)
+            if member.parameter.grad is member.grad:
+                member.parameter.grad = member.raw_grad.clone()
+            self._lack(sweep, member)
+        self._closed(sweep)
 
     def _contribute(self, sweep: Sweep, member: Member) -> None:
         """Puts ``parameter.grad`` into the flat buffer, divided as DDP does before it sums."""
@@ -237,13 +263,22 @@ class Engine:
         for member in late:
             self._landing.make_room(member)
             if member.parameter.grad is not None:
+                sweep.kept.add(member.order)
                 self._contribute(sweep, member)
                 continue
-            member.raw_grad.zero_()
-            sweep.unused.add(member.order)
             self._landing.unknown.add(member.order)
-            self._arrived(sweep, member)
+            self._lack(sweep, member)
             self._landing.hold(member)
+        self._closed(sweep)
+        self.after_backward(self, late)
+
+    def _lack(self, sweep: Sweep, member: Member) -> None:
+        """Contributes zeros in the place of a gradient."""
+        member.raw_grad.zero_()
+        sweep.unused.add(member.order)
+        self._arrived(sweep, member)
+
+    def _closed(self, sweep: Sweep) -> None:
         sweep.record.backward_ended = now_s()
         sweep.closed = True
         self._open = None
@@ -273,15 +308,15 @@ class Engine:
                 self._landing.watch()
         else:
             loss = self._step_at_once(closure)
-        if self._latest is not None and self.record is self._latest.record:
+        if self.latest is not None and self.record is self.latest.record:
             self._after_step(self)
         return loss
 
     def _step_at_once(self, closure: Callable[[], Any] | None) -> Any:
         self.flush()
         loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
-        if self._latest is not None:
-            self.record = self._latest.record
+        if self.latest is not None:
+            self.record = self.latest.record
         self._landing.watch()
         return loss
 
@@ -290,7 +325,7 @@ class Engine:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sweep = self._latest
+        sweep = self.latest
         if sweep is None or sweep.step is not None:  # no backward pass was combined since
             sweep = Sweep(self._sweeps_begun, self.program, self._new_record(), local=True)
             self.lane.begin(sweep)
@@ -336,24 +371,24 @@ class Engine:
     def complete(self) -> None:
         """Makes every gradient whole again where ranks have parts of it; a collective call."""
         self.lane.wait_all()
-        if self._latest is not None and not self._latest.whole:
-            self.program.gather_gradients(self._latest)
+        if self.latest is not None and not self.latest.whole:
+            self.program.gather_gradients(self.latest)
             self._landing.all()
         self.flush()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        before, self._synchronizing = self._synchronizing, False
+        before, self.synchronizing = self.synchronizing, False
         try:
             yield
         finally:
-            self._synchronizing = before
+            self.synchronizing = before
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error: bool) -> Tensor:
         """Clips this rank's parts of the gradients by the norm of all; a collective call."""
         assert self.state.parts is not None
         self.lane.wait_all()
-        sweep = self._latest
+        sweep = self.latest
         if sweep is None or sweep.step is not None:
             raise SoonestError(
                 "there are no gradients to clip: call clip_grad_norm_ between backward() and step()"

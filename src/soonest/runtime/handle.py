@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import weakref
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,16 @@ class Handle:
     def plan(self) -> Plan | None:
         """The plan in use; None in a group of one rank and after ``detach``."""
         return self._engine.program.plan if self._engine else None
+
+    @property
+    def engine(self) -> Engine | None:
+        """What runs the plan; None in a group of one rank and after ``detach``."""
+        return self._engine
+
+    @property
+    def shards(self) -> bool:
+        """Whether the optimizer's state is shared out over the ranks."""
+        return self._engine is not None and self._engine.state.parts is not None
 
     @property
     def network(self) -> Network | None:
@@ -274,6 +285,14 @@ class Handle:
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def is_shared(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether gradients of any of these are combined already."""
+    mine = {id(parameter) for parameter in parameters}
+    return any(
+        id(member.parameter) in mine for engine in _engines for member in engine.layout.members
+    )
 
 
 @atexit.register

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,7 @@ class Layout:
     Args:
         model: its trainable parameters become views of new buffers, with their values kept.
         order: names of parameters, first used first; what is not named comes behind, as registered.
+        without: names of parameters that stay as they are.
 
     Attributes:
         flats: the description of the buffers, one per dtype.
@@ -59,19 +60,15 @@ class Layout:
         members: by order of first use.
     """
 
-    def __init__(self, model: nn.Module, order: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, order: Sequence[str] = (), *, without: Collection[str] = ()
+    ) -> None:
+        self._model, self._without = model, without
         rank = {name: index for index, name in enumerate(order)}
-        named = sorted(trainable(model), key=lambda item: rank.get(item[0], len(rank)))
+        named = sorted(trainable(model, without), key=lambda item: rank.get(item[0], len(rank)))
         place = {name: index for index, (name, _, _) in enumerate(named)}
-        dtypes = list(dict.fromkeys(parameter.dtype for _, _, parameter in named))
-        self.flats: tuple[Flat, ...] = tuple(
-            Flat.lay_out(
-                str(dtype).removeprefix("torch."),
-                dtype.itemsize,
-                ((name, layer, p.numel()) for name, layer, p in named if p.dtype == dtype),
-            )
-            for dtype in dtypes
-        )
+        self.flats = flats_for(named)
+        dtypes = [getattr(torch, flat.dtype) for flat in self.flats]
         device = named[0][2].device
         self.parameters = [
             torch.zeros(flat.numel, dtype=dtype, device=device)
@@ -88,12 +85,19 @@ class Layout:
             key=lambda member: member.order,
         )
 
+    def in_order(self, order: Sequence[str]) -> Layout:
+        """The same parameters in new buffers, in another order of first use."""
+        return Layout(self._model, order, without=self._without)
+
     def _move_in(self, parameter: nn.Parameter, flat: int, slot: Slot, order: int) -> Member:
         with torch.no_grad():
             here = view_like(self.parameters[flat], slot, parameter)
             here.copy_(parameter)
             parameter.data = here
-            grad, raw_grad = (view_like(self.grads[flat], slot, parameter) for _ in range(2))
+            # Detached, as users may detach gradients in place, which views refuse.
+            grad, raw_grad = (
+                view_like(self.grads[flat], slot, parameter).detach() for _ in range(2)
+            )
             if parameter.grad is not None:
                 grad.copy_(parameter.grad)
                 parameter.grad = grad
@@ -111,18 +115,37 @@ class Layout:
                 parameter.grad = member.raw_grad.clone(memory_format=torch.preserve_format)
 
 
-def trainable(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
+def trainable(
+    model: nn.Module, without: Collection[str] = ()
+) -> list[tuple[str, str, nn.Parameter]]:
     """``(name, layer, parameter)`` of every parameter that requires a gradient, as registered.
 
     A parameter that several modules share belongs to the first of them.
+
+    Args:
+        model: whose.
+        without: names of parameters to leave out.
     """
     found: dict[int, tuple[str, str, nn.Parameter]] = {}
     for layer, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 full = f"{layer}.{name}" if layer else name
-                found.setdefault(id(parameter), (full, layer or "(root)", parameter))
+                if full not in without:
+                    found.setdefault(id(parameter), (full, layer or "(root)", parameter))
     return list(found.values())
+
+
+def flats_for(named: Sequence[tuple[str, str, nn.Parameter]]) -> tuple[Flat, ...]:
+    """The flat buffers of what ``trainable`` gave, one per dtype."""
+    return tuple(
+        Flat.lay_out(
+            str(dtype).removeprefix("torch."),
+            dtype.itemsize,
+            ((name, layer, p.numel()) for name, layer, p in named if p.dtype == dtype),
+        )
+        for dtype in dict.fromkeys(parameter.dtype for _, _, parameter in named)
+    )
 
 
 def view_like(buffer: Tensor, slot: Slot, tensor: Tensor) -> Tensor:

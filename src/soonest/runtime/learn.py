@@ -151,7 +151,7 @@ class Learner:
     @staticmethod
     def _layout(engine: Engine, order: Sequence[str]) -> Layout:
         same = list(order) == [member.name for member in engine.layout.members]
-        return engine.layout if same else Layout(engine.model, list(order))
+        return engine.layout if same else engine.layout.in_order(order)
 
     def _stays(self, engine: Engine, plan: Plan, why: str) -> None:
         """The plan in use is the last one for now."""

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from soonest.runtime.update import Updater
 
 
+_KEPT = 2.0**-12
+"""Counts a rank that has only an earlier gradient: more than none, and less than any that used it,
+however many there are."""
+
+
 class Program:
     """A plan's ops and updates, ready to run.
 
@@ -102,9 +107,10 @@ class Program:
         if members:
             gradients = self._pieces[bucket].gradients
             gradients.index_fill_(0, offsets, 1.0)
-            if not sweep.unused.isdisjoint(members):
-                unused = [member in sweep.unused for member in members]
-                gradients.index_fill_(0, offsets[unused], 0.0)
+            for which, count in ((sweep.unused, 0.0), (sweep.kept, _KEPT)):
+                if not which.isdisjoint(members):
+                    chosen = [member in which for member in members]
+                    gradients.index_fill_(0, offsets[chosen], count)
 
     def _sign(self, sweep: Sweep, bucket: int) -> None:
         """Marks gradients that this rank does not have by negative zeros.
@@ -167,6 +173,29 @@ class Program:
                 whole = Piece(piece.gradients, piece.gradients)
                 collectives.run(SHARED_PARAMETERS, self.state.ranks, whole)
         sweep.whole = True
+
+    def note_users(self, sweep: Sweep, *, together: bool) -> None:
+        """Puts behind every gradient how many ranks have it, where gradients do not carry that.
+
+        Args:
+            sweep: whose gradients.
+            together: ranks tell each other, in a collective call; otherwise all have the same.
+        """
+        members = self.layout.members
+        here = [
+            _KEPT if m.order in sweep.kept else float(m.order not in sweep.unused) for m in members
+        ]
+        counts = torch.tensor(here)
+        if together:
+            collectives.sum_small(self._ranks.group, counts)
+        else:
+            counts *= self._ranks.group.size()
+        for member, count in zip(members, counts.tolist(), strict=True):
+            self.layout.grads[member.flat][member.slot.count_at] = count
+
+    def users_of(self, member: Member) -> int:
+        """In how many ranks' backward passes this parameter was used, once it is combined."""
+        return round(float(self.layout.grads[member.flat][member.slot.count_at]))
 
     def used_anywhere(self, member: Member) -> bool:
         """Whether any rank got a gradient for this parameter, once it is combined."""

@@ -27,7 +27,8 @@ class Sweep:
 
     Attributes:
         missing: per bucket, how many of its parameters have no gradient yet.
-        unused: per bucket, the members that got no gradient on this rank.
+        unused: the members that have no gradient on this rank.
+        kept: those that have only an earlier one, to which this backward pass added nothing.
         issued: how many ops of the plan have been issued.
         combined: how many ops of the plan have been completed, in plan order.
         closed: the backward pass is over.
@@ -47,6 +48,7 @@ class Sweep:
         self.record = record
         self.missing = [0 if local else len(slots) for slots in plan.slots_of]
         self.unused: set[int] = set()
+        self.kept: set[int] = set()
         self.issued = self.combined = plan.combining if local else 0
         self.closed = local
         self.step: Any = None
