@@ -25,13 +25,20 @@ def filled(shape: Shape, spec: Message, generator: torch.Generator) -> Tensor:
     Raises:
         ValueError: there is no such filler, or it cannot fill this shape.
     """
+    check(shape, spec)
+    tensor = torch.empty(shape)
+    FILLERS[spec.type](tensor, spec, generator)
+    return tensor
+
+
+def check(shape: Shape, spec: Message) -> None:
+    """Raises ValueError if there is no such filler, or it cannot fill this shape."""
     if spec.type not in FILLERS:
         raise ValueError(f"no filler {spec.type!r} exists: take one of {', '.join(FILLERS)}")
     if spec.sparse != -1 and spec.type != "gaussian":
         raise ValueError(f"a filler of type {spec.type!r} cannot be sparse: only gaussian can")
-    tensor = torch.empty(shape)
-    FILLERS[spec.type](tensor, spec, generator)
-    return tensor
+    if spec.type == "bilinear" and (len(shape) != 4 or shape[2] != shape[3]):
+        raise ValueError(f"the filler 'bilinear' takes square filters of 4 axes, not {list(shape)}")
 
 
 def _constant(tensor: Tensor, spec: Message, generator: torch.Generator) -> None:
@@ -73,13 +80,9 @@ def _positive_unitball(tensor: Tensor, spec: Message, generator: torch.Generator
 
 
 def _bilinear(tensor: Tensor, spec: Message, generator: torch.Generator) -> None:
-    if tensor.dim() != 4 or tensor.shape[2] != tensor.shape[3]:
-        raise ValueError(
-            f"the filler 'bilinear' takes square filters of 4 axes, not {list(tensor.shape)}"
-        )
     size = tensor.shape[3]
     half = math.ceil(size / 2)
-    centre = (2 * half - 1 - half % 2) / (2 * half)
+    centre = (size - 1) / (2 * half)
     along = 1 - (torch.arange(size) / half - centre).abs()
     tensor.copy_(torch.outer(along, along).expand_as(tensor))
 

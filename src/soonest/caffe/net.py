@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from soonest.caffe import rules
+from soonest.caffe.blobs import to_blob
 from soonest.caffe.data.records import RecordLayer
 from soonest.caffe.layers.base import Layer
 from soonest.caffe.layers.registry import LAYERS, UNSUPPORTED
@@ -131,7 +132,7 @@ class Net(nn.Module):
             layer = class_(spec, [tuple(made[name].shape) for name in bottoms], self.phase)
             if isinstance(layer, RecordLayer):
                 layer.share(*self._share, divide=self._divide)
-            results = _listed(layer.infer(*(made[name] for name in bottoms)))
+            results = listed(layer.infer(*(made[name] for name in bottoms)))
         if spec.has("propagate_down") and len(spec.propagate_down) != len(bottoms):
             raise ValueError("propagate_down must be given once for each bottom, or not at all")
         stops = [not one for one in spec.propagate_down] or [False] * len(bottoms)
@@ -167,7 +168,7 @@ class Net(nn.Module):
                         blobs[name].detach() if stop else blobs[name]
                         for name, stop in zip(step.bottoms, step.stops, strict=True)
                     )
-                    tops = _listed(step.layer(*read))
+                    tops = listed(step.layer(*read))
             for name, top, weight in zip(step.tops, tops, step.weights, strict=True):
                 blobs[name] = top
                 if weight:
@@ -185,14 +186,22 @@ class Net(nn.Module):
                 return step.weights[step.tops.index(name)]
         raise ValueError(f"the net has no blob {name!r}")
 
-    def to_message(self) -> Message:
-        """The net with its weights as a ``NetParameter``, as a ``.caffemodel`` has it."""
-        from soonest.caffe.blobs import to_blob
+    def to_message(self, *, with_diff: bool = False) -> Message:
+        """The net with its weights as a ``NetParameter``, as a ``.caffemodel`` has it.
 
+        Args:
+            with_diff: whether gradients are in it, too.
+        """
         message = Message("NetParameter", name=self.definition.name)
         for step in self.steps:
             spec = _with(step.layer.spec, phase=self.phase)
-            spec.blobs = [to_blob(blob.detach().numpy()) for blob in step.layer.blobs()]
+            spec.blobs = [
+                to_blob(
+                    blob.detach().numpy(),
+                    blob.grad.numpy() if with_diff and blob.grad is not None else None,
+                )
+                for blob in step.layer.blobs()
+            ]
             if step.layer.is_loss and not spec.has("loss_weight"):
                 spec.loss_weight = step.weights
             message.layer.append(spec)
@@ -238,7 +247,7 @@ def _key(name: str, taken: nn.ModuleDict) -> str:
     return key
 
 
-def _listed(tops: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+def listed(tops: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
     return [tops] if isinstance(tops, Tensor) else list(tops)
 
 

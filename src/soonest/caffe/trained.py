@@ -19,7 +19,7 @@ def copy_weights(net: Net, weights: Weights, *, file: str = "") -> list[str]:
         file: where they are from, for errors.
 
     Returns:
-        The names of stored layers that the net does not have.
+        The names of stored layers with blobs that the net does not have.
 
     Raises:
         ValueError: a layer is there with blobs of another number or shape.
@@ -47,4 +47,26 @@ def copy_weights(net: Net, weights: Weights, *, file: str = "") -> list[str]:
                     f"{list(array.shape)}; to learn it anew, rename the layer"
                 )
             target.copy_(torch.tensor(array).reshape(target.shape))
-    return [name for name in weights if name not in layers]
+    return [name for name, stored in weights.items() if stored and name not in layers]
+
+
+def share_weights(source: Net, target: Net) -> None:
+    """Lets a net use the weights of another, in layers of the same name; neither has them alone.
+
+    Raises:
+        ValueError: layers of the same name have blobs of another number or shape.
+    """
+    layers = {step.layer.spec.name: step.layer for step in reversed(source.steps)}
+    for step in target.steps:
+        other = layers.get(step.layer.spec.name)
+        if other is None:
+            continue
+        own = [list(blob.shape) for blob in step.layer.blobs()]
+        shapes = [list(blob.shape) for blob in other.blobs()]
+        if own != shapes:
+            raise ValueError(
+                f"{step.place}: its blobs have the shapes {own}, but {shapes} in the net that is "
+                "trained: give them other names, or the same shapes"
+            )
+        for name, other_name in zip(step.layer.blob_names, other.blob_names, strict=True):
+            setattr(step.layer, name, getattr(other, other_name))

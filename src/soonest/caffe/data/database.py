@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -64,13 +65,19 @@ class Data(RecordLayer):
         return found[: len(self.spec.top)]
 
 
+_OPEN: WeakValueDictionary[str, Any] = WeakValueDictionary()
+"""Those in use, by path: a process may open each only once."""
+
+
 def _opened(source: str) -> Any:
     """A data base, for reading, without the lock file that another might hold."""
     try:
         import lmdb
     except ImportError:
         raise ValueError("data bases need lmdb: pip install 'soonest[caffe]'") from None
-    path = Path(source)
+    path = Path(source).resolve()
+    if str(path) in _OPEN:
+        return _OPEN[str(path)]
     if not path.exists():
         raise ValueError(
             f"there is no data base {source}; paths are relative to the folder in which the "
@@ -84,4 +91,5 @@ def _opened(source: str) -> Any:
         raise ValueError(f"cannot read {source} as an LMDB data base: {error}") from None
     if not entries:
         raise ValueError(f"the data base {source} has no records")
+    _OPEN[str(path)] = base
     return base

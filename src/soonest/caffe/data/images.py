@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,9 +90,7 @@ def _listed(source: str) -> list[tuple[str, int]]:
         try:
             found.append((name, int(label)))
         except ValueError:
-            raise ValueError(
-                f"{Path(source)}:{number}: a line is a path, a space, a label"
-            ) from None
+            raise ValueError(f"{source}:{number}: a line is a path, a space, a label") from None
     if not found:
         raise ValueError(f"{source} lists no images")
     return found

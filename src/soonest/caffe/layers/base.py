@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from soonest.caffe.fillers import filled
+from soonest.caffe.fillers import check, filled
 from soonest.caffe.message import Message
 
 Shape = tuple[int, ...]
@@ -64,6 +64,7 @@ class Layer(nn.Module):
         """
         if any(size < 1 for size in shape):
             raise ValueError(f"its {name} would have the shape {list(shape)}: give sizes above 0")
+        check(shape, filler)
         empty = torch.empty(shape, device="meta")
         if learned:
             self.register_parameter(name, nn.Parameter(empty))
