@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -165,9 +165,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.loss = 0.0
         for turn in range(solver.iter_size):
-            last = turn == solver.iter_size - 1
-            together = self._handle is None or last
-            with nullcontext() if together or self._handle is None else self._handle.no_sync():
+            with self._alone(turn < solver.iter_size - 1):
                 result = self.net()
                 result.loss.backward()
             self.loss += result.loss.item() / solver.iter_size
@@ -177,6 +175,10 @@ class Trainer:
             self._show(result)
         self._update(shown=shown)
         self.iteration += 1
+
+    def _alone(self, alone: bool) -> AbstractContextManager[None]:
+        """Where backward passes only add to this rank's gradients, if that is wanted."""
+        return self._handle.no_sync() if alone and self._handle is not None else nullcontext()
 
     def _show(self, result: Result) -> None:
         rate, lapse_s = self._pace.lap(self.iteration)

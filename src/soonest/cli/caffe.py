@@ -131,9 +131,8 @@ def train(args: argparse.Namespace) -> int:
             )
             if args.snapshot:
                 trainer.resume(args.snapshot)
-            trainer.finetune(
-                _listed(args.weights) or ([] if args.snapshot else _joined(solver.weights))
-            )
+            own = [] if args.snapshot else list(solver.weights)
+            trainer.finetune(_listed(args.weights or ",".join(own)))
             say("Starting Optimization")
             effects = {"sigint": args.sigint_effect, "sighup": args.sighup_effect}
             with contextlib.closing(trainer), signals.caught(requests, **effects):
