@@ -167,6 +167,19 @@ def test_labels_out_of_range_are_refused_with_the_layer():
         made({"b": torch.tensor([1.0, 7.0])})
 
 
+def test_the_loss_of_a_hopeless_score_is_capped_but_its_gradient_is_not():
+    made = net(
+        inputs(a=[1, 2], b=[1])
+        + 'layer { name: "it" type: "SoftmaxWithLoss" bottom: "a" bottom: "b" }'
+    )
+    scores = torch.tensor([[0.0, 200.0]], requires_grad=True)
+    loss = made({"a": scores}).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(87.3365, abs=1e-4)
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [[-1, 1]]
+
+
 @pytest.mark.parametrize(
     ("size", "kernel", "stride", "pad", "ceil", "wanted"),
     [(55, 3, 2, 0, True, 27), (6, 3, 2, 0, True, 3), (6, 3, 2, 0, False, 2), (4, 2, 2, 1, True, 3),

@@ -20,9 +20,9 @@ CASES = ["dp4_adam", "dp4_sgd_clip_iter2"]
 RANKS = 4
 
 
-def train(folder: str, cases: list[tuple[str, bool]], prefix: str) -> list[list[list[float]]]:
+def train(folder: str, cases: list[tuple[str, bool]], prefix: str) -> list[list[float]]:
     """Trains each case on this rank and returns its losses, pass by pass."""
-    found: list[list[list[float]]] = []
+    found: list[list[float]] = []
     for name, divide in cases:
         os.chdir(Path(folder) / "solvers" / name)
         solver = definition.read_solver(
@@ -35,12 +35,12 @@ def train(folder: str, cases: list[tuple[str, bool]], prefix: str) -> list[list[
             solver, rank=rank, ranks=dist.get_world_size(), divide=divide, say=lines.append
         )
         trainer.finetune(["init.caffemodel"])
-        losses: list[list[float]] = [[]]
+        losses: list[float] = []
         forward = trainer.net.forward
 
         def watched(*arguments: Any, forward: Any = forward, losses: Any = losses) -> Any:
             result = forward(*arguments)
-            losses.append([*losses.pop(), result.loss.item()])
+            losses.append(result.loss.item())
             return result
 
         trainer.net.forward = watched  # type: ignore[method-assign]
@@ -65,5 +65,5 @@ def test_ranks_together_are_one_caffe_with_the_batch_of_them_all(tmp_path: Path)
         wanted = json.loads((folder / "expected" / "losses.json").read_text(encoding="utf-8"))
         for rank in range(RANKS):
             theirs = np.array(wanted["rank_losses"][rank]).flatten()
-            losses = found[rank][number][0][: len(theirs)]
+            losses = found[rank][number][: len(theirs)]
             np.testing.assert_allclose(losses, theirs, rtol=1e-5)

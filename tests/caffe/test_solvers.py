@@ -14,6 +14,7 @@ import torch
 import golden_caffe as golden
 from soonest.caffe import definition
 from soonest.caffe.message import Message
+from soonest.caffe.text import parse
 from soonest.caffe.training import Trainer
 
 FOLDERS = [
@@ -143,6 +144,23 @@ def test_starts_that_caffe_refuses_are_refused(tmp_path: Path, monkeypatch: pyte
     trainer.solve()
     assert lines[-1] == "Optimization Done."
     assert (tmp_path / "snap_iter_2.caffemodel").exists()
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        ('type: "ReLU"', "no loss"),
+        ('type: "EuclideanLoss" bottom: "x"', "no blobs to learn"),
+    ],
+)
+def test_nets_that_cannot_learn_are_refused(layer: str, why: str):
+    source = (
+        'base_lr: 1 lr_policy: "fixed" snapshot_after_train: false net_param { '
+        'layer { type: "DummyData" top: "x" dummy_data_param { shape { dim: 1 } } } '
+        f'layer {{ {layer} bottom: "x" top: "y" }} }}'
+    )
+    with pytest.raises(ValueError, match=why):
+        Trainer(parse(source, "SolverParameter"), say=lambda line: None)
 
 
 def test_momentum_is_refused_where_there_is_none():

@@ -62,6 +62,8 @@ class Trainer:
             own.definition, "TRAIN", state=own.state, file=own.file, rank=rank, ranks=ranks,
             divide=divide,
         )  # fmt: skip
+        if not any(weight for step in self.net.steps for weight in step.weights):
+            raise ValueError(f"{own.file}: the net has no loss to train with: add a loss layer")
         self.tests: list[Net] = []
         for other in nets.testing(solver) if self._first else ():
             test = Net(other.definition, "TEST", state=other.state, file=other.file)

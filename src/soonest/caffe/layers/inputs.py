@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from soonest.caffe.fillers import filled
+from soonest.caffe.fillers import check, filled
 from soonest.caffe.layers.base import MANY, Layer, Shape, filler
 from soonest.caffe.message import Message
 
@@ -48,6 +48,8 @@ class DummyData(Layer):
             raise ValueError(f"it has {len(self.fillers)} fillers: give none, one or {tops}")
         if len(self.fillers) == 1:
             self.fillers *= tops
+        for shape, one in zip(self.shapes, self.fillers, strict=True):
+            check(shape, one)
         self._generator = torch.default_generator
 
     def forward(self) -> tuple[Tensor, ...]:

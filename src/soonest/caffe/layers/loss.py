@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn import functional
 from soonest.caffe.layers.base import Layer, Shape, axis_of, count
 from soonest.caffe.message import Message
 
-_LEAST = float(torch.finfo(torch.float32).tiny)
+_LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)
+"""Caffe takes no chance for smaller than the smallest float32, so a loss is 87.3365 at most."""
 
 
 class Softmax(Layer):
@@ -90,6 +92,8 @@ class SoftmaxWithLoss(_Labelled):
         valid = self._valid(labels, self.ignored)
         logs = torch.log_softmax(scores, 1)
         chosen = logs.gather(1, torch.where(valid, labels, 0).unsqueeze(1)).squeeze(1)
+        capped = chosen.detach().clamp(min=_LEAST_LOG)
+        chosen = chosen + (capped - chosen.detach())  # The gradient is not capped.
         total = -torch.where(valid, chosen, 0.0).sum()
         loss = _divided(total, self.mode, valid, outer=self.outer)
         return loss if len(self.spec.top) == 1 else (loss, logs.detach().exp().view_as(bottom))
