@@ -253,6 +253,18 @@ layer { name: "prob" type: "Softmax" bottom: "fc" top: "prob" }
 """
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "caffe"
+
+
+def test_the_example_has_the_full_shape_of_alexnet():
+    made = Net(definition.read_net(EXAMPLES / "alexnet_train_val.prototxt"), "TRAIN")
+    assert sum(blob.tensor.numel() for blob in made.stored) == 60_965_224
+    assert made.shapes["pool5"] == (8, 256, 6, 6)
+    for name in ("alexnet", "lenet"):
+        solver = definition.read_solver(EXAMPLES / f"{name}_solver.prototxt")
+        assert definition.read_net(EXAMPLES / solver.net).layer
+
+
 def test_opencv_reads_our_files_and_finds_the_same_result(tmp_path: Path):
     cv2 = pytest.importorskip("cv2")
     made = Net(parse(DEPLOY, "NetParameter"), "TEST", generator=torch.Generator().manual_seed(1))

@@ -130,6 +130,16 @@ def test_hostile_files_take_neither_memory_nor_time():
     assert time.perf_counter() - began < 60
 
 
+def test_more_values_than_any_net_has_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("soonest.caffe.wire.MOST_VALUES", 100)
+    for one in ("a20600", "1a00", "2000"):  # Layers, inputs, dimensions.
+        decode(bytes.fromhex(one) * 100, "NetParameter")
+        with pytest.raises(WireError, match="more than 100 values"):
+            decode(bytes.fromhex(one) * 101, "NetParameter")
+    with pytest.raises(WireError, match="more than 100 values"):
+        decode(bytes.fromhex("0a65") + b"\1" * 101, "BlobShape")
+
+
 def test_a_message_longer_than_protobuf_reads_is_not_written(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("soonest.caffe.wire.MOST_BYTES", 99)
     with pytest.raises(ValueError, match="HDF5"):

@@ -10,11 +10,14 @@ import re
 from bisect import bisect_right
 from typing import Any, NoReturn
 
-from soonest.caffe.message import Message, to_float32
+from soonest.caffe.message import REAL, Message, to_float32
 from soonest.caffe.schema import INTEGER_RANGE, MESSAGES, Field, MessageType
 
 MOST_NESTED = 100
 """Messages within messages, as in protobuf."""
+MOST_VALUES = 1_000_000
+"""Besides numbers with a fraction. No net has as many; a hostile text could fill memory with
+them."""
 
 _TOKEN = re.compile(
     r"""(?P<space>(?:[ \t\r\n\f\v]+|\#[^\n]*)+)
@@ -73,7 +76,7 @@ class _Parser:
         self._file = file
         self._ends = [match.start() for match in re.finditer("\n", text)]
         self._kind, self._token = "", ""
-        self._start = self._stop = 0
+        self._start = self._stop = self._values = 0
         self._advance()
 
     def message(self, type_: MessageType) -> Message:
@@ -175,6 +178,10 @@ class _Parser:
             self._take(";")
 
     def _value(self, field: Field, into: Message, depth: int) -> None:
+        if field.kind not in REAL:
+            self._values += 1
+            if self._values > MOST_VALUES:
+                self._fail(f"more than {MOST_VALUES} values")
         if field.kind == "message":
             value = self._nested(field, depth + 1)
         elif field.kind in ("string", "bytes"):

@@ -15,6 +15,9 @@ from soonest.caffe.schema import MESSAGES, Field, MessageType
 
 MOST_NESTED = 100
 """Messages within messages, as in protobuf."""
+MOST_VALUES = 1_000_000
+"""Besides numbers with a fraction. No net has as many; a hostile file could fill memory with
+them."""
 MOST_BYTES = 2**31 - 1
 """Of a message, as in protobuf: Caffe reads no longer ones."""
 
@@ -61,9 +64,19 @@ class _Decoder:
     def __init__(self, data: bytes, file: str) -> None:
         self._data = data
         self._file = file
+        self._values = 0
 
     def message(self, type_: MessageType) -> Message:
         return self._message(type_, 0, len(self._data), 0)
+
+    def _keep(self, values: dict[str, Any], field: Field, value: Any, at: int) -> None:
+        self._values += 1
+        if self._values > MOST_VALUES:
+            self._fail(at, f"more than {MOST_VALUES} values: this is no such file, or damaged")
+        if field.repeated:
+            values.setdefault(field.name, []).append(value)
+        else:
+            values[field.name] = value
 
     def _fail(self, at: int, what: str) -> NoReturn:
         raise WireError(self._file, at, what)
@@ -137,7 +150,7 @@ class _Decoder:
             raw, after = self._varint(at, end)
             value = _whole(field, raw)
             if value is not None:
-                _keep(values, field, value)
+                self._keep(values, field, value, at)
             return after
         start, after = self._stretch(wire, at, end, f"field {field.name!r} of {into.schema.name}")
         if field.kind in REAL:
@@ -147,19 +160,21 @@ class _Decoder:
                 self._fail(at, f"more than {MOST_NESTED} messages within each other")
             value = self._message(field.message, start, after, depth + 1)
             if field.repeated or field.name not in values:
-                _keep(values, field, value)
+                self._keep(values, field, value, at)
             else:
                 _merge(values[field.name], value)
         elif field.kind == "string":
-            _keep(values, field, self._data[start:after].decode("utf-8", "surrogateescape"))
+            self._keep(
+                values, field, self._data[start:after].decode("utf-8", "surrogateescape"), at
+            )
         elif field.kind == "bytes":
-            _keep(values, field, self._data[start:after])
+            self._keep(values, field, self._data[start:after], at)
         else:
             while start < after:
                 raw, start = self._varint(start, after)
                 value = _whole(field, raw)
                 if value is not None:
-                    _keep(values, field, value)
+                    self._keep(values, field, value, at)
         return after
 
     def _reals(
@@ -220,13 +235,6 @@ def _fits(field: Field, wire: int) -> bool:
     """Whether a field may come in this way; repeated numbers do in two."""
     own = _WIRE.get(field.kind, _VARINT)
     return wire == own or (wire == _LENGTH and field.repeated and own != _LENGTH)
-
-
-def _keep(values: dict[str, Any], field: Field, value: Any) -> None:
-    if field.repeated:
-        values.setdefault(field.name, []).append(value)
-    else:
-        values[field.name] = value
 
 
 def _merge(into: Message, other: Message) -> None:
