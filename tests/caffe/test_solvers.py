@@ -76,17 +76,21 @@ def test_training_goes_as_in_caffe(name: str, tmp_path: Path, monkeypatch: pytes
         golden.compare(folder, f"snap_iter_{iteration}", prefix, iteration, ending)
     wanted = [one["loss"] for one in expected["iterations"]]
     np.testing.assert_allclose(run.losses, wanted, rtol=LOSS)
-    logs = [(run, expected["log"], expected["iterations"])]
+    logs = [(run, expected.get("log"), expected["iterations"])]
     if expected.get("resumed_from_10"):
         prefix = tmp_path / "resumed"
         start = f"expected/snap_iter_10.solverstate{ending}"
         again = Run(definition.read_solver(path), prefix, start, resume=True)
         golden.compare(folder, "resumed_iter_20", prefix, 20, ending)
-        logs.append((again, expected["log_resumed"], expected["resumed_from_10"]["iterations"]))
+        losses = expected["resumed_from_10"]["iterations"]
+        logs.append((again, expected.get("log_resumed"), losses))
     for one, lines, losses in logs:
         np.testing.assert_allclose(one.losses, [loss["loss"] for loss in losses], rtol=LOSS)
+        if lines is None:  # Of HDF5 there are only the files.
+            continue
         found = without_times(one.lines, str(tmp_path / ("run" if one is run else "resumed")))
-        wanted_lines = without_times(lines, "")[: len(found)]
+        # The program that was around Caffe's solver says that it is done once more.
+        wanted_lines = without_times(lines[:-1], "snap")
         assert [words(line) for line in found] == [words(line) for line in wanted_lines]
         for mine, theirs in zip(found, wanted_lines, strict=True):
             assert numbers(mine) == pytest.approx(numbers(theirs), rel=2e-5, abs=1e-5), theirs

@@ -72,10 +72,10 @@ def caught(requests: Requests, *, sigint: Effect, sighup: Effect) -> Iterator[No
         sigint: what SIGINT asks for.
         sighup: what SIGHUP asks for.
     """
-    effects = {signal.SIGINT: sigint, signal.SIGHUP: sighup}
+    effects: dict[int, Effect] = {signal.SIGINT: sigint, signal.SIGHUP: sighup}
     before = {
-        number: signal.signal(number, lambda *_, effect=effect: requests.ask(effect))
-        for number, effect in effects.items()
+        number: signal.signal(number, lambda got, frame: requests.ask(effects[got]))
+        for number in effects
     }
     try:
         yield

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from soonest import Handle, prioritize
 from soonest.caffe import log, nets, snapshots, solvers, weights
 from soonest.caffe.message import Message
-from soonest.caffe.net import Net, Result
+from soonest.caffe.net import Net
 from soonest.caffe.rates import Rate
 from soonest.caffe.signals import Requests
 from soonest.caffe.trained import copy_weights, share_weights
@@ -166,15 +166,17 @@ class Trainer:
         solver = self.solver
         self.optimizer.zero_grad()
         self.loss = 0.0
+        outputs: dict[str, Tensor] = {}
         for turn in range(solver.iter_size):
             with self._alone(turn < solver.iter_size - 1):
                 result = self.net()
                 result.loss.backward()
             self.loss += result.loss.item() / solver.iter_size
+            outputs = result.outputs
         self._smoothed.add(self.loss)
         shown = self._due(solver.display)
         if shown:
-            self._show(result)
+            self._show(outputs)
         self._update(shown=shown)
         self.iteration += 1
 
@@ -182,13 +184,13 @@ class Trainer:
         """Where backward passes only add to this rank's gradients, if that is wanted."""
         return self._handle.no_sync() if alone and self._handle is not None else nullcontext()
 
-    def _show(self, result: Result) -> None:
+    def _show(self, outputs: dict[str, Tensor]) -> None:
         rate, lapse_s = self._pace.lap(self.iteration)
         self._say(
             f"Iteration {self.iteration} ({rate:g} iter/s, {lapse_s:g}s/{self.solver.display} "
             f"iters), loss = {self._smoothed.value:g}"
         )
-        for line in log.outputs("Train", self.net, result.outputs):
+        for line in log.outputs("Train", self.net, outputs):
             self._say(line)
 
     def _update(self, *, shown: bool) -> None:

@@ -28,7 +28,7 @@ class RecordLayer(Layer):
         self.batch_size = self.own().batch_size
         self._rank, self._ranks = 0, 1
         self._stream: Iterator[Any] | None = None
-        self.random = np.random.default_rng(torch.randint(2**31, (), device="cpu").item())
+        self.random = np.random.default_rng(int(torch.randint(2**31, (), device="cpu")))
         if self.batch_size < 1:
             raise ValueError("give a batch_size above 0")
 
