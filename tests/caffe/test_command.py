@@ -55,7 +55,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_train_says_what_caffe_says_and_goes_on_from_a_state(capsys: pytest.CaptureFixture[str]):
     assert main(["caffe", "train", "--solver=solver.prototxt", "--gpu", "all"]) == 0
     lines = said(capsys)
-    shapes = [re.sub(r"-?\d+\.?\d*(e-?\d+)?", "N", line) for line in lines]
+    shapes = [re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "N", line) for line in lines]
     assert shapes == [
         "Starting Optimization", "Solving tiny", "Learning Rate Policy: fixed",
         *(["Iteration N, Testing net (#N)", "    Test net output #N: hit = N",
