@@ -2,10 +2,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # How long one example takes says nothing where many processes share a core.
-settings.register_profile("caffe", deadline=None)
+settings.register_profile("caffe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("caffe")
 
 
