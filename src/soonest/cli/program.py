@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from soonest.cli import bench, demo, lab, predict
+from soonest.cli import bench, caffe, demo, lab, predict
 from soonest.cli.request import FailedError, WrongRequestError
 from soonest.errors import SoonestError
 
-COMMANDS = (bench, demo, lab, predict)
+COMMANDS = (bench, demo, lab, predict, caffe)
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 

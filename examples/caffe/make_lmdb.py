@@ -1,0 +1,60 @@
+"""Makes a data base for Caffe's Data layer from labelled images.
+
+    python make_lmdb.py mnist_train.csv mnist_train_lmdb
+    python make_lmdb.py train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz fashion_train_lmdb
+
+A line of CSV is a label and the pixels of a square grey image; the others are the files of MNIST
+and Fashion-MNIST as they are published.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import sys
+from pathlib import Path
+
+import lmdb
+import numpy as np
+
+from soonest.caffe import wire
+from soonest.caffe.message import Message
+
+
+def read_csv(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (number, height, width) and labels."""
+    with open(path, encoding="ascii") as file:
+        header = not file.readline().split(",")[0].strip().isdigit()
+    table = np.loadtxt(path, dtype=np.uint8, delimiter=",", skiprows=int(header))
+    side = math.isqrt(table.shape[1] - 1)
+    return table[:, 1:].reshape(-1, side, side), table[:, 0]
+
+
+def read_idx(path: str) -> np.ndarray:
+    """An array in the format of MNIST's own files."""
+    data = Path(path).read_bytes()
+    data = gzip.decompress(data) if path.endswith(".gz") else data
+    shape = np.frombuffer(data, ">i4", data[3], 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+
+def write(images: np.ndarray, labels: np.ndarray, folder: str) -> None:
+    """Writes one record an image, in a random order that is always the same."""
+    order = np.random.default_rng(0).permutation(len(images))
+    map_bytes = 4 * images.nbytes + 2**26
+    with lmdb.open(folder, map_size=map_bytes) as base, base.begin(write=True) as transaction:
+        for number, place in enumerate(order):
+            height, width = images[place].shape
+            datum = Message("Datum", channels=1, height=height, width=width)
+            datum.data, datum.label = images[place].tobytes(), int(labels[place])
+            transaction.put(f"{number:08d}".encode(), wire.encode(datum))
+
+
+if __name__ == "__main__":
+    *sources, target = sys.argv[1:]
+    if len(sources) == 1:
+        write(*read_csv(sources[0]), target)
+    elif len(sources) == 2:
+        write(read_idx(sources[0]), read_idx(sources[1]), target)
+    else:
+        sys.exit(__doc__)

@@ -1,0 +1,1 @@
+"""Caffe: its files, its layers and its command line, trained with soonest."""

@@ -1,0 +1,1 @@
+"""Where records come from, and what is done to images on the way."""

@@ -1,0 +1,104 @@
+"""Images in files and in compressed records; needs OpenCV, as Caffe does, for the same pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from soonest.caffe.data.records import RecordLayer
+from soonest.caffe.data.transform import Transform
+from soonest.caffe.files import read_bytes
+from soonest.caffe.layers.base import Shape
+from soonest.caffe.message import Message
+
+
+def decoded(data: bytes, what: str, *, color: bool | None, size: tuple[int, int] = (0, 0)) -> Any:
+    """A compressed image as (channels, height, width), blue first.
+
+    Args:
+        data: of the file.
+        what: it is, for errors.
+        color: whether it is to have three channels or one; None to leave that as it is.
+        size: height and width to bring it to; zeros to leave it.
+
+    Raises:
+        ValueError: it is no image.
+    """
+    cv2 = _library()
+    flags = {None: cv2.IMREAD_UNCHANGED, True: cv2.IMREAD_COLOR, False: cv2.IMREAD_GRAYSCALE}
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags[color]) if data else None
+    if image is None:
+        raise ValueError(f"{what} is no image that OpenCV can read")
+    if all(size):
+        image = cv2.resize(image, (size[1], size[0]))
+    return image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
+
+
+class ImageData(RecordLayer):
+    """Images named in a list, each with its label."""
+
+    tops = (2, 2)
+
+    def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
+        super().__init__(spec, shapes, phase)
+        own = self.own()
+        if (own.new_height == 0) != (own.new_width == 0):
+            raise ValueError("give both new_height and new_width, or none")
+        self._transform = Transform(spec.transform_param, phase, self.random)
+        self._lines = _listed(own.source)
+
+    def own(self) -> Message:
+        return self.spec.image_data_param
+
+    def records(self) -> Iterator[tuple[str, int]]:
+        order = np.arange(len(self._lines))
+        # Every rank shuffles alike, so that none reads what another does.
+        random = np.random.default_rng(0)
+        first = int(random.integers(self.own().rand_skip)) if self.own().rand_skip else 0
+        while True:
+            if self.own().shuffle:
+                random.shuffle(order)
+            for place in order[first:]:
+                yield self._lines[place]
+            first = 0
+
+    def _image(self, name: str) -> npt.NDArray[np.uint8]:
+        own = self.own()
+        path = own.root_folder + name
+        data = read_bytes(path, "an image")
+        return decoded(data, path, color=own.is_color, size=(own.new_height, own.new_width))
+
+    def shapes(self) -> list[Shape]:
+        image = self._image(self._lines[0][0])
+        return [(self.batch_size, *self._transform.shape(image.shape)), (self.batch_size,)]
+
+    def batch(self, records: Sequence[tuple[str, int]]) -> list[Any]:
+        images = [self._image(name) for name, _ in records]
+        return [self._transform.batch(images), np.array([x for _, x in records], np.float32)]
+
+
+def _listed(source: str) -> list[tuple[str, int]]:
+    found: list[tuple[str, int]] = []
+    text = read_bytes(source, "a list of images").decode("utf-8", "surrogateescape")
+    for number, line in enumerate(text.splitlines(), 1):
+        name, _, label = line.strip().rpartition(" ")
+        if not line.strip():
+            continue
+        try:
+            found.append((name, int(label)))
+        except ValueError:
+            raise ValueError(f"{source}:{number}: a line is a path, a space, a label") from None
+    if not found:
+        raise ValueError(f"{source} lists no images")
+    return found
+
+
+def _library() -> Any:
+    try:
+        import cv2
+    except ImportError:
+        raise ValueError("images need OpenCV: pip install 'soonest[caffe]'") from None
+    return cv2

@@ -1,0 +1,85 @@
+"""Layers that read records: what they have in common, and how ranks share records out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from soonest.caffe.layers.base import Layer, Shape
+from soonest.caffe.message import Message
+
+
+class RecordLayer(Layer):
+    """Reads records without end, a batch at a time.
+
+    While training, rank r of n reads the records r, r + n, r + 2n, … of the stream; a test reads
+    all.
+    """
+
+    bottoms = (0, 0)
+    tops = (1, 2)
+
+    def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
+        super().__init__(spec, shapes, phase)
+        self.batch_size = self.own().batch_size
+        self._rank, self._ranks = 0, 1
+        self._stream: Iterator[Any] | None = None
+        self.random = np.random.default_rng(int(torch.randint(2**31, (), device="cpu")))
+        if self.batch_size < 1:
+            raise ValueError("give a batch_size above 0")
+
+    def own(self) -> Message:
+        """The message with the settings of this type of layer."""
+        raise NotImplementedError
+
+    def records(self) -> Iterator[Any]:
+        """All records, again and again, from the first on; what is not needed is not decoded."""
+        raise NotImplementedError
+
+    def shapes(self) -> list[Shape]:
+        """Of the tops, as one record shows."""
+        raise NotImplementedError
+
+    def batch(self, records: Sequence[Any]) -> list[Any]:
+        """Arrays, one per top, of these records."""
+        raise NotImplementedError
+
+    def share(self, rank: int, ranks: int, *, divide: bool = False) -> None:
+        """Lets several ranks share out the records while training.
+
+        Args:
+            rank: this one.
+            ranks: how many.
+            divide: whether the batch is that of all ranks, not of each.
+
+        Raises:
+            ValueError: the batch cannot be divided.
+        """
+        if self.phase != "TRAIN":
+            return
+        if divide:
+            if self.batch_size % ranks:
+                raise ValueError(
+                    f"its batch_size {self.batch_size} cannot be divided by {ranks} ranks: "
+                    "change one, or leave --global-batch out"
+                )
+            self.batch_size //= ranks
+        self._rank, self._ranks = rank, ranks
+
+    def infer(self, *bottoms: Tensor) -> list[Tensor]:
+        return [torch.empty(shape, device="meta") for shape in self.shapes()]
+
+    def forward(self) -> list[Tensor]:
+        if self._stream is None:
+            self._stream = self._mine()
+        batch = [next(self._stream) for _ in range(self.batch_size)]
+        return [torch.from_numpy(np.ascontiguousarray(array)) for array in self.batch(batch)]
+
+    def _mine(self) -> Iterator[Any]:
+        for number, record in enumerate(self.records()):
+            if number % self._ranks == self._rank:
+                yield record

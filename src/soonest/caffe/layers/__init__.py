@@ -1,0 +1,1 @@
+"""The layers of nets as modules of torch."""

@@ -1,0 +1,93 @@
+"""What a solver needs to go on: ``.solverstate`` and ``.solverstate.h5``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from soonest.caffe import hdf5, wire
+from soonest.caffe.blobs import Array, to_array, to_blob
+from soonest.caffe.files import read_bytes
+from soonest.caffe.message import Message
+from soonest.caffe.weights import write_message
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a solver stands.
+
+    Attributes:
+        iteration: how many have been done.
+        learned_net: the file with the weights.
+        history: of every parameter; solvers with two histories have all first ones, then all second
+            ones.
+        current_step: how many steps the rate has taken.
+    """
+
+    iteration: int
+    learned_net: str
+    history: Sequence[Array]
+    current_step: int = 0
+
+    def write(self, path: str | Path) -> None:
+        """Writes it, as HDF5 if the name ends so.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        if Path(path).suffix != ".h5":
+            write_message(
+                path,
+                Message(
+                    "SolverState",
+                    iter=self.iteration,
+                    learned_net=self.learned_net,
+                    history=[to_blob(array) for array in self.history],
+                    current_step=self.current_step,
+                ),
+            )
+            return
+        with hdf5.open_to_write(path) as file:
+            file["iter"] = np.array([self.iteration], dtype=np.int32)
+            file["current_step"] = np.array([self.current_step], dtype=np.int32)
+            file["learned_net"] = np.bytes_(self.learned_net.encode())
+            group = file.create_group("history")
+            for number, array in enumerate(self.history):
+                group.create_dataset(str(number), data=array)
+
+
+def read(path: str | Path) -> State:
+    """The state in a file, binary or HDF5.
+
+    Raises:
+        ValueError: it cannot be read, or is damaged.
+    """
+    what = "a solver's state"
+    read_bytes(path, what, limit=1)
+    if not hdf5.is_hdf5(path):
+        found = wire.decode(read_bytes(path, what), "SolverState", file=str(path))
+        return State(
+            found.iter,
+            found.learned_net,
+            [
+                to_array(blob, f"history {number} of {path}")
+                for number, blob in enumerate(found.history)
+            ],
+            found.current_step,
+        )
+    with hdf5.open_to_read(path, what) as file:
+        missing = [name for name in ("iter", "learned_net", "history") if name not in file]
+        if missing:
+            raise ValueError(f"{path} has no {missing[0]!r}: it is no solver's state")
+        net = file["learned_net"][()]
+        return State(
+            int(np.asarray(file["iter"][()]).reshape(-1)[0]),
+            net.decode() if isinstance(net, bytes) else str(net),
+            list(hdf5.numbered(file["history"], str(path)).values()),
+            int(np.asarray(file["current_step"][()]).reshape(-1)[0])
+            if "current_step" in file
+            else 0,
+        )

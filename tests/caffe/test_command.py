@@ -1,0 +1,141 @@
+"""``soonest caffe``: train, test, time, and what is said where that cannot be."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from soonest.caffe import state
+from soonest.cli import main
+
+NET = """
+name: "tiny"
+layer { name: "d" type: "DummyData" top: "x" top: "y"
+  dummy_data_param { shape { dim: 4 dim: 1 dim: 6 dim: 6 } shape { dim: 4 }
+    data_filler { type: "gaussian" } data_filler { } } }
+layer { name: "c" type: "Convolution" bottom: "x" top: "c"
+  convolution_param { num_output: 2 kernel_size: 3 weight_filler { type: "xavier" } } }
+layer { name: "r" type: "ReLU" bottom: "c" top: "c" }
+layer { name: "f" type: "InnerProduct" bottom: "c" top: "f"
+  inner_product_param { num_output: 3 weight_filler { type: "xavier" } } }
+layer { name: "hit" type: "Accuracy" bottom: "f" bottom: "y" top: "hit" include { phase: TEST } }
+layer { name: "l" type: "SoftmaxWithLoss" bottom: "f" bottom: "y" top: "l" }
+"""
+SOLVER = """
+net: "net.prototxt" base_lr: 0.1 lr_policy: "fixed" momentum: 0.9 max_iter: {iterations} display: 2
+test_iter: 2 test_interval: 2 snapshot_prefix: "run" random_seed: 1 average_loss: 2
+"""
+GLOG = re.compile(r"I\d{4} \d\d:\d\d:\d\d\.\d{6} +\d+ \S+:\d+\] (.*)")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("net.prototxt").write_text(NET)
+    Path("solver.prototxt").write_text(SOLVER.replace("{iterations}", "4"))
+    Path("long.prototxt").write_text(SOLVER.replace("{iterations}", "1000000"))
+    return tmp_path
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    out, err = capsys.readouterr()
+    assert out == ""
+    matches = [GLOG.fullmatch(line) for line in err.splitlines()]
+    assert all(matches), err
+    return [match[1] for match in matches if match]
+
+
+@pytest.mark.usefixtures("folder")
+def test_train_says_what_caffe_says_and_goes_on_from_a_state(capsys: pytest.CaptureFixture[str]):
+    assert main(["caffe", "train", "--solver=solver.prototxt", "--gpu", "all"]) == 0
+    lines = said(capsys)
+    shapes = [re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "N", line) for line in lines]
+    assert shapes == [
+        "Starting Optimization", "Solving tiny", "Learning Rate Policy: fixed",
+        *(["Iteration N, Testing net (#N)", "    Test net output #N: hit = N",
+           "    Test net output #N: l = N (* N = N loss)",
+           "Iteration N (N iter/s, Ns/N iters), loss = N",
+           "    Train net output #N: l = N (* N = N loss)", "Iteration N, lr = N"] * 2),
+        "Snapshotting to binary proto file run_iter_N.caffemodel",
+        "Snapshotting solver state to binary proto file run_iter_N.solverstate",
+        "Iteration N, loss = N", "Iteration N, Testing net (#N)", "    Test net output #N: hit = N",
+        "    Test net output #N: l = N (* N = N loss)", "Optimization Done.", "Optimization Done.",
+    ]  # fmt: skip
+    assert state.read("run_iter_4.solverstate").iteration == 4
+    assert main(["caffe", "train", "-solver", "solver.prototxt", "-snapshot",
+                 "run_iter_4.solverstate"]) == 0  # fmt: skip
+    assert said(capsys)[0] == "Resuming from run_iter_4.solverstate"
+    weights = ["--weights=run_iter_4.caffemodel", "--iterations=3"]
+    assert main(["caffe", "test", "--model=net.prototxt", *weights]) == 0
+    lines = said(capsys)
+    assert lines[0] == "Running for 3 iterations."
+    assert lines[-2].startswith("hit = ")
+    assert re.fullmatch(r"l = \S+ \(\* 1 = \S+ loss\)", lines[-1])
+    assert sum(line.startswith("Batch ") for line in lines) == 6
+
+
+@pytest.mark.usefixtures("folder")
+def test_time_measures_each_layer(capsys: pytest.CaptureFixture[str]):
+    assert main(["caffe", "time", "--model=net.prototxt", "--iterations=2"]) == 0
+    lines = said(capsys)
+    assert sum("\tforward: " in line for line in lines) == 5
+    assert sum("\tbackward: " in line for line in lines) == 5
+    assert any(line.startswith("Average Forward-Backward: ") for line in lines)
+
+
+@pytest.mark.parametrize(("number", "stops"), [(signal.SIGHUP, False), (signal.SIGINT, True)])
+@pytest.mark.usefixtures("folder")
+def test_signals_save_and_stop(
+    number: signal.Signals, stops: bool, capsys: pytest.CaptureFixture[str]
+):
+    def send() -> None:
+        for _ in range(600):
+            if signal.getsignal(signal.SIGHUP) not in (signal.SIG_DFL, signal.SIG_IGN):
+                break
+            time.sleep(0.1)
+        os.kill(os.getpid(), number)
+        if not stops:
+            for _ in range(600):
+                if list(Path().glob("run_iter_*.solverstate")):
+                    break
+                time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert main(["caffe", "train", "--solver=long.prototxt"]) == 0
+    sender.join()
+    lines = said(capsys)
+    assert lines[-2:] == ["Optimization stopped early.", "Optimization Done."]
+    saved = sum(line.startswith("Snapshotting solver state") for line in lines)
+    assert saved == (1 if stops else 2)
+
+
+WRONG = {
+    ("train",): "--solver=solver.prototxt",
+    ("train", "--solver=x", "--weights=a", "--snapshot=b"): "but not both",
+    ("train", "--solver=none.prototxt"): "cannot read none.prototxt",
+    ("train", "--solver=solver.prototxt", "--weights=none"): "cannot read none",
+    ("train", "--solver=net.prototxt"): "SolverParameter",
+    ("train", "--solver=solver.prototxt", "--sigint_effect=sing"): "invalid choice",
+    ("test", "--model=net.prototxt"): "--weights=net.caffemodel",
+    ("time",): "--model=net.prototxt",
+    ("time", "--model=net.prototxt", "--iterations=0"): "0 is too few",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+@pytest.mark.usefixtures("folder")
+def test_a_wrong_request_is_one_line_and_code_2(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+):
+    assert main(["caffe", *words]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("soonest: ")
+    assert WRONG[words] in line

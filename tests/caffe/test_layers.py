@@ -1,0 +1,217 @@
+"""Each layer beside real Caffe: what it gives, and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import golden_caffe as golden
+from soonest.caffe import definition
+from soonest.caffe.layers.pooling import windows
+from soonest.caffe.layers.registry import LAYERS
+from soonest.caffe.net import Net
+from soonest.caffe.text import parse
+
+CASES: dict[str, Any] = golden.index("layers/index.json").get("cases", {})
+TOLERANCE = 1e-5
+"""Of the largest value, or of 1."""
+
+
+def net(source: str, phase: str = "TRAIN") -> Net:
+    return Net(parse(source, "NetParameter"), phase, file="net.prototxt")
+
+
+def inputs(**shapes: list[int]) -> str:
+    """Input layers of these shapes."""
+    return "".join(
+        f'layer {{ name: "{name}" type: "Input" top: "{name}" input_param {{ shape {{ '
+        + " ".join(f"dim: {size}" for size in shape)
+        + " } } }\n"
+        for name, shape in shapes.items()
+    )
+
+
+@pytest.mark.skipif(golden.FOUND is None, reason="no ../shared/caffe-golden")
+def test_there_are_cases_of_every_layer():
+    types = {type_ for case in CASES.values() for type_ in case["types"]}
+    untested = set(LAYERS) - types
+    assert untested == {
+        "Data", "HDF5Data", "ImageData", "DummyData", "Input", "Silence", "Threshold",
+    } & set(LAYERS)  # fmt: skip
+
+
+@golden.needed
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_gives_what_caffe_gives(name: str):
+    case = CASES[name]
+    folder = golden.FOLDER / "layers"
+    made = Net(definition.read_net(folder / case["prototxt"]), case["phase"])
+    stored = np.load(folder / case["npz"])
+    layers = {step.layer.spec.name: step.layer for step in made.steps}
+    fed: dict[str, torch.Tensor] = {}
+    for key in stored.files:
+        kind, blob, *number = key.split("/")
+        value = torch.from_numpy(stored[key])
+        if kind == "param":
+            with torch.no_grad():
+                layers[blob].blobs()[int(number[0])].copy_(value)
+        elif kind == "in":
+            fed[blob] = value.requires_grad_(f"indiff/{blob}" in stored.files)
+    for _ in range(case["forward_passes"]):
+        result = made(fed, keep=True)
+    sent = {key[8:]: stored[key] for key in stored.files if key.startswith("topdiff/")}
+    if case["backward"]:
+        torch.autograd.backward(
+            [result.blobs[blob] for blob in sent],
+            [
+                torch.from_numpy(value).reshape(result.blobs[blob].shape)
+                for blob, value in sent.items()
+            ],
+        )
+    compared = 0
+    for key in stored.files:
+        kind, blob, *number = key.split("/")
+        own = layers[blob].blobs()[int(number[0])] if number else None
+        if kind in ("top", "indiff"):
+            found = result.blobs[blob] if kind == "top" else fed[blob].grad
+        else:
+            found = own.grad if kind == "paramdiff" and own is not None else own
+        if kind in ("top", "indiff", "param_after", "paramdiff"):
+            assert found is not None
+            wanted, found = stored[key], found.detach().numpy()
+            assert found.size == wanted.size
+            apart = np.abs(found.reshape(wanted.shape) - wanted).max()
+            assert apart <= TOLERANCE * max(1, np.abs(wanted).max()), key
+            compared += 1
+    assert compared
+
+
+WRONG = {
+    "convolution_param { num_output: 2 }": "kernel_size is given 0 times",
+    "convolution_param { num_output: 2 kernel_size: [1, 2, 3] }": "kernel_size is given 3 times",
+    "convolution_param { kernel_size: 1 }": "num_output, kernel, stride",
+    "convolution_param { num_output: 2 kernel_size: 1 group: 2 }": "group 2 must divide",
+    "convolution_param { num_output: 2 kernel_size: 9 }": "its kernel covers 9",
+    "convolution_param { num_output: 2 kernel_size: 1 kernel_h: 1 }": "no kernel_size beside",
+    "convolution_param { num_output: 2 kernel_size: 1 axis: 4 }": "axis 4 is not one of",
+    "pooling_param { }": "give a kernel_size",
+    "pooling_param { kernel_size: 1 kernel_h: 2 }": "give kernel_size, or both",
+    "pooling_param { kernel_size: 9 }": "larger than its bottom",
+    "pooling_param { kernel_size: 2 pad: 2 }": "must be below its kernel",
+    "pooling_param { kernel_size: 1 stride: 4 }": "outside of the 6 values",
+    "pooling_param { pool: STOCHASTIC kernel_size: 1 }": "not supported",
+    "pooling_param { global_pooling: true kernel_size: 2 }": "leave it out",
+    "lrn_param { local_size: 4 }": "give an odd one",
+    "dropout_param { dropout_ratio: 1 }": "between 0 and 1",
+    "exp_param { base: 0 }": "above 0, or -1",
+    "reshape_param { shape { dim: 5 } }": "cannot be reshaped",
+    "reshape_param { shape { dim: -1 dim: -1 } }": "or once -1",
+    "reshape_param { axis: 9 }": "axis 9",
+    "flatten_param { axis: 2 end_axis: 1 }": "before its axis",
+    "slice_param { slice_point: 9 }": "rising, between 0 and 3",
+    "argmax_param { axis: 1 top_k: 4 }": "give 1 to 3",
+    "tile_param { tiles: 0 }": "give 1 or more",
+    "scale_param { num_axes: 7 }": "more than there are",
+    "inner_product_param { num_output: 0 }": "sizes above 0",
+    'inner_product_param { num_output: 1 weight_filler { type: "best" } }': "no filler 'best'",
+    'inner_product_param { num_output: 1 weight_filler { type: "bilinear" } }': "square filters",
+    'inner_product_param { num_output: 1 weight_filler { type: "xavier" sparse: 1 } }': "sparse",
+}
+TOPS = {"": 'top: "y"', "slice": 'top: "y" top: "z"'}
+TYPES = {"lrn": "LRN", "argmax": "ArgMax", "inner_product": "InnerProduct"}
+
+
+@pytest.mark.parametrize("spec", WRONG)
+def test_what_cannot_be_is_refused_with_the_line_of_the_layer(spec: str):
+    kind = spec.partition("_param")[0]
+    source = inputs(x=[2, 3, 6, 6]) + (
+        f'layer {{ name: "it" type: "{TYPES.get(kind, kind.title())}" bottom: "x" '
+        f"{TOPS.get(kind, TOPS[''])} {spec} }}"
+    )
+    with pytest.raises(ValueError, match=WRONG[spec]) as caught:
+        net(source)
+    assert str(caught.value).startswith("net.prototxt:2: layer 'it' of type ")
+
+
+TWO = {
+    ("Concat", (2, 3, 4), (2, 3, 5)): "equal but for axis 1",
+    ("Eltwise", (2, 3), (3, 2)): "several shapes",
+    ("SoftmaxWithLoss", (2, 3, 4), (2,)): "it has 2 labels",
+    ("EuclideanLoss", (2, 3), (2, 4)): "equally many",
+    ("Scale", (2, 3), (4,)): "does not fit",
+    ("Crop", (2, 3, 4, 4), (2, 3, 5, 5)): "leaves too little",
+    ("ContrastiveLoss", (2, 3), (2, 3)): "it takes 3",
+    ("ReLU", (2, 3), (2, 3)): "it takes 1",
+}
+
+
+@pytest.mark.parametrize("case", TWO)
+def test_bottoms_that_do_not_fit_are_refused(case: tuple[str, tuple[int, ...], tuple[int, ...]]):
+    kind, first, second = case
+    source = inputs(a=list(first), b=list(second)) + (
+        f'layer {{ name: "it" type: "{kind}" bottom: "a" bottom: "b" top: "y" }}'
+    )
+    with pytest.raises(ValueError, match=TWO[case]):
+        net(source)
+
+
+def test_labels_out_of_range_are_refused_with_the_layer():
+    made = net(
+        inputs(a=[2, 3], b=[2])
+        + 'layer { name: "it" type: "SoftmaxWithLoss" bottom: "a" bottom: "b" }'
+    )
+    with pytest.raises(ValueError, match=r"layer 'it' .*a label is 7"):
+        made({"b": torch.tensor([1.0, 7.0])})
+
+
+def test_the_loss_of_a_hopeless_score_is_capped_but_its_gradient_is_not():
+    made = net(
+        inputs(a=[1, 2], b=[1])
+        + 'layer { name: "it" type: "SoftmaxWithLoss" bottom: "a" bottom: "b" }'
+    )
+    scores = torch.tensor([[0.0, 200.0]], requires_grad=True)
+    loss = made({"a": scores}).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(87.3365, abs=1e-4)
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [[-1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "pad", "ceil", "wanted"),
+    [(55, 3, 2, 0, True, 27), (6, 3, 2, 0, True, 3), (6, 3, 2, 0, False, 2), (4, 2, 2, 1, True, 3),
+     (5, 2, 2, 1, True, 3), (7, 1, 2, 0, True, 4), (8, 1, 2, 0, False, 4)],
+)  # fmt: skip
+def test_the_number_of_windows(
+    size: int, kernel: int, stride: int, pad: int, ceil: bool, wanted: int
+):
+    assert windows(size, kernel, stride, pad, ceil=ceil) == wanted
+
+
+def test_the_mask_of_max_pooling_counts_without_padding():
+    made = net(
+        inputs(x=[1, 1, 3, 3]) + 'layer { type: "Pooling" bottom: "x" top: "y" top: "mask" '
+        "pooling_param { kernel_size: 2 stride: 2 pad: 1 } }"
+    )
+    x = torch.arange(9.0).reshape(1, 1, 3, 3)
+    result = made({"x": x})
+    assert torch.equal(x.flatten()[result.outputs["mask"].long()], result.outputs["y"])
+
+
+def test_dropout_keeps_the_mean():
+    made = net(
+        inputs(x=[1000, 10]) + 'layer { type: "Dropout" bottom: "x" top: "x" '
+        "dropout_param { dropout_ratio: 0.25 } }"
+    )
+    values = made({"x": torch.ones(1000, 10)}).outputs["x"]
+    assert set(values.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert values.mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_an_old_batch_norm_of_scale_0_has_mean_and_variance_0():
+    made = net(inputs(x=[2, 3]) + 'layer { type: "BatchNorm" bottom: "x" top: "y" }', "TEST")
+    top = made({"x": torch.full((2, 3), 2.0)}).outputs["y"]
+    assert top.flatten().tolist() == pytest.approx([2 / 1e-5**0.5] * 6)

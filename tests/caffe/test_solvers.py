@@ -1,0 +1,174 @@
+"""Training beside real Caffe: weights, histories, losses and log lines, iteration by iteration."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import golden_caffe as golden
+from soonest.caffe import definition
+from soonest.caffe.message import Message
+from soonest.caffe.text import parse
+from soonest.caffe.training import Trainer
+
+FOLDERS = [
+    *(f"solvers/{name}" for name in golden.index("solvers/index.json").get("cases", {})),
+    *(("legacy/hdf5", "legacy/v1_train") if golden.FOUND else ()),
+]
+LOSS = 1e-5
+
+
+class Run:
+    """One training of a golden case, with what it said and every loss."""
+
+    def __init__(self, solver: Message, prefix: Path, start: str, *, resume: bool) -> None:
+        self.lines: list[str] = []
+        self.losses: list[float] = []
+        solver.snapshot_prefix = str(prefix)
+        trainer = Trainer(solver, say=self.lines.append)
+        update = trainer.optimizer.step
+
+        def step(*arguments: Any) -> Any:
+            self.losses.append(trainer.loss)
+            return update(*arguments)
+
+        trainer.optimizer.step = step  # type: ignore[method-assign]
+        if resume:
+            trainer.resume(start)
+        else:
+            trainer.finetune([start])
+        trainer.solve()
+
+
+def without_times(lines: list[str], prefix: str) -> list[str]:
+    lines = [re.sub(r"\(\S+ iter/s, \S+s/", "(# iter/s, #s/", line) for line in lines]
+    return [line.replace(prefix, "snap") for line in lines]
+
+
+def words(line: str) -> str:
+    return re.sub(r"-?\d+\.?\d*(e-?\d+)?", "N", line)
+
+
+def numbers(line: str) -> list[float]:
+    return [float(one) for one in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", line)]
+
+
+@golden.needed
+@pytest.mark.parametrize("name", FOLDERS)
+def test_training_goes_as_in_caffe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("lmdb")
+    pytest.importorskip("h5py")
+    folder = golden.FOLDER / name
+    monkeypatch.chdir(folder)
+    ending = ".h5" if name.endswith("hdf5") else ""
+    large_batch = Path("reference/solver.prototxt")
+    path = large_batch if large_batch.exists() else Path("solver.prototxt")
+    expected = json.loads(Path("expected/losses.json").read_text(encoding="utf-8"))
+    prefix = tmp_path / "run"
+    run = Run(definition.read_solver(path), prefix, "init.caffemodel", resume=False)
+    for iteration in (10, 20):
+        golden.compare(folder, f"snap_iter_{iteration}", prefix, iteration, ending)
+    wanted = [one["loss"] for one in expected["iterations"]]
+    np.testing.assert_allclose(run.losses, wanted, rtol=LOSS)
+    logs = [(run, expected.get("log"), expected["iterations"])]
+    if expected.get("resumed_from_10"):
+        prefix = tmp_path / "resumed"
+        start = f"expected/snap_iter_10.solverstate{ending}"
+        again = Run(definition.read_solver(path), prefix, start, resume=True)
+        golden.compare(folder, "resumed_iter_20", prefix, 20, ending)
+        losses = expected["resumed_from_10"]["iterations"]
+        logs.append((again, expected.get("log_resumed"), losses))
+    for one, lines, losses in logs:
+        np.testing.assert_allclose(one.losses, [loss["loss"] for loss in losses], rtol=LOSS)
+        if lines is None:  # Of HDF5 there are only the files.
+            continue
+        found = without_times(one.lines, str(tmp_path / ("run" if one is run else "resumed")))
+        # The program that was around Caffe's solver says that it is done once more.
+        wanted_lines = without_times(lines[:-1], "snap")
+        assert [words(line) for line in found] == [words(line) for line in wanted_lines]
+        for mine, theirs in zip(found, wanted_lines, strict=True):
+            assert numbers(mine) == pytest.approx(numbers(theirs), rel=2e-5, abs=1e-5), theirs
+
+
+REFUSED = {
+    "unknown_lr_policy": "no lr_policy 'cosine'",
+    "unknown_solver_type": "no solver 'Lion'",
+    "missing_net_file": "cannot read no_such_net.prototxt",
+    "no_net": "no net to train",
+    "net_and_train_net": "give one of net",
+    "sigmoid_negative_gamma": "gamma is -0.5",
+    "type_and_solver_type": "both 'type' and 'solver_type'",
+    "solver_unknown_field": r":2:1: .*'base_learning_rate'",
+    "snapshot_prefix_no_folder": "make sure that the folder",
+    "snapshot_prefix_no_folder_interval": "make sure that the folder",
+    "missing_lmdb": "there is no data base",
+    "crop_too_large": "crop_size 12 is larger",
+}
+
+
+@golden.needed
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_caffe_refuses_is_refused(name: str, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("lmdb")
+    monkeypatch.chdir(golden.FOLDER / "snapshots")
+    with pytest.raises(ValueError, match=REFUSED[name]):
+        Trainer(definition.read_solver(f"{name}.solver.prototxt"), say=lambda line: None)
+
+
+STARTS = {
+    "no_such.caffemodel": "cannot read no_such.caffemodel",
+    "truncated.caffemodel": "truncated.caffemodel, byte 392",
+    "wrong_shape.caffemodel": r"layer 'score'.*\[10, 36\].*\[10, 30\]",
+    "wrong_blob_count.caffemodel": r"layer 'conv'.*it has 2 blobs, but 1",
+    "truncated.solverstate": "truncated.solverstate, byte",
+    "wrong_history.solverstate": "has 8 histories",
+}
+
+
+@golden.needed
+def test_starts_that_caffe_refuses_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("lmdb")
+    monkeypatch.chdir(golden.FOLDER / "snapshots")
+    lines: list[str] = []
+    solver = definition.read_solver("solver.prototxt")
+    solver.snapshot_prefix = str(tmp_path / "snap")
+    trainer = Trainer(solver, say=lines.append)
+    for name, why in STARTS.items():
+        with pytest.raises(ValueError, match=why):
+            (trainer.resume if name.endswith("state") else lambda x: trainer.finetune([x]))(name)
+    lines.clear()
+    trainer.finetune(["extra_layer.caffemodel"])
+    assert lines == ["Finetuning from extra_layer.caffemodel", "Ignoring source layer stranger"]
+    trainer.solve()
+    assert lines[-1] == "Optimization Done."
+    assert (tmp_path / "snap_iter_2.caffemodel").exists()
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        ('type: "ReLU"', "no loss"),
+        ('type: "EuclideanLoss" bottom: "x"', "no blobs to learn"),
+    ],
+)
+def test_nets_that_cannot_learn_are_refused(layer: str, why: str):
+    source = (
+        'base_lr: 1 lr_policy: "fixed" snapshot_after_train: false net_param { '
+        'layer { type: "DummyData" top: "x" dummy_data_param { shape { dim: 1 } } } '
+        f'layer {{ {layer} bottom: "x" top: "y" }} }}'
+    )
+    with pytest.raises(ValueError, match=why):
+        Trainer(parse(source, "SolverParameter"), say=lambda line: None)
+
+
+def test_momentum_is_refused_where_there_is_none():
+    from soonest.caffe.solvers import AdaGrad
+
+    with pytest.raises(ValueError, match="AdaGrad has no momentum"):
+        AdaGrad([torch.nn.Parameter(torch.zeros(1))], 0.1, momentum=0.9)
