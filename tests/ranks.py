@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,8 @@ import torch.distributed as dist
 
 from soonest.core.network import Cost, Network
 from soonest.core.plan import METHODS
-from soonest.runtime import calibrate
+from soonest.core.planner import best_plan
+from soonest.runtime import calibrate, learn
 
 # Ranks are forked from one process that has imported all they need, which takes seconds; what
 # building an optimizer and saving a checkpoint would import, too.
@@ -26,6 +28,10 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "soonest.runtime"]
 )
+
+_SEARCH_WORK = 20_000
+"""Ops and layers that a rank may simulate when it searches for a plan: it finds one as it always
+does, if not the best, and others wait for it."""
 
 
 def mixed_network(ranks: int) -> Network:
@@ -50,6 +56,22 @@ def mixed_network(ranks: int) -> Network:
             for kind in sorted(kinds)
         }
     )
+
+
+def say_done() -> None:
+    """Lets a rank that does not take part in something know that this one is through with it."""
+    _store().set(f"done {dist.get_rank()}", "")
+
+
+def wait_for_the_others() -> None:
+    """Returns when all other ranks have called ``say_done``."""
+    keys = [f"done {rank}" for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+    while not _store().check(keys):  # to wait there would keep other threads from the store
+        time.sleep(0.05)
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 class RankFailedError(AssertionError):
@@ -130,6 +152,7 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     if not calibrated:
+        learn.best_plan = functools.partial(best_plan, max_work=_SEARCH_WORK)
         calibrate.network_of = lambda ranks, **_: mixed_network(ranks.group.size())
     os.environ.setdefault("SOONEST_CACHE", "")
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)

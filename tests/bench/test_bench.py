@@ -23,7 +23,7 @@ SMALL = Trace(
         Layer("last", 80_000, 2e3, 4e3),
     ),
 )
-QUICK = ("--hosts", "2", "--steps", "2", "--rounds", "1", "--slow-motion", "2", "--shrink", "1")
+QUICK = ("--hosts", "2", "--steps", "2", "--rounds", "1", "--slow-motion", "1", "--shrink", "1")
 HERE = [arm for arm in ARMS if arm not in ("deepspeed-zero1", "horovod")]
 
 
@@ -43,7 +43,7 @@ def bench(trace: Trace, folder: Path, *words: str) -> dict[str, Any]:
 def test_all_arms_on_the_same_work(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     pictures = [tmp_path / "bars.png", tmp_path / "step.png"]
     drawn = ["--picture", str(pictures[0]), "--timeline", str(pictures[1])]
-    record = bench(SMALL, tmp_path, "--arms", ",".join(HERE), *drawn)
+    record = bench(SMALL, tmp_path, "--arms", ",".join(HERE), "--slow-motion", "2", *drawn)
     assert {key: record[key] for key in ("hosts", "slow_motion", "shrink")} == {
         "hosts": 2,
         "slow_motion": 2.0,
@@ -100,7 +100,7 @@ def many() -> tuple[Layer, ...]:
     """Hundreds of small tensors, some layers without any, some times zero."""
     return tuple(
         Layer(f"layer{i}", 0 if i % 7 == 3 else 4 * (1 + i % 50), 20.0 * (i % 3), 30.0 * (i % 4))
-        for i in range(300)
+        for i in range(200)
     )
 
 
@@ -125,20 +125,22 @@ def test_traces_that_nobody_has_seen(trace: Trace, link: str, tmp_path: Path):
     assert all(math.isfinite(arm["step_ms"]) for arm in record["arms"].values())
 
 
-def test_what_is_absent_is_named(
+def methods_of(record: dict[str, Any]) -> dict[str, set[str]]:
+    return {name: set(arm.get("methods", ())) for name, arm in record["arms"].items()}
+
+
+def test_what_is_absent_is_named_and_soonest_itself_held_to_one_method(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr("soonest.bench.session.find_spec", lambda name: None)
-    record = bench(SMALL, tmp_path, "--arms", "horovod,soonest")
+    record = bench(SMALL, tmp_path, "--arms", "horovod,soonest", "--method", "exchange")
     assert record["absent"] == {"horovod": "horovod is not installed"}
     assert list(record["arms"]) == ["soonest"]
+    assert record["method"] == "exchange"
+    assert methods_of(record) == {"soonest": {"exchange"}}
     out = capfd.readouterr().out
     assert "horovod is absent: horovod is not installed." in out
     assert "absent" in next(line for line in out.splitlines() if line.startswith("│ horovod"))
-
-
-def methods_of(record: dict[str, Any]) -> dict[str, set[str]]:
-    return {name: set(arm.get("methods", ())) for name, arm in record["arms"].items()}
 
 
 def test_soonest_held_to_one_method_beside_soonest(
@@ -156,12 +158,6 @@ def test_soonest_held_to_one_method_beside_soonest(
     assert "several ranks on each host" in record["absent"]["soonest-hierarchical"]
     out = capfd.readouterr().out
     assert f"Buckets of soonest-split: {record['arms']['soonest-split']['methods']['split']}" in out
-
-
-def test_soonest_itself_held_to_one_method(tmp_path: Path):
-    record = bench(SMALL, tmp_path, "--arms", "soonest", "--method", "exchange")
-    assert record["method"] == "exchange"
-    assert methods_of(record) == {"soonest": {"exchange"}}
 
 
 def test_slow_motion_and_shrink_are_chosen_by_measuring(

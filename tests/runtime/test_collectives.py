@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import cache
 from itertools import product
 
 import pytest
@@ -20,14 +21,16 @@ IN_RANK_ORDER = ("gather", "exchange", "split", "shard_direct")
 """Methods whose sums do not depend on how data are cut."""
 
 
+@cache
 def values(rank: int, size: int, dtype: torch.dtype, *, exact: bool) -> Tensor:
-    """What one rank brings. Every rank can make it, for all."""
+    """What one rank brings. Every rank can make it, for all. Not to be written to."""
     if exact:  # sums of these are representable in every dtype
         return ((torch.arange(size) * (rank + 3) + rank) % 7 - 3).to(dtype)
     noise = torch.Generator().manual_seed(1000 * size + rank)
     return torch.randn(size, generator=noise).to(dtype)
 
 
+@cache
 def reference(ranks: int, size: int, dtype: torch.dtype, *, exact: bool) -> Tensor:
     total = torch.zeros(size, dtype=torch.float64)
     for rank in range(ranks):
@@ -35,6 +38,7 @@ def reference(ranks: int, size: int, dtype: torch.dtype, *, exact: bool) -> Tens
     return total
 
 
+@cache
 def in_order(ranks: int, size: int, dtype: torch.dtype) -> Tensor:
     """The sum with every addition rounded to float32 at least, in the order of ranks."""
     total = values(0, size, dtype, exact=False).to(torch.promote_types(dtype, torch.float32))
@@ -65,7 +69,7 @@ def check(
 ) -> str:
     """What came out: what is wrong with it, or else its bits, the same on all ranks."""
     n, rank = dist.get_world_size(), dist.get_rank()
-    tensor = values(rank, size, dtype, exact=exact)
+    tensor = values(rank, size, dtype, exact=exact).clone()
     spread = torch.full((size, 3), -7.0, dtype=dtype)
     if layout == "strided":
         spread[:, 1] = tensor
@@ -134,7 +138,7 @@ def narrowed(wire: torch.dtype) -> dict[str, tuple[int, float]]:
     n, size = dist.get_world_size(), 5003
     found: dict[str, tuple[int, float]] = {}
     for method in ranks.methods:
-        tensor = values(dist.get_rank(), size, torch.float32, exact=False)
+        tensor = values(dist.get_rank(), size, torch.float32, exact=False).clone()
         collectives.combine(method, ranks, tensor, wire=wire)
         error = (tensor.double() - reference(n, size, torch.float32, exact=False)).abs()
         found[method] = bits(tensor), float(error.mean())

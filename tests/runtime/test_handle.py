@@ -350,9 +350,26 @@ def test_evaluation_before_the_first_step() -> None:
 
 
 SCRIPT = """
-import sys, torch, torch.distributed as dist
+import os, sys
+import torch, torch._dynamo, torch.distributed as dist
 import soonest
-dist.init_process_group("gloo")
+
+# Torch is imported once for all. Whoever leaves this loop is a rank, and ends as a script does.
+for how in sys.argv[2:]:
+    rank = os.fork()
+    if not rank:
+        break
+    code = os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1])
+    with open(f"{sys.argv[1]}/{how}.code", "a") as file:
+        print(code, file=file)
+else:
+    sys.exit()
+
+for number, name in (1, "out"), (2, "err"):
+    os.dup2(os.open(f"{sys.argv[1]}/{how}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+torchruns = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo", store=dist.PrefixStore(how, torchruns), rank=rank, world_size=ranks)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 4000), torch.nn.Linear(4000, 8))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -361,34 +378,49 @@ for _ in range(7):
     optimizer.zero_grad()
     model(torch.randn(4, 64)).sum().backward()
     optimizer.step()
-if sys.argv[1] == "read":
+if how == "read":
     print(f"sum {sum(p.sum().item() for p in model.parameters()):.9e}", flush=True)
-if sys.argv[1] == "rank 0 reads" and dist.get_rank() == 0:
+if how == "rank 0 reads" and dist.get_rank() == 0:
     print(len(model.state_dict()), flush=True)
-if sys.argv[1] == "destroy":
+if how == "destroy":
     dist.destroy_process_group()
     print(f"sum {sum(p.sum().item() for p in model.parameters()):.9e}", flush=True)
 """
+ENDS = ("nothing", "read", "rank 0 reads", "destroy")
 
 
-@pytest.mark.parametrize("how", ["nothing", "read", "rank 0 reads", "destroy"])
-def test_a_script_may_end_in_the_middle_of_overlap(how: str, tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What scripts that ended in each of these ways have left: exit codes, output, errors."""
+    folder = tmp_path_factory.mktemp("ended")
+    script = folder / "train.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(script), how],
+        [*command, str(script), str(folder), *ENDS],
         capture_output=True,
         text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SOONEST_CACHE": str(folder)},
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr, done.stderr
-    sums = [line for line in done.stdout.splitlines() if line.startswith("sum")]
-    assert len(set(sums)) == (1 if how in ("read", "destroy") else 0)
+    return folder
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_script_may_end_in_the_middle_of_overlap(how: str, ended: Path) -> None:
+    codes, out, err = ((ended / f"{how}.{what}").read_text() for what in ("code", "out", "err"))
+    assert codes == "0\n0\n", err
+    assert "Traceback" not in err
+    assert "Warning" not in err, err
+    lines = out.splitlines()
+    sums = [line for line in lines if line.startswith("sum")]
+    assert len(sums) == (2 if how in ("read", "destroy") else 0)
+    assert len(set(sums)) == len(sums) // 2
+    assert (lines == ["4"]) == (how == "rank 0 reads")
 
 
 def profiles(folder: str) -> str:
