@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ranks import run_ranks
-from runtime.reads import READS, stale_reads
+from runtime import reads, writes
+from runtime.flights import Found, fly
 from soonest.runtime import guard
+
+SAFETY = Path(__file__).parents[2] / "docs" / "safety.md"
 
 READERS: dict[str, Callable[[Any], Any]] = {
     "arithmetic": lambda p: p * 2,
@@ -186,25 +190,46 @@ def test_the_guard_can_be_told_off_for_a_while(flight: Flight) -> None:
     assert flight.landings == 0
 
 
-@pytest.fixture(scope="module")
-def guarded() -> list[dict[str, bool]]:
-    return run_ranks(stale_reads, 2, True)
+GUARDED = [
+    *(("reads", name) for name in reads.READS),
+    *(("kept", name) for name in reads.KEPT),
+    *(("gradient reads", name) for name in reads.GRADIENT_READS),
+    *(("writes", name) for name in writes.WRITES),
+    *(("gradient writes", name) for name in writes.GRADIENT_WRITES),
+    *(("moves", name) for name in writes.MOVES),
+]
+# Without the guard these would come out right as well: nothing that could be stale is read.
+HARMLESS = [
+    *(("replaced", name) for name in writes.REPLACED),
+    *(("replaced later", name) for name in writes.REPLACED),
+]
 
 
 @pytest.fixture(scope="module")
-def unguarded() -> list[dict[str, bool]]:
-    return run_ranks(stale_reads, 2, False)
+def guarded() -> list[Found]:
+    return run_ranks(fly, 2, True)
 
 
-@pytest.mark.parametrize("read", READS)
-def test_no_read_in_the_middle_of_overlap_is_stale(
-    read: str, guarded: list[dict[str, bool]]
+@pytest.fixture(scope="module")
+def unguarded() -> list[Found]:
+    return run_ranks(fly, 2, False)
+
+
+@pytest.mark.parametrize(("kind", "way"), [*GUARDED, *HARMLESS])
+def test_nothing_in_the_middle_of_overlap_is_stale_or_lost(
+    kind: str, way: str, guarded: list[Found]
 ) -> None:
-    assert [rank[read] for rank in guarded] == [False, False]
+    assert [rank[kind][way] for rank in guarded] == [False, False]
 
 
-@pytest.mark.parametrize("read", READS)
-def test_without_the_guard_the_same_read_is_stale(
-    read: str, unguarded: list[dict[str, bool]]
+@pytest.mark.parametrize(("kind", "way"), GUARDED)
+def test_without_the_guard_the_same_is_stale_or_lost(
+    kind: str, way: str, unguarded: list[Found]
 ) -> None:
-    assert [rank[read] for rank in unguarded] == [True, True]
+    assert [rank[kind][way] for rank in unguarded] == [True, True]
+
+
+@pytest.mark.parametrize("way", reads.HOLES)
+def test_what_the_guard_cannot_see_is_documented(way: str, guarded: list[Found]) -> None:
+    assert [rank["holes"][way] for rank in guarded] == [True, True]
+    assert way in SAFETY.read_text()

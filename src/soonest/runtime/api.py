@@ -15,17 +15,18 @@ from torch.optim import Optimizer
 from soonest.core.network import Network
 from soonest.core.plan import Plan, shards
 from soonest.core.planner import first_plan
-from soonest.runtime import agree, calibrate, collectives, groups, pinned, update
+from soonest.runtime import agree, calibrate, collectives, consistency, groups, pinned, update
 from soonest.runtime.checks import check, check_options
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Choice, Handle, is_shared
 from soonest.runtime.lanes import Lane, ThreadLane
 from soonest.runtime.layout import Layout, trainable
 from soonest.runtime.learn import Learner
-from soonest.runtime.peers import Peers
+from soonest.runtime.peers import Peers, private_group
 
 UNKNOWN = Network.linear(0.0, 1e9)
 """Stands for the network where it chooses nothing."""
+AfterStep = Callable[[Engine], None]
 WINDOW = 2
 """Ops in flight: the second hides the latency of the first; more would only blur the order."""
 
@@ -118,7 +119,7 @@ def start(
     without: Collection[str] = (),
     equal: bool = False,
     own_lane: Lane | None = None,
-    turns: Callable[[Learner], Callable[[Engine], None]] | None = None,
+    turns: Callable[[AfterStep], AfterStep] | None = None,
 ) -> Handle:
     """What ``prioritize`` does, for those who also choose how it is done.
 
@@ -127,25 +128,28 @@ def start(
         without: names of parameters to leave alone.
         equal: all ranks' models are equal by now.
         own_lane: executes the plan, which must be given, in a group of any size.
-        turns: given what learns from a step, says what to do at the end of each.
+        turns: given what learns from a step and compares ranks, says what to do at the end of each.
     """
-    if isinstance(model, nn.Module) and is_shared(p for _, _, p in trainable(model, without)):
-        raise ValueError(
-            "this model is prioritized already: detach() the handle of the first call before, or "
-            "call prioritize of the soonest.DistributedDataParallel that it is in"
-        )
-    check(model, optimizer, without)
+    refused = _refusal(model, optimizer, without)
+    if not (dist.is_available() and dist.is_initialized()):
+        assert refused
+        raise refused
     wire = collectives.Wire(wire_dtype, parameter_wire_dtype)
-    check_options(method, wire, shard_optimizer=shard_optimizer)
-    given, unreadable = pinned.load(plan)
+    given, every = None, 0
+    try:
+        check_options(method, wire, shard_optimizer=shard_optimizer)
+        every = consistency.interval()
+        given = pinned.load(plan)
+    except ValueError as error:
+        refused = refused or error
     parent = process_group if process_group is not None else dist.group.WORLD
     assert parent is not None
     if parent.size() == 1 and own_lane is None:
-        if unreadable:
-            raise ValueError(unreadable)
+        if refused:
+            raise refused
         return Handle(model, optimizer)
-    group = groups.private_group(parent, timeout_s)
-    agree.agree_on_input(group, unreadable)
+    group = private_group(parent, timeout_s)
+    peers = Peers(group)
     options = {
         "the optimizer": type(optimizer).__name__,
         "plan": "given" if given else None,
@@ -154,40 +158,44 @@ def start(
         "shard_optimizer": shard_optimizer,
         "wire_dtype": wire_dtype,
         "parameter_wire_dtype": parameter_wire_dtype,
+        consistency.VARIABLE: every,
     }
-    agree.agree_on_options(group, options)
-    agree.agree_on_model(group, model, without)
-    if given is not None:
-        agree.agree_on_plan(group, given)
-    ranks = groups.ranks_of(group)
+    with peers.together("prioritize()"):
+        agree.agree_on_input(group, refused)
+        agree.agree_on_options(group, options)
+        agree.agree_on_model(group, model, without)
+        if given is not None:
+            agree.agree_on_plan(group, given)
+        ranks = groups.ranks_of(group)
     notes = _notes(optimizer, shard_optimizer, group.size())
     sharded = shard_optimizer and _can_shard(optimizer, separable)
     methods = _methods(method, given, ranks, sharded=sharded)
     sharing = collectives.Ranks(ranks.second, ranks.second) if sharded else None
-    peers = Peers(group)
     order = [slot.name for flat in given.flats for slot in flat.slots] if given else []
     layout = Layout(model, order, without=without)
-    lane = own_lane or ThreadLane(timeout_s=groups.timeout_of(group), blame=peers.blame)
+    lane = own_lane or ThreadLane(timeout_s=groups.timeout_of(group), peers=peers)
     try:
         if given is not None and (wrong := pinned.misfit(given, layout, group.size())):
             raise ValueError(
                 f"the plan is not for this model and group: {wrong}. Leave out plan=, or give one "
                 "that was saved with this model on as many ranks"
             )
-        if not equal:
-            collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
-        network = (
-            calibrate.network_of(
-                ranks, methods=methods, device=layout.parameters[0].device, wire=wire
+        with peers.together("prioritize()"):
+            if not equal:
+                collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
+            network = (
+                calibrate.network_of(
+                    ranks, methods=methods, device=layout.parameters[0].device, wire=wire
+                )
+                if own_lane is None
+                else UNKNOWN
             )
-            if own_lane is None
-            else UNKNOWN
-        )
-        first = given or first_plan(
-            layout.flats, network, ranks=group.size(), window=WINDOW, methods=methods
-        )
-        if given is None:
-            agree.agree_on_plan(group, first)
+            first = given or first_plan(
+                layout.flats, network, ranks=group.size(), window=WINDOW, methods=methods
+            )
+            if given is None:
+                agree.agree_on_plan(group, first)
+            comparing = groups.again(group) if every else None
         by_bucket = update.is_separable(optimizer) if separable is None else separable
         job = {
             "optimizer": type(optimizer).__name__,
@@ -197,6 +205,13 @@ def start(
         }
         resumed = bool(optimizer.state)
         learner = Learner(network, window=WINDOW, methods=methods, ranks=group.size(), job=job)
+        after_step: AfterStep = learner if given is None else _nothing
+        if comparing is not None:
+            after_step = consistency.Comparison(comparing, every, after_step)
+        if after_step is not _nothing:
+            after_step = _together(peers, after_step)
+        if turns and after_step is not _nothing:
+            after_step = turns(after_step)
         engine = Engine(
             model,
             optimizer,
@@ -207,17 +222,47 @@ def start(
             lane=lane,
             sharing=sharing,
             wire=wire,
-            after_step=(turns(learner) if turns else learner) if given is None else _nothing,
+            peers=peers,
+            after_step=after_step,
         )
     except BaseException:
         lane.close()
         layout.move_out()
         raise
     engine.settled = given is not None
-    learner.resume(engine, resumed=resumed)
+    with peers.together("prioritize()"):
+        learner.resume(engine, resumed=resumed)
     asked = f"method={method!r} was asked for" if method else None
     why = "as the given plan says" if given is not None else asked
     return Handle(model, optimizer, engine, Choice(network, methods, why, tuple(notes)), learner)
+
+
+def _together(peers: Peers, after_step: AfterStep) -> AfterStep:
+    """The same, which says who is at fault where a rank does not take part."""
+
+    def call(engine: Engine) -> None:
+        with peers.together(
+            f"what follows step {engine.passes}, as planning or {consistency.VARIABLE},"
+        ):
+            after_step(engine)
+
+    return call
+
+
+def _refusal(
+    model: nn.Module, optimizer: Optimizer, without: Collection[str]
+) -> ValueError | TypeError | None:
+    """What is wrong with these two on this rank; the others have to be told."""
+    try:
+        if isinstance(model, nn.Module) and is_shared(p for _, _, p in trainable(model, without)):
+            raise ValueError(
+                "this model is prioritized already: detach() the handle of the first call before, "
+                "or call prioritize of the soonest.DistributedDataParallel that it is in"
+            )
+        check(model, optimizer, without)
+    except (ValueError, TypeError) as error:
+        return error
+    return None
 
 
 def _methods(

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from soonest.core.plan import METHODS
 from soonest.runtime.collectives import Wire
 from soonest.runtime.layout import trainable
-from soonest.runtime.takeover import is_taken_over
+from soonest.runtime.takeover import check_step, is_taken_over
 
 
 def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ()) -> None:
@@ -42,6 +42,7 @@ def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ())
             "this optimizer is prioritized already: call prioritize once, "
             "or detach() the handle of the first call before"
         )
+    check_step(optimizer)
     _check_wrapping(model)
     named = trainable(model, without)
     if not named:

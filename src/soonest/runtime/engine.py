@@ -6,8 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,13 @@ from soonest.core.timeline import Timeline
 from soonest.core.trace import Trace
 from soonest.errors import SoonestError
 from soonest.runtime import guard, takeover
+from soonest.runtime.bystanders import Aliases, unshared
+from soonest.runtime.callbacks import OnForward, nobody, on_gradient
 from soonest.runtime.collectives import Ranks, Wire
 from soonest.runtime.landing import Landing
 from soonest.runtime.lanes import Lane
-from soonest.runtime.layout import Layout, Member
+from soonest.runtime.layout import Layout, Member, changed
+from soonest.runtime.peers import Peers
 from soonest.runtime.profile import (
     NEVER,
     Attention,
@@ -40,6 +42,7 @@ from soonest.runtime.state import OptimizerState
 from soonest.runtime.sweep import Sweep
 from soonest.runtime.update import Updater, raw_step
 
+_E = TypeVar("_E", bound=Exception)
 _REMEMBERED = 20
 """Closely watched steps from which measured times are medians."""
 
@@ -55,6 +58,7 @@ class Engine:
         lane: what executes the plan.
         sharing: over which to share out the optimizer's state, if the plan shards.
         wire: how things are sent.
+        peers: who the ranks are.
         after_step: called at the end of each ``step()`` that used combined gradients; on every
             rank after the same steps.
 
@@ -83,6 +87,7 @@ class Engine:
         lane: Lane,
         sharing: Ranks | None,
         wire: Wire,
+        peers: Peers,
         after_step: Callable[[Engine], None],
     ) -> None:
         self.model = model
@@ -90,12 +95,13 @@ class Engine:
         self.ranks = ranks
         self.lane = lane
         self._wire = wire
+        self._peers = peers
         self._separable = separable
         self._cls = type(optimizer)
-        self.state = OptimizerState(optimizer, self._cls, sharing, wire)
+        self.state = OptimizerState(optimizer, self._cls, sharing, wire, peers)
         self._after_step = after_step
         self.synchronizing = True
-        self.after_backward: Callable[[Engine, Sequence[Member]], None] = _nobody
+        self.after_backward: Callable[[Engine, Sequence[Member]], None] = nobody
         self._forward_ended = NEVER
         self._sweeps_begun = 0
         self._open: Sweep | None = None
@@ -105,13 +111,14 @@ class Engine:
         self._module_hooks = guard.ModuleHooks(model)
         self.settled = False
         self.history: list[str] = []
+        self._aliases = Aliases()
         self.inputs: list[str] = []
         self.attention = Attention(len(layout.members))
         takeover.take_over(optimizer, self, self.state)
         self.bind(layout, plan)
         self._model_hooks = [
-            model.register_forward_pre_hook(_OnForward(self.forward_begins), with_kwargs=True),
-            model.register_forward_hook(_OnForward(self.forward_ends)),
+            model.register_forward_pre_hook(OnForward(self.forward_begins), with_kwargs=True),
+            model.register_forward_hook(OnForward(self.forward_ends)),
         ]
 
     def bind(self, layout: Layout, plan: Plan) -> None:
@@ -133,9 +140,19 @@ class Engine:
         self.divide_by(self.ranks.group.size())
         for member in layout.members:
             member.sweep = None
-            before, after = partial(self._before, member), partial(self._after, member)
+            before = on_gradient(self, Engine._before, member.order)
+            after = on_gradient(self, Engine._after, member.order)
             self._hooks.append(member.parameter.register_hook(before))
             self._hooks.append(member.parameter.register_post_accumulate_grad_hook(after))
+        self._landing.watch()
+
+    @property
+    def passes(self) -> int:
+        """How many backward passes have been combined, or are being so."""
+        return self._sweeps_begun
+
+    def watch(self) -> None:
+        """Takes note of when each parameter is needed, though nothing is in flight."""
         self._landing.watch()
 
     @property
@@ -233,19 +250,27 @@ class Engine:
         gradient = member.parameter.grad
         assert gradient is not None
         if gradient.is_sparse:
-            raise ValueError(
-                f"the gradient of {member.name!r} is sparse and cannot be combined: "
-                "use dense gradients (sparse=False)"
-            )
+            sparse = f"the gradient of {member.name!r} is sparse and cannot be combined"
+            raise self._at_fault(ValueError(f"{sparse}: use dense gradients (sparse=False)"))
+        if member.grad.data_ptr() != member.grad_address:
+            self.layout.take_back_gradient(member)
         if torch.is_grad_enabled():  # backward(create_graph=True)
             gradient = gradient.detach()
         if gradient is member.grad:
             member.raw_grad.mul_(self._shares[member.flat])
         else:
-            torch.mul(gradient, self._shares[member.flat], out=member.raw_grad)
-            member.parameter.grad = member.grad
+            try:
+                torch.mul(gradient, self._shares[member.flat], out=member.raw_grad)
+                member.parameter.grad = member.grad
+            except RuntimeError as error:
+                raise self._at_fault(changed(member)) from error
         del gradient  # free its memory before anything else is allocated
         self._arrived(sweep, member)
+
+    def _at_fault(self, error: _E) -> _E:
+        """Tells the others, who would wait for this rank, of an error that is to be raised here."""
+        self._peers.tell(str(error))
+        return error
 
     def _arrived(self, sweep: Sweep, member: Member) -> None:
         member.sweep = sweep
@@ -287,11 +312,12 @@ class Engine:
     def _unfinished(self, sweep: Sweep) -> SoonestError:
         missing = [m.name for m in self.layout.members if math.isnan(sweep.record.ready[m.order])]
         names = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
-        return SoonestError(
+        error = SoonestError(
             f"backward pass {sweep.number} did not finish (did backward() raise?): this rank has "
             f"not shared the gradients of {names or 'any parameter twice'}, and the others wait "
             "for them; restart from a checkpoint"
         )
+        return self._at_fault(error)
 
     # The optimizer
 
@@ -300,6 +326,9 @@ class Engine:
         self.lane.check()
         if self._open is not None:
             raise self._unfinished(self._open)
+        if not self._updater.is_current:
+            self.flush()
+            self._updater.refresh()
         blocking = self.program.plan.blocking
         if self._separable and not (blocking and self.state.parts is None):
             loss = self._step_by_bucket(closure)
@@ -314,6 +343,7 @@ class Engine:
 
     def _step_at_once(self, closure: Callable[[], Any] | None) -> Any:
         self.flush()
+        unshared(self.model, self.layout, self._updater)
         loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
         if self.latest is not None:
             self.record = self.latest.record
@@ -330,6 +360,8 @@ class Engine:
             sweep = Sweep(self._sweeps_begun, self.program, self._new_record(), local=True)
             self.lane.begin(sweep)
         call = self._updater.call(self._gradients())
+        alone = unshared(self.model, self.layout, self._updater)
+        aliased = self._aliases.of(self.layout.members[order] for order in call.gradients)
         for order, gradient in call.gradients.items():
             member = self.layout.members[order]
             member.sweep = sweep
@@ -339,6 +371,10 @@ class Engine:
         self._landing.flying = True
         sweep.step = call
         self.lane.advance()
+        if alone:
+            self._updater.apply_alone(call, alone)
+        for member in aliased:
+            guard.land(member.parameter)
         return loss
 
     def _gradients(self) -> dict[int, Tensor]:
@@ -347,6 +383,10 @@ class Engine:
         with guard.DisableGuard():
             for member in self._updater.owned:
                 gradient = member.parameter.grad
+                if member.parameter.data_ptr() != member.address:
+                    self.layout.take_back(member)
+                if gradient is member.grad and member.grad.data_ptr() != member.grad_address:
+                    self.layout.take_back_gradient(member)
                 if gradient is None and member.order in self._landing.unknown:
                     gradient = member.grad
                 if gradient is not None:
@@ -426,20 +466,3 @@ class Engine:
         takeover.hand_back(self.optimizer)
         self.layout.move_out()
         self.lane.close()
-
-
-class _OnForward:
-    """A forward hook that calls back. Copies of the model call nobody."""
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
-
-    def __call__(self, model: nn.Module, *given: Any) -> None:
-        self._call(*given)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_OnForward, (_nobody,))
-
-
-def _nobody(*_: Any) -> None:
-    pass

@@ -22,7 +22,7 @@ def ranks_of(group: Group, host: str | None = None) -> Ranks:
     """
     hosts = collectives.gather_objects(group, host or host_name())
     rank, members = group.rank(), dist.get_process_group_ranks(group)
-    second = _subgroup(group, members)
+    second = again(group)
     by_host = [[r for r, other in enumerate(hosts) if other == name] for name in sorted(set(hosts))]
     sizes = {len(these) for these in by_host}
     if len(by_host) == 1 or len(sizes) > 1 or 1 in sizes:
@@ -39,6 +39,11 @@ def host_name() -> str:
         return f"{socket.gethostname()} {os.stat('/proc/self/ns/net').st_ino}"
     except OSError:
         return socket.gethostname()
+
+
+def again(group: Group) -> Group:
+    """One more communicator over the ranks of a group; a collective call."""
+    return _subgroup(group, dist.get_process_group_ranks(group))
 
 
 def _subgroup(group: Group, members: list[int]) -> Group:

@@ -15,7 +15,8 @@ import torch
 from soonest.errors import PeerLostError, ReadTooEarlyError, SoonestError
 from soonest.runtime import modes
 from soonest.runtime.collectives import Running, Work
-from soonest.runtime.sweep import Sweep
+from soonest.runtime.peers import Peers, reason_of
+from soonest.runtime.sweep import Sweep, Sweeps
 
 _LOOK_S = 1.0
 """How often a lane that waits for others looks whether one of them has given up."""
@@ -71,14 +72,13 @@ class ThreadLane:
 
     Args:
         timeout_s: how long to wait without any progress; an op's own timeout comes before.
-        blame: given what was being waited for, who is at fault, in words; None if nobody is
-            known to be.
+        peers: the other ranks.
     """
 
-    def __init__(self, *, timeout_s: float, blame: Callable[[str, bool], str | None]) -> None:
+    def __init__(self, *, timeout_s: float, peers: Peers) -> None:
         self._timeout_s = timeout_s
-        self._blame = blame
-        self._sweeps: tuple[Sweep, ...] = ()  # replaced, never changed: both threads walk it
+        self._peers = peers
+        self._sweeps = Sweeps()
         self._news: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: no more
         # In the order in which they were started.
         self._running: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
@@ -104,12 +104,12 @@ class ThreadLane:
         return self._changed
 
     def begin(self, sweep: Sweep) -> None:
-        for earlier in self._sweeps:
-            earlier.superseded = True
         with self._changed:
-            self._sweeps = (*self._sweeps, sweep)
+            self._sweeps.add(sweep)
 
     def advance(self) -> None:
+        with self._changed:
+            self._sweeps.note_owing()
         self._news.put(True)
 
     def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
@@ -232,27 +232,25 @@ class ThreadLane:
         sweep.record.op_ended(op)
         with self._changed:
             sweep.complete_op()
+            self._sweeps.note_owing()
             self._changed.notify_all()
         self._progressed_at = time.monotonic()
         return True
 
     def _look_around(self) -> None:
         """Ends the lane if another rank has found out that somebody is lost."""
-        who = self._blame("", False)
+        sweep = next((r for r in self._sweeps if r.in_flight), None)
+        what = self._waited_for(sweep, sweep.combined) if sweep else "what is in flight"
+        who = self._peers.blame(what, False)
         if who is not None:
-            raise self._lost(who)
+            raise PeerLostError(f"{what} will not be combined over the ranks: {who}")
 
     def _stopped(self, sweep: Sweep, op: int, error: Exception) -> PeerLostError:
         what = self._waited_for(sweep, op)
-        who = self._blame(what, True) or "no rank is known to be missing"
-        reason = str(error).split(". This is typically", 1)[0]
-        return PeerLostError(f"{what} could not be combined over the ranks: {who} ({reason})")
-
-    def _lost(self, who: str) -> PeerLostError:
-        """An op in flight will not end, as another rank found out."""
-        sweep = next((r for r in self._sweeps if r.in_flight), None)
-        what = self._waited_for(sweep, sweep.combined) if sweep else "what is in flight"
-        return PeerLostError(f"{what} will not be combined over the ranks: {who}")
+        who = self._peers.blame(what, True) or "no rank is known to be missing"
+        return PeerLostError(
+            f"{what} could not be combined over the ranks: {who} ({reason_of(error)})"
+        )
 
     @staticmethod
     def _waited_for(sweep: Sweep, op: int) -> str:
@@ -303,11 +301,9 @@ class ThreadLane:
 
     def _next_update(self) -> tuple[Sweep, int] | None:
         with self._changed:
-            while self._sweeps and self._sweeps[0].finished:
-                self._sweeps = self._sweeps[1:]
-                self._changed.notify_all()
-            bucket = self._sweeps[0].next_update() if self._sweeps else None
-            return None if bucket is None else (self._sweeps[0], bucket)
+            sweep = self._sweeps.first()
+            bucket = sweep.next_update() if sweep is not None else None
+            return None if sweep is None or bucket is None else (sweep, bucket)
 
     def _fail(self, error: Exception) -> None:
         known = (
@@ -317,11 +313,14 @@ class ThreadLane:
         )
         with self._changed:
             # What follows in the other thread, whose work is taken away here, is not the cause.
-            self._error = self._error or known
+            # Without what a traceback would keep alive.
+            self._error = self._error or type(known)(*known.args)
+            self._sweeps.clear()
             self._changed.notify_all()
-        self._sweeps = ()
         self._news.put(False)
         self._running.put(None)
+        if not isinstance(known, PeerLostError):
+            self._peers.tell(str(known))
 
 
 def _ended(work: Work) -> bool:

@@ -10,11 +10,12 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_plain() -> bool:
-    """Whether no mode watches or changes what this thread's operations do."""
+    """Whether nothing watches or changes what this thread's operations do: no mode, no trace."""
     return not (
         _functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state()
     )
 
 

@@ -12,7 +12,7 @@ from soonest.runtime import collectives
 from soonest.runtime.collectives import EXACT, Piece, Ranks, Running, Wire
 from soonest.runtime.layout import Layout, Member
 from soonest.runtime.parts import Share, firsts_of
-from soonest.runtime.shards import ShardedState, together
+from soonest.runtime.shards import ShardedState
 
 if TYPE_CHECKING:
     from soonest.runtime.sweep import Sweep
@@ -40,6 +40,7 @@ class Program:
         last_of: per member, that one of them which the plan completes last.
         awaiting: per bucket, the members that can be updated as soon as it is combined.
         by_need: the buckets in the order in which the forward pass needs what awaits them.
+        unfinished: sweeps of it.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Program:
         self.plan = plan
         self.layout = layout
         self.updater = updater
+        self.unfinished: set[Sweep] = set()
         self._ranks = ranks
         self.state = state
         self._pieces = [
@@ -168,7 +170,7 @@ class Program:
     def gather_gradients(self, sweep: Sweep) -> None:
         """Completes gradients of which this rank has only its parts; a collective call."""
         assert self.state is not None
-        with together("reading gradients"):
+        with self.state.together("reading gradients"):
             for piece in self._pieces:
                 whole = Piece(piece.gradients, piece.gradients)
                 collectives.run(SHARED_PARAMETERS, self.state.ranks, whole)

@@ -28,11 +28,7 @@ class Driver(Protocol):
 
 
 def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> None:
-    """Lets ``optimizer`` call ``driver``.
-
-    Raises:
-        ValueError: something that cannot be seen through has replaced ``optimizer.step``.
-    """
+    """Lets ``optimizer`` call ``driver``; ``check_step`` has said that it can."""
     cls = type(optimizer)
     loading: list[bool] = []
 
@@ -97,15 +93,22 @@ def is_taken_over(optimizer: Optimizer) -> bool:
     return hasattr(type(optimizer), "taken_from")
 
 
-def _reroute(optimizer: Optimizer, old: Any, new: Any) -> None:
-    """A scheduler made earlier has wrapped ``step`` on the instance: let it wrap the new one."""
-    wrapper = optimizer.__dict__.get("step")
-    if wrapper is not None and not _replace_in_closure(wrapper, old, new):
+def check_step(optimizer: Optimizer) -> None:
+    """Raises ValueError if what has replaced ``optimizer.step`` cannot be seen through."""
+    wrapper, step = optimizer.__dict__.get("step"), type(optimizer).step
+    if wrapper is not None and not _replace_in_closure(wrapper, step, step):
         raise ValueError(
             f"optimizer.step of this {type(optimizer).__name__} was replaced by {wrapper!r}, "
             "which does not lead to the optimizer's own step: "
             "call soonest.prioritize before replacing it"
         )
+
+
+def _reroute(optimizer: Optimizer, old: Any, new: Any) -> None:
+    """A scheduler made earlier has wrapped ``step`` on the instance: let it wrap the new one."""
+    wrapper = optimizer.__dict__.get("step")
+    if wrapper is not None:
+        _replace_in_closure(wrapper, old, new)
 
 
 def _replace_in_closure(function: Any, old: Any, new: Any) -> bool:

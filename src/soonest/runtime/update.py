@@ -82,6 +82,7 @@ class Updater:
 
     Attributes:
         owned: those of the members that the optimizer holds.
+        others: what else it holds.
     """
 
     def __init__(
@@ -90,11 +91,29 @@ class Updater:
         self._optimizer = optimizer
         self._cls = cls
         self._step = raw_step(cls)
-        group_of = {
-            id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]
-        }
-        self.owned = [member for member in members if id(member.parameter) in group_of]
+        self._members = members
+        self.refresh()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the optimizer still holds the parameters that it held."""
+        return self._held == self._held_now()
+
+    def refresh(self) -> None:
+        """Takes note of which parameters the optimizer holds."""
+        self._held = self._held_now()
+        groups = self._optimizer.__dict__["param_groups"]
+        group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
+        mine = {id(member.parameter) for member in self._members}
+        self.owned = [member for member in self._members if id(member.parameter) in group_of]
+        self.others: list[tuple[int, nn.Parameter]] = [
+            (g, p) for g, group in enumerate(groups) for p in group["params"] if id(p) not in mine
+        ]
         self._group_of = {member.order: group_of[id(member.parameter)] for member in self.owned}
+
+    def _held_now(self) -> list[list[int]]:
+        groups = self._optimizer.__dict__["param_groups"]
+        return [[id(parameter) for parameter in group["params"]] for group in groups]
 
     def call(self, gradients: dict[int, Tensor]) -> StepCall:
         """Remembers the optimizer as it is now: schedulers change it right after the step."""
@@ -116,6 +135,22 @@ class Updater:
                 gradient = member.raw_grad
             jobs.append(_Job(member.twin, gradient, member.order, member.parameter))
         self._run(call, jobs, state)
+
+    def apply_alone(self, call: StepCall, others: Sequence[tuple[int, nn.Parameter]]) -> None:
+        """Updates parameters that are not shared over the ranks.
+
+        Args:
+            call: as for ``apply``.
+            others: some of ``self.others``: each with its group.
+        """
+        partial: Any = object.__new__(self._cls)
+        partial.__dict__.update(call.attributes)
+        partial.state = self._optimizer.__dict__["state"]
+        partial.param_groups = [
+            {**settings, "params": [p for group, p in others if group == number]}
+            for number, settings in enumerate(call.groups)
+        ]
+        self._step(partial)
 
     def apply_shares(
         self, call: StepCall, shares: Sequence[Share], state: dict[Any, dict[str, Any]]
