@@ -289,9 +289,7 @@ def start(
             engine.bind(grown, plan)
             learner.start_over(engine, stays=given is not None)
 
-        buffers = None
-        if broadcast_buffers and any(True for _ in model.buffers()):
-            buffers = Buffers(model, groups.private_group(group, timeout_s), lane.check)
+        buffers = Buffers(model, lambda: groups.private_group(group, timeout_s), lane.check)
         engine = Engine(
             model,
             optimizer,
@@ -303,7 +301,7 @@ def start(
             sharing=sharing,
             wire=wire,
             after_step=(turns(learner) if turns else learner) if given is None else _nothing,
-            buffers=buffers,
+            buffers=buffers if broadcast_buffers else None,
             newcomers=None if equal else Newcomers(model, without, ours or (lambda _: True)),
             anew=anew,
         )

@@ -22,19 +22,22 @@ class Buffers:
 
     Args:
         model: whose.
-        group: of all ranks, for nothing else.
+        group: makes one of all ranks, for nothing else; a collective call.
         check: raises if something else has failed.
     """
 
-    def __init__(self, model: nn.Module, group: Group, check: Callable[[], None]) -> None:
-        self._group = group
+    def __init__(
+        self, model: nn.Module, group: Callable[[], Group], check: Callable[[], None]
+    ) -> None:
+        self._make_group = group
+        self._group: Group | None = None
         self._check = check
         self._sent: list[Sent] = []
         self._holds: list[guard.Hold] = []
         self.look(model)
 
     def look(self, model: nn.Module) -> None:
-        """Finds them in the model as it is now."""
+        """Finds them in the model as it is now; a collective call."""
         self._places = list(
             {
                 id(buffer): (module._buffers, name)
@@ -43,6 +46,8 @@ class Buffers:
                 if buffer is not None
             }.values()
         )
+        if self._places and self._group is None:
+            self._group = self._make_group()
 
     def share(self, *, active: bool | None = None) -> None:
         """Sends them; every rank must call it.
@@ -51,6 +56,8 @@ class Buffers:
             active: this rank has had a forward pass, where not all may have: then those of the last
                 rank that has are sent.
         """
+        if self._group is None:
+            return
         self.land()
         source = 0 if active is None else collectives.last_of(self._group, mine=active)
         # They may have been replaced.

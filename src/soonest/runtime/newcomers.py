@@ -39,16 +39,19 @@ class Newcomers:
         self._waiting = [
             parameter
             for name, parameter in self._model.named_parameters()
-            if id(parameter) not in known
-            and name not in self._without
-            and (parameter.is_floating_point() or parameter.is_complex())
-            and not parameter.is_inference()
+            if id(parameter) not in known and name not in self._without and _may_train(parameter)
         ]
         return self._waiting
 
     def come(self) -> list[nn.Parameter]:
         """Those that are to be trained by now."""
         return [p for p in self._waiting if p.requires_grad and self._ours(p)]
+
+
+def _may_train(parameter: nn.Parameter) -> bool:
+    """Whether it can require a gradient at all; quantized ones, say, cannot."""
+    numbers = parameter.is_floating_point() or parameter.is_complex()
+    return type(parameter) is nn.Parameter and numbers and not parameter.is_inference()
 
 
 def admit(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
