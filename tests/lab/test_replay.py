@@ -123,6 +123,28 @@ def test_a_forward_pass_that_reads_an_old_parameter_is_noticed():
         replay(None)
 
 
+def test_sums_in_16_bits_are_right_within_their_rounding():
+    dtype = torch.bfloat16
+    replays = [
+        as_rank(rank, 16, momentum=0.875, rounding=torch.finfo(dtype).eps / 2) for rank in range(16)
+    ]
+    first = replays[0]
+    optimizer = first.sgd()
+    for _ in range(60):
+        every = [gradients(replay) for replay in replays]
+        for index, parameter in enumerate(first.parameters()):
+            shares = [(every[rank][index] / 16).to(dtype) for rank in range(16)]
+            parameter.grad = sum(shares[1:], shares[0]).float()
+        optimizer.step()
+    assert first.verify() is None
+    with torch.no_grad():
+        first.layers[1].weight[7] *= 2
+    assert "1 of 5000 elements" in str(first.verify())
+    for layer in first.layers:
+        layer.rounding = 0.0
+    assert first.verify() is not None
+
+
 @pytest.mark.parametrize("ranks", [2, 4, 16])
 def test_the_mean_over_ranks_is_what_one_rank_alone_makes(ranks):
     alone = Replay(TRACE, slow_motion=1e-3, momentum=0.75)

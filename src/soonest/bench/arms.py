@@ -73,10 +73,6 @@ Time = Callable[[Arm, str], list[float]]
 """Trains an arm with this bucket size a little; the seconds of its steps, same on every rank."""
 
 
-_WIRE_ROUNDING = 0.2
-"""What sums of gradients sent in 16 bits may be off by after the steps of a comparison."""
-
-
 def replayed(settings: Settings, *, alone: bool = False, rounding: float = 0.0) -> Replay:
     """The module that all arms train; a new one each time."""
     return Replay(
@@ -175,10 +171,12 @@ def prioritized(settings: Settings, time: Time) -> Arm:
 def _prioritized(
     settings: Settings, time: Time, *, wire_dtype: str | None = None, **options: Any
 ) -> Arm:
-    replay = replayed(settings, rounding=_WIRE_ROUNDING if wire_dtype else 0.0)
-    optimizer = replay.sgd()
+    rounding = 0.0
     if wire_dtype:
-        options["wire_dtype"] = getattr(torch, wire_dtype)
+        options["wire_dtype"] = dtype = getattr(torch, wire_dtype)
+        rounding = torch.finfo(dtype).eps / 2
+    replay = replayed(settings, rounding=rounding)
+    optimizer = replay.sgd()
     handle = soonest.prioritize(replay, optimizer, **options)
 
     def detach() -> None:

@@ -47,8 +47,8 @@ class Replay(nn.Module):
         alone: whether gradients are not combined over the ranks, so that each rank makes the
             mean by itself; by default this is so if no process group exists.
         check: whether every forward pass makes sure that the parameters it reads have arrived.
-        rounding: how far parameters may be off, relative to those at the start, where what is
-            combined is rounded on the way.
+        rounding: the largest relative error of one rounding of what is combined, where it is
+            rounded on the way; 0.0 if it is not.
         overhead_s: what a layer takes besides, forward and backward, as ``measure_overhead_s``
             finds it; layers sleep less by that.
 
@@ -179,6 +179,7 @@ class ReplayLayer(nn.Module):
         self.check = check
         self.pattern = pattern
         self.steps = 0
+        self._sent = 0.0
         weight = nn.Parameter(pattern * START) if pattern.numel() else None
         self.register_parameter("weight", weight)
 
@@ -199,6 +200,8 @@ class ReplayLayer(nn.Module):
     def compute_backward(self) -> Tensor | None:
         began_s = time.perf_counter()
         self.steps += 1
+        if self.rounding:
+            self._sent += sum(abs(self.share(rank)) for rank in range(self.ranks)) / self.ranks
         # A new tensor each time: autograd then hands it on as the gradient without a copy.
         gradient = self.pattern * self.share(self.rank) if self.weight is not None else None
         self.pace.fill(self.backward_s, began_s)
@@ -227,7 +230,10 @@ class ReplayLayer(nn.Module):
         if torch.equal(values, expected):
             return None
         exact = self.ranks & (self.ranks - 1) == 0
-        near = (0.0 if exact else 1e-4 * START) + self.rounding * START * self.pattern[::every]
+        # Each gradient is rounded, and the sums, which are smaller than all gradients together
+        # almost always. The errors add up, over the steps as well, in the momentum and besides.
+        rounded = self.rounding * self._sent * LR / (1 - self.momentum)
+        near = (0.0 if exact else 1e-4 * START) + rounded * self.pattern[::every]
         off = (~((values - expected).abs() <= near)).nonzero()[:, 0]
         if not len(off):
             return None

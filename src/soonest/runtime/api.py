@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,14 @@ from soonest.core.network import Network
 from soonest.core.plan import Plan, shards
 from soonest.core.planner import first_plan
 from soonest.runtime import agree, calibrate, collectives, consistency, groups, pinned, update
-from soonest.runtime.checks import check, check_options
+from soonest.runtime.buffers import Buffers
+from soonest.runtime.checks import check, check_options, check_several
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Choice, Handle, is_shared
 from soonest.runtime.lanes import Lane, ThreadLane
 from soonest.runtime.layout import Layout, trainable
 from soonest.runtime.learn import Learner
+from soonest.runtime.newcomers import Newcomers
 from soonest.runtime.peers import Peers, private_group
 
 UNKNOWN = Network.linear(0.0, 1e9)
@@ -31,9 +33,33 @@ WINDOW = 2
 """Ops in flight: the second hides the latency of the first; more would only blur the order."""
 
 
+class Options(TypedDict, total=False):
+    """The further arguments of ``prioritize``."""
+
+    process_group: dist.ProcessGroup | None
+    timeout_s: float | None
+    plan: Plan | str | Path | None
+    separable: bool | None
+    method: str | None
+    shard_optimizer: bool
+    wire_dtype: torch.dtype | None
+    parameter_wire_dtype: torch.dtype | None
+    broadcast_buffers: bool
+
+
+@overload
+def prioritize(model: nn.Module, optimizer: Optimizer, **options: Unpack[Options]) -> Handle: ...
+
+
+@overload
+def prioritize(
+    model: nn.Module, optimizer: Sequence[Optimizer], **options: Unpack[Options]
+) -> tuple[Handle, ...]: ...
+
+
 def prioritize(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *,
     process_group: dist.ProcessGroup | None = None,
     timeout_s: float | None = None,
@@ -43,7 +69,8 @@ def prioritize(
     shard_optimizer: bool = False,
     wire_dtype: torch.dtype | None = None,
     parameter_wire_dtype: torch.dtype | None = None,
-) -> Handle:
+    broadcast_buffers: bool = True,
+) -> Handle | tuple[Handle, ...]:
     """Trains ``model`` data-parallel, sending first what the next forward pass needs first.
 
     Model and optimizer stay the same objects and are changed in place; the training loop stays as
@@ -54,10 +81,12 @@ def prioritize(
     the same point.
 
     Args:
-        model: on CPU; its trainable parameters, of any floating dtype, become views of flat
-            buffers.
+        model: on CPU; its trainable parameters, of any floating or complex dtype, become views of
+            flat buffers, when they come to be trained. Several models that one optimizer trains are
+            given as an ``nn.ModuleList`` of them.
         optimizer: holds parameters of ``model`` only. Trainable parameters that it does not hold
-            are combined but not updated.
+            are combined but not updated. Several that train parts of one model are given together;
+            each backward pass then combines all gradients, and each step updates its part.
         process_group: over which to combine; the default group if None.
         timeout_s: how long a collective may take, seconds; torch's own default if None (30
             minutes).
@@ -81,27 +110,69 @@ def prioritize(
             ``shard_optimizer=True``; exactly if None. The model then has rounded parameters, the
             same on every rank, and each rank keeps the exact ones of its part, which it updates
             and which ``handle.state_dict()`` saves.
+        broadcast_buffers: give every rank the first one's buffers, such as BatchNorm's running
+            statistics, after each backward pass that is combined.
 
     Returns:
-        A handle; it need not be kept.
+        A handle; it need not be kept. For several optimizers one each.
 
     Raises:
         ValueError: the model, the optimizer or the plan is not fit for this; the message says what
             to do.
         PlanMismatchError: the ranks have different models or plans, or ask for different things.
     """
-    return start(
-        model,
-        optimizer,
-        process_group=process_group,
-        timeout_s=timeout_s,
-        plan=plan,
-        separable=separable,
-        method=method,
-        shard_optimizer=shard_optimizer,
-        wire_dtype=wire_dtype,
-        parameter_wire_dtype=parameter_wire_dtype,
-    )
+    options = {
+        "process_group": process_group,
+        "timeout_s": timeout_s,
+        "plan": plan,
+        "separable": separable,
+        "method": method,
+        "shard_optimizer": shard_optimizer,
+        "wire_dtype": wire_dtype,
+        "parameter_wire_dtype": parameter_wire_dtype,
+    }
+    if not isinstance(optimizer, list | tuple):
+        return start(model, optimizer, broadcast_buffers=broadcast_buffers, **options)  # type: ignore[arg-type]
+    return _start_several(model, optimizer, broadcast_buffers, options)
+
+
+def _start_several(
+    model: nn.Module, optimizers: Sequence[Optimizer], broadcast_buffers: bool, options: Any
+) -> tuple[Handle, ...]:
+    """An engine for the parameters of each; those of none are the first one's."""
+    check_several(model, optimizers)
+
+    def index_of(parameter: nn.Parameter) -> int:
+        held = (
+            index
+            for index, optimizer in enumerate(optimizers)
+            if any(p is parameter for group in optimizer.param_groups for p in group["params"])
+        )
+        return next(held, 0)
+
+    named = trainable(model)
+    handles: list[Handle] = []
+    try:
+        for index, optimizer in enumerate(optimizers):
+            handles.append(
+                start(
+                    model,
+                    optimizer,
+                    without=[n for n, _, p in named if index_of(p) != index],
+                    ours=lambda parameter, mine=index: index_of(parameter) == mine,
+                    part=f"number {index + 1} of {len(optimizers)}",
+                    broadcast_buffers=broadcast_buffers and not index,
+                    **options,
+                )
+            )
+    except BaseException:
+        for handle in handles:
+            handle.detach()
+        raise
+    engines = [handle.engine for handle in handles if handle.engine]
+    for engine in engines:
+        engine.siblings = [other for other in engines if other is not engine]
+    return tuple(handles)
 
 
 def start(
@@ -116,7 +187,10 @@ def start(
     shard_optimizer: bool = False,
     wire_dtype: torch.dtype | None = None,
     parameter_wire_dtype: torch.dtype | None = None,
+    broadcast_buffers: bool = False,
     without: Collection[str] = (),
+    ours: Callable[[nn.Parameter], bool] | None = None,
+    part: str = "the only one",
     equal: bool = False,
     own_lane: Lane | None = None,
     turns: Callable[[AfterStep], AfterStep] | None = None,
@@ -124,9 +198,11 @@ def start(
     """What ``prioritize`` does, for those who also choose how it is done.
 
     Args:
-        model, optimizer: and all up to ``parameter_wire_dtype``: see ``prioritize``.
+        model, optimizer: and all up to ``broadcast_buffers``: see ``prioritize``.
         without: names of parameters to leave alone.
-        equal: all ranks' models are equal by now.
+        ours: whether a parameter that comes to be trained later is combined, too; all are if None.
+        part: which of the model's optimizers this is.
+        equal: all ranks' models are equal by now, and what they train stays the same.
         own_lane: executes the plan, which must be given, in a group of any size.
         turns: given what learns from a step and compares ranks, says what to do at the end of each.
     """
@@ -147,17 +223,18 @@ def start(
     if parent.size() == 1 and own_lane is None:
         if refused:
             raise refused
-        return Handle(model, optimizer)
+        return Handle(model, optimizer, parent)
     group = private_group(parent, timeout_s)
     peers = Peers(group)
     options = {
-        "the optimizer": type(optimizer).__name__,
+        "the optimizer": f"{type(optimizer).__name__} ({part})",
         "plan": "given" if given else None,
         "separable": separable,
         "method": method,
         "shard_optimizer": shard_optimizer,
         "wire_dtype": wire_dtype,
         "parameter_wire_dtype": parameter_wire_dtype,
+        "broadcast_buffers": broadcast_buffers,
         consistency.VARIABLE: every,
     }
     with peers.together("prioritize()"):
@@ -169,6 +246,8 @@ def start(
         ranks = groups.ranks_of(group)
     notes = _notes(optimizer, shard_optimizer, group.size())
     sharded = shard_optimizer and _can_shard(optimizer, separable)
+    if sharded:
+        _check_real(model, without)
     methods = _methods(method, given, ranks, sharded=sharded)
     sharing = collectives.Ranks(ranks.second, ranks.second) if sharded else None
     order = [slot.name for flat in given.flats for slot in flat.slots] if given else []
@@ -201,10 +280,10 @@ def start(
             "optimizer": type(optimizer).__name__,
             "separable": by_bucket,
             "wire": [str(wire.gradients), str(wire.parameters)],
-            "flats": [asdict(flat) for flat in layout.flats],
         }
         resumed = bool(optimizer.state)
         learner = Learner(network, window=WINDOW, methods=methods, ranks=group.size(), job=job)
+        learner.start_with(layout)
         after_step: AfterStep = learner if given is None else _nothing
         if comparing is not None:
             after_step = consistency.Comparison(comparing, every, after_step)
@@ -212,6 +291,21 @@ def start(
             after_step = _together(peers, after_step)
         if turns and after_step is not _nothing:
             after_step = turns(after_step)
+
+        def anew(engine: Engine, grown: Layout) -> None:
+            if sharded:
+                _check_real(model, without)
+            with peers.together("taking in parameters"):
+                agree.agree_on_model(group, model, without)
+                plan = first_plan(
+                    grown.flats, network, ranks=group.size(), window=WINDOW, methods=methods
+                )
+                agree.agree_on_plan(group, plan)
+                engine.bind(grown, plan)
+                learner.start_over(engine, stays=given is not None)
+
+        with peers.together("prioritize()"):
+            buffers = Buffers(model, lambda: groups.private_group(group, timeout_s), lane.check)
         engine = Engine(
             model,
             optimizer,
@@ -224,6 +318,9 @@ def start(
             wire=wire,
             peers=peers,
             after_step=after_step,
+            buffers=buffers if broadcast_buffers else None,
+            newcomers=None if equal else Newcomers(model, without, ours or (lambda _: True)),
+            anew=anew,
         )
     except BaseException:
         lane.close()
@@ -234,7 +331,8 @@ def start(
         learner.resume(engine, resumed=resumed)
     asked = f"method={method!r} was asked for" if method else None
     why = "as the given plan says" if given is not None else asked
-    return Handle(model, optimizer, engine, Choice(network, methods, why, tuple(notes)), learner)
+    choice = Choice(network, methods, why, tuple(notes))
+    return Handle(model, optimizer, parent, engine, choice, learner)
 
 
 def _together(peers: Peers, after_step: AfterStep) -> AfterStep:
@@ -256,8 +354,9 @@ def _refusal(
     try:
         if isinstance(model, nn.Module) and is_shared(p for _, _, p in trainable(model, without)):
             raise ValueError(
-                "this model is prioritized already: detach() the handle of the first call before, "
-                "or call prioritize of the soonest.DistributedDataParallel that it is in"
+                "this model is prioritized already: give prioritize all of its optimizers at once, "
+                "as in prioritize(model, [first, second]), detach() the handle of the first call "
+                "before, or call prioritize of the soonest.DistributedDataParallel that it is in"
             )
         check(model, optimizer, without)
     except (ValueError, TypeError) as error:
@@ -310,6 +409,15 @@ def _can_shard(optimizer: Optimizer, separable: bool | None) -> bool:
         stacklevel=3,
     )
     return False
+
+
+def _check_real(model: nn.Module, without: Collection[str]) -> None:
+    for name, _, parameter in trainable(model, without):
+        if parameter.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}, and states of complex parameters are "
+                "not shared out over the ranks: leave out shard_optimizer=True"
+            )
 
 
 def _nothing(engine: Engine) -> None:

@@ -1,15 +1,11 @@
-"""Tensors beside those that a plan moves: what shares their memory, and what else is trained."""
+"""Tensors that share the memory of parameters."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
 
-from torch import nn
-
-from soonest.errors import SoonestError
-from soonest.runtime.layout import Layout, Member
-from soonest.runtime.update import Updater
+from soonest.runtime.layout import Member
 
 _log = logging.getLogger("soonest")
 
@@ -36,25 +32,3 @@ class Aliases:
                     "was kept"
                 )
         return found
-
-
-def unshared(model: nn.Module, layout: Layout, updater: Updater) -> list[tuple[int, nn.Parameter]]:
-    """What the optimizer holds that has a gradient of this rank alone, each with its group.
-
-    Raises:
-        SoonestError: nobody has asked for one of them to be left alone.
-    """
-    found = [(group, p) for group, p in updater.others if p.grad is not None]
-    if found:
-        names = {id(p): name for name, p in model.named_parameters()}
-        for _, parameter in found:
-            name = names.get(id(parameter))
-            if name not in layout.without:
-                what = f"parameter {name!r}" if name else "a parameter that is not the model's"
-                raise SoonestError(
-                    f"{what}, of shape {tuple(parameter.shape)}, has a gradient that is not "
-                    "combined over the ranks, because it was not there, or required none, when "
-                    "prioritize was called: detach() the handle and call prioritize again, on "
-                    "every rank"
-                )
-    return found

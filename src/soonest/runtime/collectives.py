@@ -362,29 +362,80 @@ def _send(group: Group, part: Tensor, target: int, tag: int) -> list[Work]:
     return [_Message(group.send([part], target, tag))] if part.numel() else []
 
 
-def broadcast(group: Group, tensors: Sequence[Tensor]) -> None:
-    """Overwrites tensors by those of the group's first rank."""
-    alike: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        alike.setdefault(tensor.dtype, []).append(tensor.detach())
-    for group_of_tensors in alike.values():
-        for batch in _batches(group_of_tensors):
-            joined = _flatten_dense_tensors(batch)
-            group.broadcast(joined, 0).wait()
-            for tensor, value in zip(batch, _unflatten_dense_tensors(joined, batch), strict=True):
-                tensor.copy_(value)
+_keeping_versions: Any = torch.autograd._unsafe_preserve_version_counter  # pyright: ignore[reportPrivateImportUsage]
+
+
+class Sent:
+    """Tensors of one dtype on their way from one rank to all.
+
+    Args:
+        group: all ranks.
+        tensors: what the source has is sent as it is now; the others' are overwritten.
+        source: the rank from which.
+        apart: they may be written to meanwhile.
+    """
+
+    def __init__(
+        self, group: Group, tensors: Sequence[Tensor], source: int, *, apart: bool = False
+    ) -> None:
+        self._tensors = None if group.rank() == source else tuple(tensors)
+        self._joined = _flatten_dense_tensors(tensors)
+        if apart and len(tensors) == 1:
+            self._joined = self._joined.clone()
+        self.work: Work = group.broadcast(self._joined.view(torch.uint8), source)
+
+    def unpack(self) -> None:
+        """Overwrites the tensors, once the work is done."""
+        if self._tensors is not None:
+            values = _unflatten_dense_tensors(self._joined, self._tensors)
+            # As with DistributedDataParallel, a backward pass that has saved one goes on.
+            with _keeping_versions(self._tensors):
+                for tensor, value in zip(self._tensors, values, strict=True):
+                    tensor.copy_(value)
+
+
+def broadcast(group: Group, tensors: Sequence[Tensor], source: int = 0) -> None:
+    """Overwrites tensors by those of one rank of the group; a collective call."""
+    for batch in _batches(tensors):
+        sent = Sent(group, batch, source)
+        sent.work.wait()
+        sent.unpack()
+
+
+def broadcast_of(group: Group, tensors: Sequence[Tensor], *, mine: bool) -> None:
+    """As ``broadcast``, from the last rank that has what counts."""
+    broadcast(group, tensors, last_of(group, mine=mine))
+
+
+def last_of(group: Group, *, mine: bool) -> int:
+    """The last rank for which something is so; a collective call.
+
+    Args:
+        group: all ranks.
+        mine: for this one it is.
+    """
+    return round(max(gather_numbers(group, group.rank() if mine else -1)))
+
+
+def start_broadcast(group: Group, tensors: Sequence[Tensor], source: int) -> list[Sent]:
+    """As ``broadcast``, but what it returns is to be waited for and then unpacked."""
+    return [Sent(group, batch, source, apart=True) for batch in _batches(tensors)]
 
 
 def _batches(tensors: Sequence[Tensor], limit_bytes: int = 64 << 20) -> list[list[Tensor]]:
-    """Consecutive tensors, so many that a batch does not need much extra memory."""
-    batches: list[list[Tensor]] = []
-    room = 0
+    """Tensors of the same dtype, so many that a batch does not need much extra memory."""
+    alike: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.nbytes > room:
-            batches.append([])
-            room = limit_bytes
-        batches[-1].append(tensor)
-        room -= tensor.nbytes
+        alike.setdefault(tensor.dtype, []).append(tensor.detach())
+    batches: list[list[Tensor]] = []
+    for some in alike.values():
+        room = -1
+        for tensor in some:
+            if tensor.nbytes > room:
+                batches.append([])
+                room = limit_bytes
+            batches[-1].append(tensor)
+            room -= tensor.nbytes
     return batches
 
 

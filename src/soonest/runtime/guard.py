@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -127,13 +127,19 @@ class ModuleHooks:
     A module without hooks is called by a shorter way, so they are there only while they are needed.
 
     Args:
-        model: its modules get the hooks, ahead of the user's own.
+        modules: get the hooks, ahead of the user's own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._hooks: list[tuple[Any, RemovableHandle]] = [
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._hooks: list[tuple[Any, RemovableHandle]] = []
+        self.move_to(modules)
+
+    def move_to(self, modules: Iterable[nn.Module]) -> None:
+        """From now on these modules have the hooks."""
+        self.remove()
+        self._hooks = [
             (module._forward_pre_hooks, module.register_forward_pre_hook(land_module, prepend=True))
-            for module in model.modules()
+            for module in modules
             if any(parameter is not None for parameter in module._parameters.values())
         ]
         self._there = True

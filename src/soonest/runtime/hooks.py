@@ -167,6 +167,12 @@ def whole_plan(
             own default if there are none.
         window: how many ops may be in flight; all of them if None.
     """
+    for name, _, parameter in named:
+        if parameter.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}, and neither buckets of a given size nor "
+                "communication hooks can have complex ones here: leave out both"
+            )
     flats = flats_for(named)
     limits = list(caps_bytes) or [_CAP_BYTES]
     found, _ = _distributed_c10d._compute_bucket_assignment_by_size(

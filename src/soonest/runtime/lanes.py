@@ -224,7 +224,7 @@ class ThreadLane:
         op = sweep.combined
         try:
             while running.work is not None:
-                if not _ended(running.work):
+                if not ended(running.work):
                     return False
                 running.go_on()
         except RuntimeError as error:
@@ -323,7 +323,7 @@ class ThreadLane:
             self._peers.tell(str(known))
 
 
-def _ended(work: Work) -> bool:
+def ended(work: Work) -> bool:
     """Waits until an op has ended; False if it is still in flight after a while.
 
     Raises:

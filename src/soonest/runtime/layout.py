@@ -72,6 +72,7 @@ class Layout:
         model: its trainable parameters become views of new buffers, with their values kept.
         order: names of parameters, first used first; what is not named comes behind, as registered.
         without: names of parameters that stay as they are.
+        frozen: ids of parameters that belong here, though they require no gradient now.
 
     Attributes:
         flats: the description of the buffers, one per dtype.
@@ -80,11 +81,17 @@ class Layout:
     """
 
     def __init__(
-        self, model: nn.Module, order: Sequence[str] = (), *, without: Collection[str] = ()
+        self,
+        model: nn.Module,
+        order: Sequence[str] = (),
+        *,
+        without: Collection[str] = (),
+        frozen: Collection[int] = (),
     ) -> None:
         self._model, self.without = model, without
         rank = {name: index for index, name in enumerate(order)}
-        named = sorted(trainable(model, without), key=lambda item: rank.get(item[0], len(rank)))
+        named = trainable(model, without, frozen)
+        named.sort(key=lambda item: rank.get(item[0], len(rank)))
         place = {name: index for index, (name, _, _) in enumerate(named)}
         self.flats = flats_for(named)
         dtypes = [getattr(torch, flat.dtype) for flat in self.flats]
@@ -107,8 +114,18 @@ class Layout:
             member.note_memory()
 
     def in_order(self, order: Sequence[str]) -> Layout:
-        """The same parameters in new buffers, in another order of first use."""
-        return Layout(self._model, order, without=self.without)
+        """The same parameters in new buffers, in another order of first use.
+
+        With them come those that are to be trained by now.
+        """
+        here = {id(member.parameter) for member in self.members}
+        return Layout(self._model, order, without=self.without, frozen=here)
+
+    def grown(self) -> Layout:
+        """These parameters, named as in the model now, and those that are to be trained by now."""
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        here = [id(member.parameter) for member in self.members]
+        return self.in_order([names[one] for one in here if one in names])
 
     def _move_in(self, parameter: nn.Parameter, flat: int, slot: Slot, order: int) -> Member:
         with torch.no_grad():
@@ -178,7 +195,7 @@ def _described(tensor: Tensor) -> str:
 
 
 def trainable(
-    model: nn.Module, without: Collection[str] = ()
+    model: nn.Module, without: Collection[str] = (), frozen: Collection[int] = ()
 ) -> list[tuple[str, str, nn.Parameter]]:
     """``(name, layer, parameter)`` of every parameter that requires a gradient, as registered.
 
@@ -187,32 +204,43 @@ def trainable(
     Args:
         model: whose.
         without: names of parameters to leave out.
+        frozen: ids of others to take in.
     """
     found: dict[int, tuple[str, str, nn.Parameter]] = {}
     for layer, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                full = f"{layer}.{name}" if layer else name
-                if full not in without:
-                    found.setdefault(id(parameter), (full, layer or "(root)", parameter))
+            full = f"{layer}.{name}" if layer else name
+            if parameter is None or full in without:
+                continue
+            if parameter.requires_grad or id(parameter) in frozen:
+                found.setdefault(id(parameter), (full, layer or "(root)", parameter))
     return list(found.values())
 
 
 def flats_for(named: Sequence[tuple[str, str, nn.Parameter]]) -> tuple[Flat, ...]:
-    """The flat buffers of what ``trainable`` gave, one per dtype."""
+    """The flat buffers of what ``trainable`` gave, one per dtype.
+
+    Complex numbers are in there as pairs of real ones.
+    """
     return tuple(
         Flat.lay_out(
             str(dtype).removeprefix("torch."),
             dtype.itemsize,
-            ((name, layer, p.numel()) for name, layer, p in named if p.dtype == dtype),
+            (
+                (name, layer, p.numel() * (2 if p.is_complex() else 1))
+                for name, layer, p in named
+                if p.dtype.to_real() == dtype
+            ),
         )
-        for dtype in dict.fromkeys(parameter.dtype for _, _, parameter in named)
+        for dtype in dict.fromkeys(parameter.dtype.to_real() for _, _, parameter in named)
     )
 
 
 def view_like(buffer: Tensor, slot: Slot, tensor: Tensor) -> Tensor:
     """The slot's part of a buffer with a tensor's shape, and its strides if they leave no gaps."""
     part = _own_storage(buffer[slot.start : slot.start + slot.numel])
+    if tensor.is_complex():
+        part = torch.view_as_complex(part.unflatten(0, (slot.numel // 2, 2)))
     if is_non_overlapping_and_dense_or_false(tensor):
         return part.as_strided(tensor.size(), tensor.stride())
     return part.view(tensor.size())

@@ -87,11 +87,16 @@ class Learner:
         ranks: int,
         job: Mapping[str, Any],
     ) -> None:
+        self._job = {**job, "ranks": ranks, "window": window, "network": network.to_json()}
         self._network = network
         self._window = window
         self._methods = methods
         self._ranks = ranks
         self._steps = 0
+
+    def start_with(self, layout: Layout) -> None:
+        """Knows nothing yet of these parameters."""
+        self._first_step = self._steps + 1
         self._plans = 0
         self._named: str | None = None
         self._traces: list[Trace] = []
@@ -106,9 +111,19 @@ class Learner:
         self._candidates: tuple[Candidate, ...] = ()
         self._now = CANDIDATES[0]
         self._turns: list[Turn] = []
-        self._memory = Memory(
-            {**job, "ranks": ranks, "window": window, "network": network.to_json()}
-        )
+        self._memory = Memory({**self._job, "flats": [asdict(flat) for flat in layout.flats]})
+
+    def start_over(self, engine: Engine, *, stays: bool) -> None:
+        """Other parameters are trained, with the plan that is bound now.
+
+        Args:
+            engine: which trains them.
+            stays: that plan does.
+        """
+        self.start_with(engine.layout)
+        engine.attention.learning = False
+        engine.settled = stays
+        self._note_switch(engine, "other parameters are trained from now on, so plan anew")
 
     def __call__(self, engine: Engine) -> None:
         """To be called after every step that used combined gradients."""
@@ -117,7 +132,7 @@ class Learner:
             if self._drift.ended(now_s()):
                 self._compare(engine)
             return
-        if self._steps == 1:
+        if self._steps == self._first_step:
             self._first(engine)
             return
         if self._observing:
@@ -282,7 +297,7 @@ class Learner:
             if engine.ranks.group.rank() == 0 and self._ranks > _EXACT_RANKS:
                 order = [member.name for member in engine.layout.members]
                 self._memory.keep_choice(Choice(order, decision.plan))
-        elif self._steps == 1:
+        elif self._steps == self._first_step:
             self._name(engine, plan, decision.why)
 
     def _plan(self, layout: Layout, candidate: Candidate) -> Plan:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C._dynamo.eval_frame import get_eval_frame_callback, set_eval_frame
 
 
 def is_plain() -> bool:
@@ -19,10 +20,17 @@ def is_plain() -> bool:
     )
 
 
+def is_compiling() -> bool:
+    """Whether ``torch.compile`` compiles what this thread calls."""
+    return get_eval_frame_callback() is not None
+
+
 @contextmanager
 def usual() -> Iterator[None]:
-    """Computes as outside of autocast and inference mode."""
+    """Computes as outside of autocast, inference mode and ``torch.compile``."""
     with ExitStack() as stack:
+        if is_compiling():
+            stack.callback(set_eval_frame, set_eval_frame(None))
         if torch.is_autocast_enabled("cpu"):
             stack.enter_context(torch.autocast("cpu", enabled=False))
         if torch.is_inference_mode_enabled():

@@ -100,7 +100,9 @@ class ShardedState:
         for key, exact in self._exact().items():
             states.setdefault(key, {})[_VALUE] = exact
         if (plan.flats, _cuts(plan)) != (self._plan.flats, _cuts(self._plan)):
-            states = self._moved(states, coming)
+            names = {id(member.parameter): member.name for member in layout.members}
+            renamed = {m.name: names.get(id(m.parameter), "") for m in self._layout.members}
+            states = self._moved(states, coming, renamed)
         for share in (share for shares in coming for share in shares):
             exact = states.get(share.key, {}).pop(_VALUE, None)
             if exact is not None:
@@ -109,16 +111,25 @@ class ShardedState:
         self._bind(plan, layout, coming)
 
     def _moved(
-        self, states: dict[Key, dict[str, Any]], coming: list[list[Share]]
+        self,
+        states: dict[Key, dict[str, Any]],
+        coming: list[list[Share]],
+        renamed: Mapping[str, str],
     ) -> dict[Key, dict[str, Any]]:
-        """States of the parts that this rank has now, as states of those to come; collective."""
+        """States of the parts that this rank has now, as states of those to come; collective.
+
+        Args:
+            states: of this rank's parts.
+            coming: per bucket, this rank's parts.
+            renamed: parameters' names now, and to come.
+        """
         shares: dict[str, list[Share]] = {}
         for share in (share for of_bucket in coming for share in of_bucket):
             shares.setdefault(share.member.name, []).append(share)
         parts: dict[Key, dict[str, Any]] = {}
 
         def take(name: str, key: str, start: int, piece: Tensor) -> None:
-            for share in shares.get(name, ()):
+            for share in shares.get(renamed[name], ()):
                 low, high = max(start, share.start), min(start + piece.numel(), share.stop)
                 if low < high or share.start == share.stop:
                     values = parts.setdefault(share.key, {})
@@ -129,7 +140,7 @@ class ShardedState:
                     ]
 
         for name, scalars in self._gather(states, take).items():
-            for share in shares.get(name, ()):
+            for share in shares.get(renamed[name], ()):
                 found = {key: _copy(value) for key, value in scalars.items()}
                 parts[share.key] = {**found, **parts.get(share.key, {})}
         return parts

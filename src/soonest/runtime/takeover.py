@@ -26,6 +26,8 @@ class Driver(Protocol):
 
     def flush(self) -> None: ...
 
+    def groups_changed(self) -> None: ...
+
 
 def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> None:
     """Lets ``optimizer`` call ``driver``; ``check_step`` has said that it can."""
@@ -40,6 +42,14 @@ def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> No
             driver.clear_gradients()
         else:
             cls.zero_grad(self, set_to_none=False)
+
+    def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
+        cls.add_param_group(self, param_group)
+        try:
+            driver.groups_changed()
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def get_state(self: Optimizer) -> Any:
         driver.flush()  # updates in flight write to the state
@@ -70,6 +80,7 @@ def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> No
     namespace = {
         "step": hooked,
         "zero_grad": zero_grad,
+        "add_param_group": add_param_group,
         "state": property(get_state, set_state),
         "load_state_dict": load_state_dict,
         "__reduce_ex__": reduce_ex,

@@ -82,7 +82,6 @@ class Updater:
 
     Attributes:
         owned: those of the members that the optimizer holds.
-        others: what else it holds.
     """
 
     def __init__(
@@ -92,28 +91,25 @@ class Updater:
         self._cls = cls
         self._step = raw_step(cls)
         self._members = members
-        self.refresh()
+        self.regroup()
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the optimizer still holds the parameters that it held."""
-        return self._held == self._held_now()
-
-    def refresh(self) -> None:
-        """Takes note of which parameters the optimizer holds."""
-        self._held = self._held_now()
-        groups = self._optimizer.__dict__["param_groups"]
+    def regroup(self) -> None:
+        """Takes the optimizer's parameter groups as they are now."""
+        groups = self._optimizer.param_groups
+        self._sizes = [len(group["params"]) for group in groups]
         group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
-        mine = {id(member.parameter) for member in self._members}
         self.owned = [member for member in self._members if id(member.parameter) in group_of]
-        self.others: list[tuple[int, nn.Parameter]] = [
-            (g, p) for g, group in enumerate(groups) for p in group["params"] if id(p) not in mine
-        ]
         self._group_of = {member.order: group_of[id(member.parameter)] for member in self.owned}
+        known = {id(member.parameter) for member in self.owned}
+        self._others = [p for group in groups for p in group["params"] if id(p) not in known]
 
-    def _held_now(self) -> list[list[int]]:
-        groups = self._optimizer.__dict__["param_groups"]
-        return [[id(parameter) for parameter in group["params"]] for group in groups]
+    def outdated(self) -> bool:
+        """Whether the groups have changed since, by whatever way."""
+        return self._sizes != [len(group["params"]) for group in self._optimizer.param_groups]
+
+    def trains_others(self) -> bool:
+        """Whether the optimizer has gradients of parameters that are none of the members."""
+        return any(p.requires_grad and p.grad is not None for p in self._others)
 
     def call(self, gradients: dict[int, Tensor]) -> StepCall:
         """Remembers the optimizer as it is now: schedulers change it right after the step."""
@@ -135,22 +131,6 @@ class Updater:
                 gradient = member.raw_grad
             jobs.append(_Job(member.twin, gradient, member.order, member.parameter))
         self._run(call, jobs, state)
-
-    def apply_alone(self, call: StepCall, others: Sequence[tuple[int, nn.Parameter]]) -> None:
-        """Updates parameters that are not shared over the ranks.
-
-        Args:
-            call: as for ``apply``.
-            others: some of ``self.others``: each with its group.
-        """
-        partial: Any = object.__new__(self._cls)
-        partial.__dict__.update(call.attributes)
-        partial.state = self._optimizer.__dict__["state"]
-        partial.param_groups = [
-            {**settings, "params": [p for group, p in others if group == number]}
-            for number, settings in enumerate(call.groups)
-        ]
-        self._step(partial)
 
     def apply_shares(
         self, call: StepCall, shares: Sequence[Share], state: dict[Any, dict[str, Any]]
@@ -219,4 +199,6 @@ def raw_step(cls: type[Optimizer]) -> Any:
 
 def _kept(value: Any) -> Any:
     """A setting as it is now, even if the user changes it in place later."""
+    if type(value) is tuple:  # betas
+        return tuple(_kept(one) for one in value)
     return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,98 @@
+"""Buffers, such as BatchNorm's running statistics: every rank gets those of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from soonest.errors import PeerLostError
+from soonest.runtime import collectives, guard, modes
+from soonest.runtime.collectives import Group, Sent
+from soonest.runtime.lanes import ended
+
+
+class Buffers:
+    """A model's buffers.
+
+    They are sent at the end of every backward pass that is combined, and are there before the next
+    forward pass, which sees the same as with ``DistributedDataParallel``. In between, who reads one
+    waits for it. No forward pass is a collective call, so one rank may evaluate by itself.
+
+    Args:
+        model: whose.
+        group: makes one of all ranks, for nothing else; a collective call.
+        check: raises if something else has failed.
+    """
+
+    def __init__(
+        self, model: nn.Module, group: Callable[[], Group], check: Callable[[], None]
+    ) -> None:
+        self._make_group = group
+        self._group: Group | None = None
+        self._check = check
+        self._sent: list[Sent] = []
+        self._holds: list[guard.Hold] = []
+        self.look(model)
+
+    def look(self, model: nn.Module) -> None:
+        """Finds them in the model as it is now; a collective call."""
+        self._places = list(
+            {
+                id(buffer): (module._buffers, name)
+                for module in model.modules()
+                for name, buffer in module._buffers.items()
+                if buffer is not None
+            }.values()
+        )
+        if self._places and self._group is None:
+            self._group = self._make_group()
+
+    def share(self, *, active: bool | None = None) -> None:
+        """Sends them; every rank must call it.
+
+        Args:
+            active: this rank has had a forward pass, where not all may have: then those of the last
+                rank that has are sent.
+        """
+        if self._group is None:
+            return
+        self.land()
+        source = 0 if active is None else collectives.last_of(self._group, mine=active)
+        # They may have been replaced.
+        found = [buffer for names, key in self._places if (buffer := names.get(key)) is not None]
+        with torch.no_grad(), guard.DisableGuard(), modes.usual():
+            self._sent = collectives.start_broadcast(self._group, found, source)
+        if self._group.rank() != source:
+            self._holds = [guard.Hold(buffer, self.land) for buffer in found]
+            for hold in self._holds:
+                hold.take_off()
+
+    def land(self) -> None:
+        """Waits until all have arrived."""
+        sent, self._sent = self._sent, []
+        if not sent:
+            return
+        with torch.no_grad(), guard.DisableGuard(), modes.usual():
+            for part in sent:
+                self._wait(part)
+                part.unpack()
+        self.drop()
+
+    def _wait(self, part: Sent) -> None:
+        try:
+            while not ended(part.work):
+                self._check()
+        except RuntimeError as error:
+            self._check()
+            raise PeerLostError(
+                f"the buffers of the first rank have not arrived, so not all ranks are there any "
+                f"more: restart from a checkpoint ({error})"
+            ) from error
+
+    def drop(self) -> None:
+        """Leaves them as they are."""
+        for hold in self._holds:
+            hold.release()
+        self._holds, self._sent = [], []
