@@ -177,7 +177,7 @@ def test_it_costs_nothing_when_off() -> None:
         assert "Comparison" not in rank
 
 
-BITS = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
+BITS = [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.int64, torch.bool]
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)

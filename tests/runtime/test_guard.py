@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+import soonest
 from ranks import run_ranks
 from runtime import reads, writes
 from runtime.flights import Found, fly
+from runtime.steering import keep_to_the_usual_plan
 from soonest.runtime import guard
 
 SAFETY = Path(__file__).parents[2] / "docs" / "safety.md"
@@ -188,6 +191,42 @@ def test_the_guard_can_be_told_off_for_a_while(flight: Flight) -> None:
     with guard.DisableGuard():
         assert isinstance(flight.parameter + 1, Tensor)
     assert flight.landings == 0
+
+
+def flies_beside_a_view() -> list[Any]:
+    """Whether a parameter is in flight after a step: before, while and after it has a view."""
+    keep_to_the_usual_plan()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    handle = soonest.prioritize(model, optimizer)
+    said: list[str] = []
+    log, listener = logging.getLogger("soonest"), logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())
+
+    def step() -> bool:
+        optimizer.zero_grad()
+        loss = model(torch.randn(3, 4)).square().sum()
+        loss.backward()
+        optimizer.step()
+        return guard.is_held(model[0].weight)
+
+    while not handle.settled:
+        step()
+    log.setLevel(logging.INFO)
+    log.addHandler(listener)
+    found: list[Any] = [step(), step()]
+    view = model[0].weight.data[1]
+    found += [step(), step()]
+    del view
+    found += [step(), step(), said]
+    return found
+
+
+def test_what_has_a_view_is_updated_in_the_step_and_told_once() -> None:
+    for *flies, said in run_ranks(flies_beside_a_view, 2):
+        assert flies == [True, True, False, False, True, True]
+        (sentence,) = said
+        assert sentence.startswith("0.weight is updated inside optimizer.step(), because another")
 
 
 GUARDED = [

@@ -224,7 +224,7 @@ class Engine:
         if torch.is_grad_enabled() and modes.is_plain():
             for tensor in guard.tensors_in(output):
                 if tensor.grad_fn is not None:
-                    tensor.register_hook(self._backward_begins)
+                    tensor.register_hook(weakly(self._backward_begins))
 
     # In the backward pass
 
