@@ -17,8 +17,9 @@ from torch import nn
 
 import soonest
 from ranks import run_ranks, say_done, wait_for_the_others
+from runtime.steering import keep_to_the_usual_plan
 from soonest import PeerLostError, PlanMismatchError, SoonestError
-from soonest.runtime import learn
+from soonest.runtime import calibrate, learn
 
 ODD = 1
 """The rank that does otherwise than the others."""
@@ -113,7 +114,7 @@ def lost_in_planning(how: str, timeout_s: float | None) -> tuple[Said, ...] | No
 
 def lost_in_prioritize() -> tuple[Said, ...] | None:
     if odd():
-        learn.Learner.resume = lambda *_, **__: end("killed")  # type: ignore[method-assign]
+        calibrate.network_of = lambda *_, **__: end("killed")  # type: ignore[assignment]
     model, optimizer = model_and_optimizer()
     return told(error_of(soonest.prioritize, model, optimizer))
 
@@ -197,9 +198,10 @@ def sparse_later() -> tuple[Said, ...]:
     return meets_again(error_of(steps, model, optimizer, 1000))
 
 
-def update_fails() -> tuple[Said, ...]:
+def update_fails(at_once: bool) -> tuple[Said, ...]:
     model, optimizer = model_and_optimizer()
-    soonest.prioritize(model, optimizer)
+    keep_to_the_usual_plan()
+    soonest.prioritize(model, optimizer, separable=not at_once)
     steps(model, optimizer, 7)
     if odd():
         optimizer.param_groups[0]["lr"] = "fast"
@@ -324,7 +326,8 @@ RUNS = {
     "sparse module": Run(refuses, 3, ({}, sparse_module)),
     "replaced step": Run(refuses, 3, ({}, replaced_step)),
     "sparse gradient": Run(sparse_later, 3),
-    "failing update": Run(update_fails, 3),
+    "failing update": Run(update_fails, 3, (False,)),
+    "failing step": Run(update_fails, 3, (True,)),
     "other dtype": Run(other_dtype, 3),
     "other model": Run(other_model, 3),
     "other plan": Run(other_plan, 2),
@@ -439,6 +442,7 @@ def test_what_one_rank_refuses_is_refused_on_all(what: str, runs: Runs) -> None:
 FAULTS = {
     "sparse gradient": ("ValueError", "the gradient of 'embed.weight' is sparse"),
     "failing update": ("SoonestError", "an update failed: TypeError("),
+    "failing step": ("TypeError", "bad operand type for unary -"),
     "other dtype": ("SoonestError", " is float64 (8"),
 }
 

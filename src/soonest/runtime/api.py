@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from soonest.core.network import Network
 from soonest.core.plan import Plan, shards
 from soonest.core.planner import first_plan
+from soonest.errors import PeerLostError
 from soonest.runtime import agree, calibrate, collectives, consistency, groups, pinned, update
 from soonest.runtime.buffers import Buffers
 from soonest.runtime.checks import check, check_options, check_several
@@ -339,10 +340,13 @@ def _together(peers: Peers, after_step: AfterStep) -> AfterStep:
     """The same, which says who is at fault where a rank does not take part."""
 
     def call(engine: Engine) -> None:
-        with peers.together(
-            f"what follows step {engine.passes}, as planning or {consistency.VARIABLE},"
-        ):
-            after_step(engine)
+        what = f"what follows step {engine.passes}, as planning or {consistency.VARIABLE},"
+        try:
+            with peers.together(what):
+                after_step(engine)
+        except PeerLostError as error:
+            engine.lane.fail(error)
+            raise
 
     return call
 

@@ -452,7 +452,12 @@ class Engine:
 
     def _step_at_once(self, closure: Callable[[], Any] | None) -> Any:
         self.flush()
-        loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
+        try:
+            loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
+        except Exception as error:
+            if not isinstance(error, SoonestError):
+                self._peers.tell(f"optimizer.step() raised {error!r}")
+            raise
         if self.latest is not None:
             self.record = self.latest.record
         self._landing.watch()

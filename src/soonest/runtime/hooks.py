@@ -141,7 +141,12 @@ class HookLane:
 
     def wait_all(self) -> None: ...
 
-    def check(self) -> None: ...
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def fail(self, error: Exception) -> None:
+        self.error = error if isinstance(error, SoonestError) else SoonestError(str(error))
 
     def close(self) -> None:
         self._sweep = None

@@ -50,6 +50,10 @@ class Lane(Protocol):
         """Raises what ended the lane, if something did."""
         ...
 
+    def fail(self, error: Exception) -> None:
+        """From now on everything raises this; what is in flight is dropped."""
+        ...
+
     def close(self) -> None:
         """Ends the lane; what is in flight is dropped."""
         ...
@@ -195,7 +199,7 @@ class ThreadLane:
             try:
                 run()
             except Exception as error:
-                self._fail(error)
+                self.fail(error)
 
     def _start_ops(self) -> None:
         while self._news.get() and self._error is None:
@@ -288,7 +292,7 @@ class ThreadLane:
             try:
                 sweep.program.update(sweep, bucket)
             except Exception as error:
-                self._fail(error)
+                self.fail(error)
                 self.check()
             sweep.record.update_ended(bucket)
             with self._changed:
@@ -305,7 +309,7 @@ class ThreadLane:
             bucket = sweep.next_update() if sweep is not None else None
             return None if sweep is None or bucket is None else (sweep, bucket)
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         known = (
             error
             if isinstance(error, SoonestError)
