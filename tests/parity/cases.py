@@ -530,8 +530,7 @@ def compare(names: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         case = CASES[name]
-        steps = STEPS // 2 if case.sharded else STEPS
-        ddp, ours = train(case, "ddp", steps), train(case, "soonest", steps)
+        ddp, ours = train(case, "ddp"), train(case, "soonest")
         found[name] = differences(ddp, ours, near=0.0 if exact else case.rounding)[:5]
     return found
 

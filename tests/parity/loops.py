@@ -70,6 +70,8 @@ class Arm:
                 found[f"optimizer {index}"] = copy.deepcopy(one.state_dict())
             else:
                 found[f"parameters {index}"] = {n: p.detach() for n, p in one.named_parameters()}
+                if not self.options.get("shard_optimizer"):
+                    found[f"gradients {index}"] = [p.grad for p in one.parameters()]
         return found
 
 

@@ -16,8 +16,9 @@ Each row is a training run that `tests/parity` makes with `DistributedDataParall
 After {steps} steps all is compared: parameters, buffers, gradients, the optimizer's state, the
 losses and whatever else the run has read on its way. *Bitwise* means equal in every bit;
 *rounding*, equal within what adding up in another order does to the last bits. *Sharded* is with
-`shard_optimizer=True`, on 2 ranks. What an empty cell stands for is not run: it depends on nothing
-that the others do not show. This page is generated, and compared with the cases:
+`shard_optimizer=True`, on 2 ranks. *Refused* is what then cannot be, with a sentence that says so.
+What an empty cell stands for is not run: it depends on nothing that the others do not show. This
+page is generated, and compared with the cases:
 
     cd tests; python -m parity.page
 
@@ -26,14 +27,17 @@ that the others do not show. This page is generated, and compared with the cases
 """
 
 
+_REFUSED = ("complex numbers", "uneven inputs", "GAN: two models, two optimizers")
+"""With ``shard_optimizer=True``. The GAN adds to gradients of which each rank has but its part."""
+
+
 def page() -> str:
     """The page for the cases as they are."""
-    rows = [
-        f"| {name} | bitwise | {'rounding' if name in OF_FOUR else ''} "
-        f"| {'bitwise' if f'{name}, sharded' in CASES else ''} |"
-        for name, case in CASES.items()
-        if not case.sharded
-    ]
+    rows: list[str] = []
+    for name in (name for name, case in CASES.items() if not case.sharded):
+        sharded = "bitwise" if f"{name}, sharded" in CASES else ""
+        sharded = "refused" if name in _REFUSED else sharded
+        rows.append(f"| {name} | bitwise | {'rounding' if name in OF_FOUR else ''} | {sharded} |")
     text = _HEAD.format(steps=STEPS) + "\n".join(rows) + "\n"
     return text.replace("|  |", "| |").replace("|  |", "| |")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -59,10 +60,10 @@ class Buffers:
         if self._group is None:
             return
         self.land()
-        source = 0 if active is None else collectives.last_of(self._group, mine=active)
         # They may have been replaced.
         found = [buffer for names, key in self._places if (buffer := names.get(key)) is not None]
-        with torch.no_grad(), guard.DisableGuard(), modes.usual():
+        with self._blaming(), torch.no_grad(), guard.DisableGuard(), modes.usual():
+            source = 0 if active is None else collectives.last_of(self._group, mine=active)
             self._sent = collectives.start_broadcast(self._group, found, source)
         if self._group.rank() != source:
             self._holds = [guard.Hold(buffer, self.land) for buffer in found]
@@ -74,21 +75,23 @@ class Buffers:
         sent, self._sent = self._sent, []
         if not sent:
             return
-        with torch.no_grad(), guard.DisableGuard(), modes.usual():
+        with self._blaming(), torch.no_grad(), guard.DisableGuard(), modes.usual():
             for part in sent:
-                self._wait(part)
+                while not ended(part.work):
+                    self._check()
                 part.unpack()
         self.drop()
 
-    def _wait(self, part: Sent) -> None:
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """Says what it means if a rank does not take part."""
         try:
-            while not ended(part.work):
-                self._check()
+            yield
         except RuntimeError as error:
             self._check()
             raise PeerLostError(
-                f"the buffers of the first rank have not arrived, so not all ranks are there any "
-                f"more: restart from a checkpoint ({error})"
+                "the first rank's buffers did not get to all others, so not all ranks are there "
+                f"any more: restart from a checkpoint ({error})"
             ) from error
 
     def drop(self) -> None:
