@@ -95,7 +95,9 @@ def draw(pairs: Sequence[Pair], path: str | Path) -> Path:
     above.legend(frameon=False, fontsize=9, loc="upper left", handletextpad=0.3)
     below.set_ylim(-100 * most, 100 * most)
     below.set_yticks([-100 * _FAR, -100 * _NEAR, 0, 100 * _NEAR, 100 * _FAR])
-    below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%"))
+    below.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:+.0f}%" if value else "0")
+    )
     below.set_ylabel("off by", size=9.5, color=INK)
     below.set_xlabel("measured step, ms", size=9.5, color=INK)
     for axes in (above, below):
