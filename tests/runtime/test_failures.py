@@ -104,6 +104,16 @@ def lost_in_training(how: str, timeout_s: float | None, sharded: bool) -> tuple[
     return told(error_of(steps, model, optimizer, 1000))
 
 
+def lost_beside_buffers() -> tuple[Said, ...] | None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    soonest.prioritize(model, optimizer)
+    steps(model, optimizer, 7)
+    if odd():
+        end("killed")
+    return told(error_of(steps, model, optimizer, 1000))
+
+
 def lost_in_planning(how: str, timeout_s: float | None) -> tuple[Said, ...] | None:
     model, optimizer = model_and_optimizer()
     soonest.prioritize(model, optimizer, timeout_s=timeout_s)
@@ -315,6 +325,7 @@ RUNS = {
     "sleeps": Run(lost_in_training, 3, ("sleeps", SHORT_S, False)),
     "killed while sharing": Run(lost_in_training, 3, ("killed", None, True)),
     "stops while sharing": Run(lost_in_training, 3, ("stops", SHORT_S, True)),
+    "killed beside buffers": Run(lost_beside_buffers, 3),
     "killed while planning": Run(lost_in_planning, 3, ("killed", None)),
     "stops while planning": Run(lost_in_planning, 3, ("stops", SHORT_S)),
     "killed in prioritize": Run(lost_in_prioritize, 3),
@@ -376,6 +387,13 @@ def test_a_rank_that_is_lost_is_named_with_what_is_waited_for(how: str, runs: Ru
         assert "rank 2 (" not in said.message
         assert "\n" not in said.message
         assert said.took_s < TIMEOUT_S
+
+
+def test_a_rank_that_is_lost_with_its_buffers_is_named(runs: Runs) -> None:
+    for said in left(runs["killed beside buffers"].result()):
+        assert said.name == PeerLostError.__name__
+        assert "rank 1 (host " in said.message
+        assert "did not take part" in said.message
 
 
 @pytest.mark.parametrize("how", LOST_IN_PLANNING)

@@ -306,7 +306,9 @@ def start(
                 learner.start_over(engine, stays=given is not None)
 
         with peers.together("prioritize()"):
-            buffers = Buffers(model, lambda: groups.private_group(group, timeout_s), lane.check)
+            buffers = Buffers(
+                model, lambda: groups.private_group(group, timeout_s), lane.check, peers
+            )
         engine = Engine(
             model,
             optimizer,

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from soonest.errors import PeerLostError
 from soonest.runtime import collectives, guard, modes
 from soonest.runtime.collectives import Group, Sent
 from soonest.runtime.lanes import ended
+from soonest.runtime.peers import Peers
 
 
 class Buffers:
@@ -25,14 +25,20 @@ class Buffers:
         model: whose.
         group: makes one of all ranks, for nothing else; a collective call.
         check: raises if something else has failed.
+        peers: who the ranks are.
     """
 
     def __init__(
-        self, model: nn.Module, group: Callable[[], Group], check: Callable[[], None]
+        self,
+        model: nn.Module,
+        group: Callable[[], Group],
+        check: Callable[[], None],
+        peers: Peers,
     ) -> None:
         self._make_group = group
         self._group: Group | None = None
         self._check = check
+        self._peers = peers
         self._sent: list[Sent] = []
         self._holds: list[guard.Hold] = []
         self.look(model)
@@ -84,15 +90,13 @@ class Buffers:
 
     @contextmanager
     def _blaming(self) -> Iterator[None]:
-        """Says what it means if a rank does not take part."""
-        try:
-            yield
-        except RuntimeError as error:
-            self._check()
-            raise PeerLostError(
-                "the first rank's buffers did not get to all others, so not all ranks are there "
-                f"any more: restart from a checkpoint ({error})"
-            ) from error
+        """Says who is missing if a rank does not take part; or what else has failed before."""
+        with self._peers.together("sharing the first rank's buffers"):
+            try:
+                yield
+            except RuntimeError:
+                self._check()
+                raise
 
     def drop(self) -> None:
         """Leaves them as they are."""
