@@ -161,7 +161,8 @@ class Engine:
         self.divide_by(self.ranks.group.size())
         for member in layout.members:
             member.sweep = None
-            before, after = weakly(self._before, member), weakly(self._after, member)
+            # Not the member itself, which may lead here.
+            before, after = weakly(self._before, member.order), weakly(self._after, member.order)
             self._hooks.append(AccumulationHooks(member.parameter, before=before, after=after))
         if self._newcomers is not None:
             for parameter in self._newcomers.look(layout.members):
@@ -240,16 +241,18 @@ class Engine:
             if engine._open is not None:
                 engine._close(engine._open)
 
-    def _before(self, member: Member, _: Any) -> None:
+    def _before(self, order: int, _: Any) -> None:
         """A gradient is about to be written where another may still be in flight."""
+        member = self.layout.members[order]
         if self._open is not None and not math.isnan(self._open.record.ready[member.order]):
             raise self._unfinished(self._open)
         if member.order in self._landing.unknown:
             guard.land(member.parameter)  # what is added to must be known
         self._landing.make_room(member)
 
-    def _after(self, member: Member, *_: Any) -> None:
+    def _after(self, order: int, *_: Any) -> None:
         """A gradient has been written to ``parameter.grad``."""
+        member = self.layout.members[order]
         sweep = self._sweep_of_this_pass()
         # No gradient: the graph led here, but with an undefined one.
         if sweep is not None and member.parameter.grad is not None:
