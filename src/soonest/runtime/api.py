@@ -19,9 +19,10 @@ from soonest.errors import PeerLostError
 from soonest.runtime import agree, calibrate, collectives, consistency, groups, pinned, update
 from soonest.runtime.buffers import Buffers
 from soonest.runtime.checks import check, check_options, check_several
+from soonest.runtime.device import check_group, lane_for
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Choice, Handle, is_shared
-from soonest.runtime.lanes import Lane, ThreadLane
+from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Layout, trainable
 from soonest.runtime.learn import Learner
 from soonest.runtime.newcomers import Newcomers
@@ -82,9 +83,9 @@ def prioritize(
     the same point.
 
     Args:
-        model: on CPU; its trainable parameters, of any floating or complex dtype, become views of
-            flat buffers, when they come to be trained. Several models that one optimizer trains are
-            given as an ``nn.ModuleList`` of them.
+        model: on CPU, or on one CUDA device; its trainable parameters, of any floating or complex
+            dtype, become views of flat buffers, when they come to be trained. Several models that
+            one optimizer trains are given as an ``nn.ModuleList`` of them.
         optimizer: holds parameters of ``model`` only. Trainable parameters that it does not hold
             are combined but not updated. Several that train parts of one model are given together;
             each backward pass then combines all gradients, and each step updates its part.
@@ -225,6 +226,8 @@ def start(
         if refused:
             raise refused
         return Handle(model, optimizer, parent)
+    device = next(p.device for _, _, p in trainable(model, without))
+    check_group(parent, device)
     group = private_group(parent, timeout_s)
     peers = Peers(group)
     options = {
@@ -244,7 +247,7 @@ def start(
         agree.agree_on_model(group, model, without)
         if given is not None:
             agree.agree_on_plan(group, given)
-        ranks = groups.ranks_of(group)
+        ranks = groups.ranks_of(group, native=device.type != "cpu")
     notes = _notes(optimizer, shard_optimizer, group.size())
     sharded = shard_optimizer and _can_shard(optimizer, separable)
     if sharded:
@@ -253,7 +256,7 @@ def start(
     sharing = collectives.Ranks(ranks.second, ranks.second) if sharded else None
     order = [slot.name for flat in given.flats for slot in flat.slots] if given else []
     layout = Layout(model, order, without=without)
-    lane = own_lane or ThreadLane(timeout_s=groups.timeout_of(group), peers=peers)
+    lane = own_lane or lane_for(group, device, peers)
     try:
         if given is not None and (wrong := pinned.misfit(given, layout, group.size())):
             raise ValueError(
@@ -264,9 +267,7 @@ def start(
             if not equal:
                 collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
             network = (
-                calibrate.network_of(
-                    ranks, methods=methods, device=layout.parameters[0].device, wire=wire
-                )
+                calibrate.network_of(ranks, methods=methods, device=device, wire=wire)
                 if own_lane is None
                 else UNKNOWN
             )

@@ -83,8 +83,11 @@ class Buffers:
             return
         with self._blaming(), torch.no_grad(), guard.DisableGuard(), modes.usual():
             for part in sent:
-                while not ended(part.work):
-                    self._check()
+                if part.on_device:
+                    part.work.wait()  # lets the current stream wait, and not the host
+                else:
+                    while not ended(part.work):
+                        self._check()
                 part.unpack()
         self.drop()
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from soonest.core.plan import METHODS
 from soonest.runtime.collectives import Wire
+from soonest.runtime.device import has_lane
 from soonest.runtime.layout import trainable
 from soonest.runtime.takeover import check_step, is_taken_over
 
@@ -155,10 +156,10 @@ def _check_devices(named: list[tuple[str, str, nn.Parameter]]) -> None:
                 f"parameter {name!r} is on {parameter.device}, {first_name!r} on {first.device}: "
                 "soonest needs all parameters of a rank on one device"
             )
-    if first.device.type != "cpu":
+    if not has_lane(first.device):
         raise ValueError(
-            f"the model is on {first.device}: this version runs on CPUs only, "
-            "the lane for other devices is not there yet"
+            f"the model is on {first.device}: soonest runs on CPUs and on this machine's "
+            "accelerator, if it has streams: move the model there"
         )
 
 

@@ -36,12 +36,14 @@ class Ranks:
         inside: those that share this rank's host; None if no two share one, if all do, or if hosts
             have different numbers of ranks.
         across: on each host the one with this rank's place there; None along with ``inside``.
+        native: the backend has a true reduce-scatter, and single messages are not to be sent.
     """
 
     group: Group
     second: Group
     inside: Group | None = None
     across: Group | None = None
+    native: bool = False
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -151,6 +153,9 @@ def ring_reduce_scatter(ranks: Ranks, piece: Piece) -> Op:
     """
     if piece.wire.gradients:
         yield from reduce_scatter(ranks, piece)
+        return
+    if ranks.native:
+        yield from _native_reduce_scatter(ranks.group, piece.gradients)
         return
     group, whole = ranks.group, piece.gradients
     n, rank = group.size(), group.rank()
@@ -333,6 +338,19 @@ def _scatter_sum(group: Group, piece: Piece) -> Op:
     _sum_in_order(every, group.size(), piece.gradients[_own(piece.gradients, group)])
 
 
+def _native_reduce_scatter(group: Group, whole: Tensor) -> Op:
+    """The backend's own, which wants parts of equal size."""
+    part = _borders(whole, group.size())[1]
+    sent = whole
+    if part * group.size() != whole.numel():
+        sent = whole.new_zeros(part * group.size())
+        sent[: whole.numel()] = whole
+    mine = whole.new_empty(part)
+    yield group._reduce_scatter_base(mine, sent, dist.ReduceScatterOptions())
+    own = whole[_own(whole, group)]
+    own.copy_(mine[: own.numel()])
+
+
 def _share_parts(group: Group, piece: Piece) -> Op:
     sizes, mine = _sizes(piece.gradients, group)
     sent = piece.packed(_own(piece.gradients, group)).repeat(group.size())
@@ -373,15 +391,20 @@ class Sent:
         tensors: what the source has is sent as it is now; the others' are overwritten.
         source: the rank from which.
         apart: they may be written to meanwhile.
+
+    Attributes:
+        on_device: to wait for the work is then no matter of the host.
     """
 
     def __init__(
         self, group: Group, tensors: Sequence[Tensor], source: int, *, apart: bool = False
     ) -> None:
         self._tensors = None if group.rank() == source else tuple(tensors)
-        self._joined = _flatten_dense_tensors(tensors)
-        if apart and len(tensors) == 1:
-            self._joined = self._joined.clone()
+        joined = _flatten_dense_tensors(tensors)
+        self._joined = _sendable(group, joined)
+        if apart and len(tensors) == 1 and self._joined is joined:
+            self._joined = joined.clone()
+        self.on_device = self._joined.device.type != "cpu"
         self.work: Work = group.broadcast(self._joined.view(torch.uint8), source)
 
     def unpack(self) -> None:
@@ -423,10 +446,10 @@ def start_broadcast(group: Group, tensors: Sequence[Tensor], source: int) -> lis
 
 
 def _batches(tensors: Sequence[Tensor], limit_bytes: int = 64 << 20) -> list[list[Tensor]]:
-    """Tensors of the same dtype, so many that a batch does not need much extra memory."""
-    alike: dict[torch.dtype, list[Tensor]] = {}
+    """Tensors of one dtype on one device, so many that a batch needs not much extra memory."""
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
-        alike.setdefault(tensor.dtype, []).append(tensor.detach())
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
     batches: list[list[Tensor]] = []
     for some in alike.values():
         room = -1
@@ -441,7 +464,17 @@ def _batches(tensors: Sequence[Tensor], limit_bytes: int = 64 << 20) -> list[lis
 
 def sum_small(group: Group, tensor: Tensor) -> None:
     """Sums a small tensor over the ranks, in place, and waits for it; a collective call."""
-    group.allreduce([tensor]).wait()
+    sent = _sendable(group, tensor)
+    group.allreduce([sent]).wait()
+    if sent is not tensor:
+        tensor.copy_(sent)
+
+
+def _sendable(group: Group, tensor: Tensor) -> Tensor:
+    """A tensor, or a copy of it on a device that the group's backend sends from."""
+    if any(device.type == tensor.device.type for device in group._device_types):
+        return tensor
+    return tensor.to(dist.distributed_c10d._get_object_coll_device(group))
 
 
 def gather_objects(group: Group, value: Any) -> list[Any]:
@@ -453,9 +486,15 @@ def gather_objects(group: Group, value: Any) -> list[Any]:
 
 def gather_numbers(group: Group, value: float) -> list[float]:
     """Every rank's value, by rank; cheaper than ``gather_objects``."""
-    every = torch.empty(group.size(), dtype=torch.float64)
-    group._allgather_base(every, torch.tensor([value], dtype=torch.float64)).wait()
-    return every.tolist()
+    mine = _sendable(group, torch.tensor(value, dtype=torch.float64))
+    return gather_scalars(group, mine).tolist()
+
+
+def gather_scalars(group: Group, value: Tensor) -> Tensor:
+    """Every rank's number, in the order of ranks; on a device the host does not wait for it."""
+    every = value.new_empty(group.size())
+    group._allgather_base(every, value.view(1)).wait()
+    return every
 
 
 def first_rank_object(group: Group, value: Any) -> Any:

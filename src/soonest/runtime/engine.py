@@ -158,6 +158,7 @@ class Engine:
         self._landing = Landing(self.program, self.lane, self._module_hooks)
         self.attention.refresh()
         self.record = self._new_record()
+        self._divisor = 0
         self.divide_by(self.ranks.group.size())
         for member in layout.members:
             member.sweep = None
@@ -189,6 +190,9 @@ class Engine:
 
     def divide_by(self, ranks: int) -> None:
         """From now on, combined gradients are sums over all ranks divided by this number."""
+        if ranks == self._divisor:  # a device would be asked for nothing
+            return
+        self._divisor = ranks
         # What to multiply by: as a tensor, and not a number, it is ready for use.
         self._shares = [
             torch.tensor(
@@ -201,7 +205,11 @@ class Engine:
 
     def _new_record(self, *, closely: bool = True) -> Record:
         plan = self.program.plan
-        return Record(len(self.layout.members), len(plan.ops), len(plan.buckets), closely=closely)
+        sizes = (len(self.layout.members), len(plan.ops), len(plan.buckets))
+        return Record(*sizes, closely=closely, clock=self.lane.clock)
+
+    def _now(self) -> float:
+        return now_s() if self.lane.clock is None else self.lane.clock.now()
 
     # In the forward pass
 
@@ -219,7 +227,7 @@ class Engine:
             self._land_all()
 
     def forward_ends(self, inputs: Any = None, output: Any = None, *_: Any) -> None:
-        self._forward_ended = now_s()
+        self._forward_ended = self._now()
         if math.isnan(self.record.forward_ended):
             self.record.forward_ended = self._forward_ended
         if torch.is_grad_enabled() and modes.is_plain():
@@ -283,7 +291,7 @@ class Engine:
         record = self._new_record(closely=self.attention.closely())
         record.backward_began = self._forward_ended
         if math.isnan(self._forward_ended):  # the user does not call the model itself
-            record.backward_began = now_s()
+            record.backward_began = self._now()
         if self._unobserved:
             self._unobserved = False
             self.observed = self.record
@@ -343,8 +351,10 @@ class Engine:
     def _arrived(self, sweep: Sweep, member: Member) -> None:
         member.sweep = sweep
         self._landing.hold_gradient(member, member.grad)
-        sweep.record.ready[member.order] = now_s()
-        if sweep.arrived(self.program.buckets_of[member.order]):
+        sweep.record.ready[member.order] = sweep.record.now()
+        buckets = self.program.buckets_of[member.order]
+        self.lane.ready(sweep, buckets)
+        if sweep.arrived(buckets):
             self.lane.advance()
 
     def _close(self, sweep: Sweep) -> None:
@@ -402,7 +412,7 @@ class Engine:
         self._arrived(sweep, member)
 
     def _closed(self, sweep: Sweep) -> None:
-        sweep.record.backward_ended = now_s()
+        sweep.record.backward_ended = sweep.record.now()
         sweep.closed = True
         self._open = None
         self.lane.advance()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,17 +92,18 @@ class HookLane:
         self._counting = counting
         self._sweep: Sweep | None = None
         self._called: list[_Called] = []
-        self._lock = threading.Condition()
 
     error: SoonestError | None = None
-
-    @property
-    def lock(self) -> threading.Condition:
-        return self._lock
+    clock = None
 
     def begin(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._called = []
+
+    def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None: ...
+
+    def zero(self, sweep: Sweep, member: Member) -> None:
+        """No update is ever under way."""
 
     def advance(self) -> None:
         sweep = self._sweep

@@ -5,18 +5,22 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from soonest.errors import PeerLostError, ReadTooEarlyError, SoonestError
 from soonest.runtime import modes
+from soonest.runtime.clock import DeviceClock
 from soonest.runtime.collectives import Running, Work
 from soonest.runtime.peers import Peers, reason_of
 from soonest.runtime.sweep import Sweep, Sweeps
+
+if TYPE_CHECKING:
+    from soonest.runtime.layout import Member
 
 _LOOK_S = 1.0
 """How often a lane that waits for others looks whether one of them has given up."""
@@ -26,12 +30,29 @@ _LOOK = timedelta(seconds=_LOOK_S)
 class Lane(Protocol):
     """Executes sweeps, one after the other."""
 
+    @property
+    def clock(self) -> DeviceClock | None:
+        """Of the device that it lets work; None if that is the host."""
+        ...
+
     def begin(self, sweep: Sweep) -> None:
         """A backward pass has begun; its ops follow those of all sweeps begun before."""
         ...
 
+    def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None:
+        """A gradient that these buckets carry has just been written."""
+        ...
+
     def advance(self) -> None:
         """The state of a sweep has changed: there may be something to do."""
+        ...
+
+    def zero(self, sweep: Sweep, member: Member) -> Callable[[], None] | None:
+        """Zeroes a gradient as soon as the update that is under way needs it no more.
+
+        Returns:
+            What waits until it is zero; None if no update is under way, and nothing is done.
+        """
         ...
 
     def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
@@ -63,10 +84,13 @@ class Lane(Protocol):
         """What ended the lane."""
         ...
 
-    @property
-    def lock(self) -> threading.Condition:
-        """Held while a bucket becomes updated."""
-        ...
+
+def read_too_early(sweep: Sweep, bucket: int) -> ReadTooEarlyError:
+    """What is wrong with waiting for a bucket of a backward pass that still goes on."""
+    return ReadTooEarlyError(
+        f"a gradient in {sweep.plan.describe(bucket)} was read inside the backward pass, "
+        "where it is not combined over the ranks yet: read it after backward() has returned"
+    )
 
 
 class ThreadLane:
@@ -78,6 +102,8 @@ class ThreadLane:
         timeout_s: how long to wait without any progress; an op's own timeout comes before.
         peers: the other ranks.
     """
+
+    clock = None
 
     def __init__(self, *, timeout_s: float, peers: Peers) -> None:
         self._timeout_s = timeout_s
@@ -103,28 +129,30 @@ class ThreadLane:
     def error(self) -> SoonestError | None:
         return self._error
 
-    @property
-    def lock(self) -> threading.Condition:
-        return self._changed
-
     def begin(self, sweep: Sweep) -> None:
         with self._changed:
             self._sweeps.add(sweep)
+
+    def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None: ...
 
     def advance(self) -> None:
         with self._changed:
             self._sweeps.note_owing()
         self._news.put(True)
 
+    def zero(self, sweep: Sweep, member: Member) -> Callable[[], None] | None:
+        with self._changed:
+            if sweep.step is None or sweep.updated[sweep.program.last_of[member.order]]:
+                return None
+            sweep.step.zeroed.add(member.order)
+            return _nothing
+
     def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
         done = sweep.updated if updated else sweep.reduced
         if done[bucket]:
             return
         if not sweep.closed:
-            raise ReadTooEarlyError(
-                f"a gradient in {sweep.plan.describe(bucket)} was read inside the backward pass, "
-                "where it is not combined over the ranks yet: read it after backward() has returned"
-            )
+            raise read_too_early(sweep, bucket)
         began_at = time.monotonic()
         with self._updates_here() as here:
             here = here and updated
@@ -325,6 +353,10 @@ class ThreadLane:
         self._running.put(None)
         if not isinstance(known, PeerLostError):
             self._peers.tell(str(known))
+
+
+def _nothing() -> None:
+    """What has been updated has been zeroed, too."""
 
 
 def ended(work: Work) -> bool:

@@ -252,7 +252,9 @@ def _own_storage(part: Tensor) -> Tensor:
     So to save, pickle or share a parameter takes that parameter, and not its whole buffer; and it
     shows whether other tensors refer to the same memory.
     """
-    return torch.from_numpy(part.view(torch.uint8).numpy()).view(part.dtype)
+    data = part.view(torch.uint8)
+    own = torch.from_numpy(data.numpy()) if data.is_cpu else torch.from_dlpack(data)
+    return own.view(part.dtype)
 
 
 _references = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]

@@ -36,6 +36,9 @@ from soonest.runtime.profile import Record, now_s, pace_of, trace_of, typical
 _EXACT_RANKS = 2
 """So many ranks add up alike under any cut."""
 
+_WARM_UP = 3
+"""Steps of a device of which nothing is learned."""
+
 _log = logging.getLogger("soonest")
 _T = TypeVar("_T")
 
@@ -102,6 +105,7 @@ class Learner:
         self._traces: list[Trace] = []
         self._paces: list[float] = []
         self._before: Record | None = None
+        self._warming = _WARM_UP
         self._observing = True
         self._ended_s: list[float] = []
         self._drift = Drift()
@@ -127,6 +131,12 @@ class Learner:
 
     def __call__(self, engine: Engine) -> None:
         """To be called after every step that used combined gradients."""
+        if engine.lane.clock is not None and self._warming:
+            # A device's first steps are those in which memory is found and kernels are chosen.
+            self._warming -= 1
+            self._before = engine.record
+            engine.attention.learning = True
+            return
         self._steps += 1
         if engine.settled:
             if self._drift.ended(now_s()):
@@ -137,7 +147,7 @@ class Learner:
             return
         if self._observing:
             self._note(engine)
-        self._ended_s.append(now_s())
+        self._ended_s.append(now_s() if engine.lane.clock is None else engine.lane.clock.now())
         if len(self._ended_s) == STEPS:
             self._turn_ends(engine)
 
@@ -183,7 +193,11 @@ class Learner:
 
     def _first(self, engine: Engine) -> None:
         engine.attention.learning = True
-        self._trace = self._trace_of(engine, engine.record, engine.observed)
+        forward = self._before or engine.observed
+        self._trace = self._trace_of(
+            engine, engine.record, forward if forward.complete else engine.observed
+        )
+        self._before = None
         engine.complete()
         self._note_pace(engine, engine.record)
         members = engine.layout.members
@@ -195,7 +209,9 @@ class Learner:
 
     def _turn_ends(self, engine: Engine) -> None:
         """Goes on with the plan to try next, or with the one that stays."""
-        taken = tuple(end - start for start, end in pairwise(self._ended_s))
+        clock = engine.lane.clock
+        ended_s = self._ended_s if clock is None else clock.seconds(self._ended_s)
+        taken = tuple(end - start for start, end in pairwise(ended_s))
         self._ended_s = []
         engine.attention.learning = False
         why, stays = "", False

@@ -9,6 +9,8 @@ import torch
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._dynamo.eval_frame import get_eval_frame_callback, set_eval_frame
 
+_DEVICES = ("cpu", "cuda", "xpu")
+
 
 def is_plain() -> bool:
     """Whether nothing watches or changes what this thread's operations do: no mode, no trace."""
@@ -31,8 +33,9 @@ def usual() -> Iterator[None]:
     with ExitStack() as stack:
         if is_compiling():
             stack.callback(set_eval_frame, set_eval_frame(None))
-        if torch.is_autocast_enabled("cpu"):
-            stack.enter_context(torch.autocast("cpu", enabled=False))
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         yield

@@ -189,10 +189,11 @@ class ShardedState:
             The norm before, as ``torch.nn.utils.clip_grad_norm_`` finds it.
         """
         norms = [torch.linalg.vector_norm(part, norm_type, dtype=torch.float64) for part in parts]
-        mine = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros(())
+        norms = norms or [self._layout.grads[0].new_zeros((), dtype=torch.float64)]
+        mine = torch.linalg.vector_norm(torch.stack(norms), norm_type)
         with self.together("clipping gradients"):
-            every = collectives.gather_numbers(self.ranks.group, float(mine))
-        norm = torch.linalg.vector_norm(torch.tensor(every, dtype=torch.float64), norm_type)
+            every = collectives.gather_scalars(self.ranks.group, mine)
+        norm = torch.linalg.vector_norm(every, norm_type)
         dtype = parts[0].dtype if parts else torch.float32
         norm = norm.to(torch.promote_types(dtype, torch.float32))
         if error and not torch.isfinite(norm):

@@ -26,7 +26,7 @@ class Event(Protocol):
 
 
 class Streams(Protocol):
-    """The streams of one device. Nothing here lets the host wait."""
+    """The streams of one device. Nothing here lets the host wait, but ``seconds``."""
 
     def make(self) -> Stream:
         """A stream of high priority."""
@@ -54,7 +54,7 @@ class Streams(Protocol):
         ...
 
     def seconds(self, first: Any, last: Any) -> float:
-        """How long the device took from one timed point to another; it has passed both."""
+        """How long the device took from one timed point to another; waits for both."""
         ...
 
     def keep(self, tensor: Tensor, stream: Stream) -> None:
@@ -97,6 +97,8 @@ class DeviceStreams:
         stream.wait_event(event)
 
     def seconds(self, first: Any, last: Any) -> float:
+        first.synchronize()
+        last.synchronize()
         return first.elapsed_time(last) / 1e3
 
     def keep(self, tensor: Tensor, stream: Any) -> None:

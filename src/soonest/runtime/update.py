@@ -82,6 +82,7 @@ class Updater:
 
     Attributes:
         owned: those of the members that the optimizer holds.
+        seen_state: the state that a lane has taken note of.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Updater:
         self._optimizer = optimizer
         self._cls = cls
         self._step = raw_step(cls)
+        self.seen_state: dict[Any, dict[str, Any]] | None = None
         self._members = members
         self.regroup()
 
@@ -111,6 +113,11 @@ class Updater:
         """Whether the optimizer has gradients of parameters that are none of the members."""
         return any(p.requires_grad and p.grad is not None for p in self._others)
 
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """The optimizer's own, as it is now: updates may be under way."""
+        return self._optimizer.__dict__["state"]
+
     def call(self, gradients: dict[int, Tensor]) -> StepCall:
         """Remembers the optimizer as it is now: schedulers change it right after the step."""
         attributes = dict(self._optimizer.__dict__)
@@ -123,14 +130,13 @@ class Updater:
 
     def apply(self, call: StepCall, members: Sequence[Member]) -> None:
         """Updates these members, as ``optimizer.step()`` would have done when it was called."""
-        state = self._optimizer.__dict__["state"]
         jobs: list[_Job] = []
         for member in members:
             gradient = call.gradients[member.order]
             if gradient is member.grad:
                 gradient = member.raw_grad
             jobs.append(_Job(member.twin, gradient, member.order, member.parameter))
-        self._run(call, jobs, state)
+        self._run(call, jobs, self.state)
 
     def apply_shares(
         self, call: StepCall, shares: Sequence[Share], state: dict[Any, dict[str, Any]]
