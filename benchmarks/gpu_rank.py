@@ -32,6 +32,7 @@ from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Handle
 from soonest.runtime.landing import Landing
 from soonest.runtime.layout import flats_for, trainable
+from soonest.runtime.peers import Peers
 from soonest.runtime.streamlane import StreamLane
 from soonest.runtime.streams import DeviceStreams
 
@@ -65,7 +66,8 @@ def alone(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.devi
     """All of soonest on one rank, where it would otherwise do nothing."""
     flats = flats_for(trainable(model))
     plan = first_plan(flats, _LIKELY, ranks=1, window=2, methods=("allreduce",))
-    lane = StreamLane(DeviceStreams(device), timeout_s=60, blame=lambda what, failed: None)
+    assert dist.group.WORLD is not None
+    lane = StreamLane(DeviceStreams(device), timeout_s=60, peers=Peers(dist.group.WORLD))
     return api.start(model, optimizer, plan=plan, own_lane=lane)
 
 
