@@ -135,10 +135,10 @@ def checksum(tensor: Tensor) -> int:
     """64 bits that depend on every bit of a dense tensor, and where it is; wherever it is made.
 
     Args:
-        tensor: of any shape and dtype, on CPU.
+        tensor: of any shape and dtype, on any device; the host waits for it.
     """
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    flat = real.detach().reshape(-1)
+    flat = real.detach().cpu().reshape(-1)
     bits = flat.view(_INTEGERS[flat.element_size()])
     total = flat.numel()
     for chunk in bits.split(_CHUNK):
