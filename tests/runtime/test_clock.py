@@ -79,6 +79,7 @@ def test_nothing_is_learned_from_the_first_steps_of_a_device(
     methods = ("allreduce",)
     plan = first_plan(layout.flats, network, ranks=1, window=2, methods=methods)
     learner = learn.Learner(network, window=2, methods=methods, ranks=1, job={})
+    learner.start_with(layout)
     optimizer = worlds.sgd(model)
     plans: list[Plan] = []
     records: list[Any] = []
@@ -96,6 +97,7 @@ def test_nothing_is_learned_from_the_first_steps_of_a_device(
         lane=StreamLane(streams, timeout_s=30, peers=worlds.PEERS),
         sharing=None,
         wire=EXACT,
+        peers=worlds.PEERS,
         after_step=learner,
     )
     engine.settled = False

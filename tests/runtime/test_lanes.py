@@ -48,6 +48,7 @@ LOOPS: dict[str, Loop] = {
     "state read": Loop(state=True, seed=21),
     "gradients read on a side stream": Loop(log="side", seed=22),
     "averaged on a side stream": Loop(average="side", seed=23),
+    "read late on a side stream": Loop(late=True, seed=30),
     "a block on a side stream": Loop(side=True, steps=4, seed=24),
     "goes on on another stream": Loop(change=True, steps=5, seed=25),
     "all at once": Loop(
@@ -73,6 +74,12 @@ def test_the_host_never_waits(name: str) -> None:
     a ``GradScaler`` asks."""
     for seen in with_lane(LOOPS[name], "stream"):
         assert seen.host_waits == []
+
+
+def test_a_scaler_waits_as_often_as_by_itself() -> None:
+    loop = LOOPS["scaled"]
+    for seen in with_lane(loop, "stream"):
+        assert seen.host_waits == ["_local_scalar_dense"] * loop.steps
 
 
 @pytest.mark.parametrize("kind", LANES)
@@ -163,6 +170,7 @@ def loops(draw: st.DrawFn) -> Loop:
         clip=draw(st.booleans()),
         log=draw(somewhere),
         average=draw(somewhere),
+        late=draw(st.booleans()),
         side=draw(st.booleans()),
         touch=draw(st.booleans()),
         change=draw(st.booleans()),

@@ -115,6 +115,8 @@ class Loop:
         clip: gradients are clipped.
         log: where gradients are read before the step: on the "main" stream or on a "side" one.
         average: where parameters are read after it.
+        late: a side stream on which parameters were read before is ordered behind the step, and
+            reads one when the main stream has done so already.
         side: the middle of the model runs on a side stream.
         change: the loop goes on on another stream after the second step.
         extra: a step without a backward pass before it follows each.
@@ -136,6 +138,7 @@ class Loop:
     clip: bool = False
     log: str = ""
     average: str = ""
+    late: bool = False
     side: bool = False
     change: bool = False
     extra: bool = False
@@ -215,6 +218,7 @@ class Soonest:
             lane=self.lane,
             sharing=sharing if loop.sharded else None,
             wire=EXACT,
+            peers=PEERS,
             after_step=lambda engine: None,
         )
         self.engine.settled = True
@@ -244,6 +248,10 @@ class FakePeers:
         return "rank 1 did not take part" if failed else None
 
     def tell(self, fault: str) -> None: ...
+
+    @contextmanager
+    def together(self, what: str, advice: str = "") -> Iterator[None]:
+        yield
 
 
 PEERS: Any = FakePeers()
@@ -317,6 +325,13 @@ def train(loop: Loop, trainer: Plain | Soonest, streams: Any, rank: int) -> list
             optimizer.zero_grad(set_to_none=how == "none")
         if loop.average:
             look(loop.average, params)
+        if loop.late:
+            here = streams.current()
+            streams.follow(side, here)
+            seen.append(model.first.weight.detach().clone())
+            with streams.use(side):
+                seen.append((model.last if step == 0 else model.first).weight.detach().clone())
+            streams.follow(here, side)
         if loop.state:
             look("main", lambda: [v for p in params() for v in optimizer.state[p].values()])
         if loop.change and step == 1:

@@ -131,7 +131,7 @@ class Learner:
 
     def __call__(self, engine: Engine) -> None:
         """To be called after every step that used combined gradients."""
-        if engine.lane.clock is not None and self._warming:
+        if engine.lane.clock is not None and self._warming and not engine.settled:
             # A device's first steps are those in which memory is found and kernels are chosen.
             self._warming -= 1
             self._before = engine.record
