@@ -123,17 +123,19 @@ class Work:
     Args:
         make: builds the model.
         batch: examples.
-        text: they are tokens, and not images.
+        vocabulary: if they are tokens, how many there are; images otherwise.
+        length: of a text.
     """
 
     make: Callable[[], nn.Module]
     batch: int
-    text: bool = False
+    vocabulary: int = 0
+    length: int = 1024
 
     def loss_of(self, batch: int, device: torch.device) -> Callable[[nn.Module], Tensor]:
         """One batch, always the same, as a function of the model."""
-        if self.text:
-            tokens = torch.randint(50257, (batch, 1025), device=device)
+        if self.vocabulary:
+            tokens = torch.randint(self.vocabulary, (batch, self.length + 1), device=device)
             return lambda model: F.cross_entropy(
                 model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
             )
@@ -147,5 +149,5 @@ WORKS = {
     "alexnet": Work(alexnet, 128),
     "vgg16": Work(vgg16, 64),
     "resnet50": Work(resnet50, 64),
-    "gpt2-small": Work(Gpt2, 8, text=True),
+    "gpt2-small": Work(Gpt2, 8, vocabulary=50257),
 }

@@ -278,7 +278,7 @@ def _turns(work: Work, batch: int, device: torch.device) -> dict[str, list[float
     handle: Handle | None = None
     for arm in ("plain", "ddp", "soonest"):
         model: nn.Module = copy.deepcopy(first).to(device)
-        if not work.text:
+        if not work.vocabulary:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         if arm == "ddp":

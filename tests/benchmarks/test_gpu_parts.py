@@ -55,16 +55,17 @@ def parts(names: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
     gpu_rank._TURN_S = 0.01
     gpu_parity.STEPS = 5
     del gpu_parity.CASES["a block compiled"]  # takes seconds
+    del gpu_parity.CASES["Adam capturable, rate on the device"]  # which a CPU is not
     small = gpu_models.Work(
-        lambda: gpu_models.Gpt2(layers=2, width=64, vocabulary=50257, context=1024), 1, text=True
+        lambda: gpu_models.Gpt2(layers=2, width=64, vocabulary=50, context=16),
+        1,
+        vocabulary=50,
+        length=16,
     )
     images = gpu_models.Work(
         lambda: nn.Sequential(nn.Conv2d(3, 8, 7, 8), nn.Flatten(), nn.Linear(8 * 28 * 28, 1000)), 1
     )
-    for works in (gpu_models.WORKS, gpu_rank.WORKS):
-        works.update({"resnet50": images, "gpt2-small": small})
-        for name in ("alexnet", "vgg16"):
-            works.pop(name, None)
+    gpu_rank.WORKS = {"resnet50": images, "gpt2-small": small}
     told: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
@@ -93,7 +94,7 @@ def test_traces_can_be_read(told: dict[str, list[dict[str, Any]]]) -> None:
     assert set(traces) == {"resnet50", "gpt2-small"}
     trace = Trace.from_json(traces["gpt2-small"])
     assert trace.info["device"] == "a CPU"
-    assert trace.total_bytes == sum(layer.bytes for layer in trace.layers) > 50257 * 64 * 4
+    assert trace.total_bytes == sum(layer.bytes for layer in trace.layers) > 50 * 64 * 4
     assert trace.forward_s > 0
     assert trace.backward_s > 0
     assert trace.update_us > 0
