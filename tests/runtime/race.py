@@ -336,7 +336,9 @@ class Watch(TorchDispatchMode):
             for tensor in made:
                 detector.made(tensor, stream)
             return result
-        reads, writes = ([t for t in ts if known[id(t)] or t.dim()] for ts in (reads, writes))
+        # What is made of a device's tensors is the device's.
+        reads = [t for t in reads if known[id(t)] or t.dim()]
+        writes = [t for t in writes if any(known.values()) or t.dim()]
         if reads or writes or made:
             detector.run(stream, name, reads, [*writes, *made])
         return result

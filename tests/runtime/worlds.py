@@ -328,9 +328,9 @@ def train(loop: Loop, trainer: Plain | Soonest, streams: Any, rank: int) -> list
         if loop.late:
             here = streams.current()
             streams.follow(side, here)
-            seen.append(model.first.weight.detach().clone())
-            with streams.use(side):
-                seen.append((model.last if step == 0 else model.first).weight.detach().clone())
+            for stream in (here, side) if step else (side, here):
+                with streams.use(stream):
+                    seen.append(model.first.weight.detach().clone())
             streams.follow(here, side)
         if loop.state:
             look("main", lambda: [v for p in params() for v in optimizer.state[p].values()])

@@ -252,6 +252,8 @@ def _own_storage(part: Tensor) -> Tensor:
     So to save, pickle or share a parameter takes that parameter, and not its whole buffer; and it
     shows whether other tensors refer to the same memory.
     """
+    if not part.numel():
+        return part.new_empty(0)
     data = part.view(torch.uint8)
     own = torch.from_numpy(data.numpy()) if data.is_cpu else torch.from_dlpack(data)
     return own.view(part.dtype)
