@@ -53,7 +53,7 @@ def parts(names: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
     without_device_ids(DistributedDataParallel)
     gpu_rank.DeviceStreams = lambda device: HostStreams()
     gpu_rank._TURN_S = 0.01
-    gpu_parity.STEPS = 5
+    gpu_parity.STEPS = 3
     del gpu_parity.CASES["a block compiled"]  # takes seconds
     del gpu_parity.CASES["Adam capturable, rate on the device"]  # which a CPU is not
     small = gpu_models.Work(

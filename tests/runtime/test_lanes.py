@@ -57,23 +57,19 @@ LOOPS: dict[str, Loop] = {
 }
 
 
+NEVER_WAITING = [name for name, loop in LOOPS.items() if loop.spare is None and name != "scaled"]
+"""The host waits only for a parameter that has no gradient here, of which nobody can know before it
+is combined; and a ``GradScaler`` lets it wait."""
+
+
 @pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize("kind", LANES)
 def test_training_reads_the_same_as_without(kind: str, name: str) -> None:
     for seen, expected in zip(with_lane(LOOPS[name], kind), plainly(LOOPS[name]), strict=True):
         assert same(LOOPS[name], seen.values, expected)
         assert seen.races == []
-
-
-NEVER_WAITING = [name for name, loop in LOOPS.items() if loop.spare is None and name != "scaled"]
-
-
-@pytest.mark.parametrize("name", NEVER_WAITING)
-def test_the_host_never_waits(name: str) -> None:
-    """Unless a parameter has no gradient here, so that nobody can know before it is combined, or
-    a ``GradScaler`` asks."""
-    for seen in with_lane(LOOPS[name], "stream"):
-        assert seen.host_waits == []
+        if name in NEVER_WAITING:
+            assert seen.host_waits == []
 
 
 def test_a_scaler_waits_as_often_as_by_itself() -> None:
@@ -160,29 +156,30 @@ def test_an_update_that_fails_is_told(kind: str, monkeypatch: pytest.MonkeyPatch
 
 @st.composite
 def loops(draw: st.DrawFn) -> Loop:
-    sharded = draw(st.booleans())
-    somewhere = st.sampled_from(["", "main", "side"])
-    return Loop(
+    loop = Loop(
         steps=draw(st.integers(1, 4)),
         optimizer=draw(st.sampled_from([worlds.sgd, adamw])),
         seed=draw(st.integers(0, 10_000)),
-        sharded=sharded,
+        sharded=draw(st.booleans()),
         backwards=draw(st.integers(1, 2)),
         accumulate=draw(st.integers(0, 1)),
         discard=draw(st.booleans()),
         spare=draw(st.sampled_from([None, lambda step, rank: (step + rank) % 3 == 0])),
         zero=draw(st.sampled_from(["none before", "zero before", "none after", "zero after"])),
         clip=draw(st.booleans()),
-        log=draw(somewhere),
-        average=draw(somewhere),
+        log=draw(st.sampled_from(["", "main", "side"])),
+        average=draw(st.sampled_from(["", "main", "side"])),
         late=draw(st.booleans()),
         side=draw(st.booleans()),
-        touch=draw(st.booleans()),
         change=draw(st.booleans()),
+        touch=draw(st.booleans()),
     )
+    if loop.sharded and loop.spare is not None:  # to add to parts, every rank would have to
+        loop = replace(loop, backwards=1, accumulate=0, discard=False)
+    return loop
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(loops())
 def test_no_loop_has_a_race(loop: Loop) -> None:
     for seen, expected in zip(with_lane(loop, "stream"), plainly(loop), strict=True):
@@ -191,7 +188,6 @@ def test_no_loop_has_a_race(loop: Loop) -> None:
 
 
 TIGHT = {
-    "plain": Loop(steps=2, seed=1, touch=True),
     "sharded": Loop(steps=2, seed=3, sharded=True, touch=True),
     "zeroed": Loop(steps=2, seed=2, zero="zero after", touch=True),
 }
