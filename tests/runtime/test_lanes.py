@@ -33,6 +33,9 @@ LOOPS: dict[str, Loop] = {
     "sharded, gradients thrown away": Loop(sharded=True, discard=True, seed=29),
     "a branch by rank": Loop(spare=lambda step, rank: (step + rank) % 2 == 0, seed=9),
     "a branch never taken": Loop(spare=lambda step, rank: False, optimizer=adamw, seed=10),
+    "sharded, a branch that nobody took": Loop(
+        spare=lambda step, rank: step == 0, sharded=True, steps=2, log="side", seed=5693
+    ),
     "zeroed before": Loop(zero="zero before", steps=4, seed=11),
     "zeroed after": Loop(zero="zero after", steps=4, seed=12),
     "zeroed after, momentum of zero": Loop(zero="zero after", extra=True, seed=13),

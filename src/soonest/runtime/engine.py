@@ -492,6 +492,11 @@ class Engine:
             member.sweep = sweep
             self._landing.hold(member)
             self._landing.hold_gradient(member, gradient)
+        if self.program.plan.sharded:  # gathering writes to all parameters, if only what is there
+            for member in self.layout.members:
+                if member.order not in call.gradients:
+                    member.sweep = sweep
+                    self._landing.hold(member)
         self.record = sweep.record
         self._landing.flying = True
         sweep.step = call
