@@ -533,6 +533,7 @@ class Engine:
         self.lane.check()
         if self._landing.flying:
             self.lane.wait_all()
+            self.lane.check()  # what has failed meanwhile is no longer waited for
             if self._open is None:
                 self._landing.all()
         if self._buffers is not None:
