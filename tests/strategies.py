@@ -1,5 +1,6 @@
 """What hypothesis draws in the tests of the core."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
 
@@ -65,6 +66,24 @@ def any_step(seed: int, *, sharded: bool, ranks: int | None = None) -> tuple[Tra
         halves = [(f"h{i}", f"l{i}", size // 3 + 1) for i, size in enumerate(sizes) if size]
         flats = (*flats, Flat.lay_out("bfloat16", 2, halves))
     methods = [method for method in METHODS if shards(method) == sharded]
+    buckets, ops = any_cut(random, flats, methods)
+    pace = sum(layer.fwd_us + layer.bwd_us for layer in layers) * 1e-6 + 1e-6
+    costs = {
+        kind: Cost.linear(
+            random.choice([0.0, 0.1]) * pace * random.random(),
+            (sum(sizes) + 1) / pace * random.uniform(0.5, 20.0),
+        )
+        for kind in sorted({kind for kinds in METHODS.values() for kind in kinds})
+    }
+    ranks = ranks or random.choice([1, 2, 8])
+    plan = Plan(ranks, flats, buckets, ops, random.randint(1, 4))
+    return trace, plan, Network(costs)
+
+
+def any_cut(
+    random: Random, flats: Sequence[Flat], methods: Sequence[str]
+) -> tuple[tuple[Bucket, ...], tuple[Op, ...]]:
+    """Buckets and ops of a plan for these buffers, in any order that a plan may have."""
     buckets: list[Bucket] = []
     for index, flat in enumerate(flats):
         places = range(flat.align, flat.numel, flat.align)
@@ -81,14 +100,4 @@ def any_step(seed: int, *, sharded: bool, ranks: int | None = None) -> tuple[Tra
         bucket, kinds = random.choice(combining or left)
         ops.append(Op(bucket, kinds.pop(0), random.random() < 0.2))
         left = [entry for entry in left if entry[1]]
-    pace = sum(layer.fwd_us + layer.bwd_us for layer in layers) * 1e-6 + 1e-6
-    costs = {
-        kind: Cost.linear(
-            random.choice([0.0, 0.1]) * pace * random.random(),
-            (sum(sizes) + 1) / pace * random.uniform(0.5, 20.0),
-        )
-        for kind in sorted({kind for kinds in METHODS.values() for kind in kinds})
-    }
-    ranks = ranks or random.choice([1, 2, 8])
-    plan = Plan(ranks, flats, tuple(buckets), tuple(ops), random.randint(1, 4))
-    return trace, plan, Network(costs)
+    return tuple(buckets), tuple(ops)

@@ -13,11 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import soonest
+from parity.loops import BATCH, LOOPS, Arm
 
 STEPS = 30
-BATCH = 8
 
 
 def mlp() -> nn.Module:
@@ -126,6 +127,73 @@ class Mixed(nn.Module):
         return self.last(hidden) + self.empty.sum()
 
 
+class Numbers(nn.Module):
+    """Complex numbers, and real ones of three more kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 16).double()
+        self.wave = nn.Parameter(torch.randn(9, dtype=torch.complex64))
+        self.turn = nn.Parameter(torch.randn(16, 9, dtype=torch.complex64).t())
+        self.scale = nn.Parameter(torch.ones(16, dtype=torch.float16))
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        waves = torch.fft.rfft(torch.relu(self.first(x.double())).float()) * self.wave
+        hidden = torch.fft.irfft(waves) + (waves @ self.turn).abs()
+        return self.last(hidden * self.scale.float())
+
+
+class Twisted(nn.Module):
+    """Forces its argument, a weight, to be skew."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.triu(1) - weight.triu(1).t()
+
+
+def parametrized() -> nn.Module:
+    skew = nn.Linear(16, 16)
+    nn.utils.parametrize.register_parametrization(skew, "weight", Twisted())
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(12, 16)), nn.Tanh(), skew, nn.Tanh(),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(16, 5)),
+    )  # fmt: skip
+
+
+class Checkpointed(nn.Module):
+    """Computes two of its parts again in the backward pass."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.stem, self.head = nn.Linear(12, 16), nn.Linear(16, 5)
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for part in self.parts:
+            x = x + checkpoint(part, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+class Looped(nn.Module):
+    """Runs through one layer more or less often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.first(x)
+        for _ in range(1 + self.calls % 3):
+            x = torch.tanh(self.again(x))
+        return self.last(x)
+
+
 class SignSgd(torch.optim.Optimizer):
     """An optimizer that torch does not know. It counts its steps in its group and on itself."""
 
@@ -188,6 +256,7 @@ class Case:
         ddp: further arguments of DistributedDataParallel.
         soonest: further arguments of prioritize.
         rounding: how far more than two ranks may be off, relative; that of float32 over the steps.
+        loop: trains instead, where these settings do not fit.
     """
 
     model: Callable[[], nn.Module] = mlp
@@ -203,6 +272,7 @@ class Case:
     ddp: dict[str, Any] = field(default_factory=dict[str, Any])
     soonest: dict[str, Any] = field(default_factory=dict[str, Any])
     rounding: float = 2e-4
+    loop: Callable[[Arm, int], dict[str, Any]] | None = None
 
     @property
     def sharded(self) -> bool:
@@ -227,6 +297,14 @@ CASES: dict[str, Case] = {
     "parameter used twice": Case(Twice),
     # All goes through a scale in bfloat16, whose gradients are summed in float32 here.
     "several dtypes": Case(Mixed, rounding=0.1),
+    "complex numbers": Case(Numbers, rounding=0.1),
+    "weight norm, spectral norm, parametrization": Case(parametrized),
+    "checkpoint": Case(lambda: Checkpointed(reentrant=False)),
+    "checkpoint, reentrant": Case(lambda: Checkpointed(reentrant=True)),
+    "layer used in a loop": Case(Looped),
+    "cnn with BatchNorm, each rank its own": Case(
+        Cnn, ddp={"forward_sync_buffers": False}, soonest={"broadcast_buffers": False}
+    ),
     **{
         f"all by {method}": Case(Tied, soonest={"method": method})
         for method in ("allreduce", "gather", "exchange", "split")
@@ -240,6 +318,14 @@ CASES: dict[str, Case] = {
     "Adam": Case(optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=1e-2)),
     "Adam amsgrad, tensor lr": Case(
         optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=torch.tensor(1e-2), amsgrad=True)
+    ),
+    "Adam, tensor betas": Case(
+        optimizer=lambda m: torch.optim.Adam(
+            m.parameters(), lr=1e-2, betas=(torch.tensor(0.9), torch.tensor(0.99)), eps=1e-3
+        )
+    ),
+    "AdamW, maximize": Case(
+        optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4, maximize=True)
     ),
     "AdamW fused": Case(optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True)),
     "RMSprop": Case(optimizer=lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-2, momentum=0.5)),
@@ -260,7 +346,7 @@ CASES: dict[str, Case] = {
     "clipping, momentum, foreach": Case(
         optimizer=lambda m: sgd(m, momentum=0.9, foreach=True), clip=0.5
     ),
-    "evaluation in overlap": Case(Cnn, look=("eval",), ddp={"broadcast_buffers": False}),
+    "evaluation in overlap": Case(Cnn, look=("eval",)),
     "state_dict in overlap": Case(look=("state_dict",)),
     "EMA after every step": Case(look=("ema",)),
     "gradients logged in overlap": Case(look=("grads",)),
@@ -272,6 +358,7 @@ CASES: dict[str, Case] = {
     "zero_grad to zero, foreach": Case(
         optimizer=lambda m: sgd(m, momentum=0.9, foreach=True), zero="zero", zero_last=True
     ),
+    **{name: Case(loop=loop) for name, loop in LOOPS.items()},
 }
 
 
@@ -283,20 +370,34 @@ _SHARDED = (
     "RAdam", "Adadelta", "Adamax", "Rprop", "ASGD", "closure", "parameter groups",
     "OneCycle made before", "accumulation with no_sync", "several backward passes", "clipping",
     "state_dict in overlap", "EMA after every step", "zero_grad to zero, after the step",
-    "zero_grad of the model to zero",
+    "zero_grad of the model to zero", "several forward passes",
+    "one model, two optimizers", "layer unfrozen, another frozen", "parameter group added",
+    "module added", "GradScaler",
 )  # fmt: skip
 CASES |= {
     f"{name}, sharded": replace(CASES[name], soonest={"shard_optimizer": True}) for name in _SHARDED
 }
 
+_SHARDED_OF_FOUR = (
+    "mlp", "tied transformer", "branch by rank, AdamW", "several dtypes", "clipping", "ASGD",
+)  # fmt: skip
+_TWO_TELL = (
+    "checkpoint", "layer used in a loop", "weight norm, spectral norm, parametrization",
+    "Adam, tensor betas", "AdamW, maximize", "halves of a model in turn", "trained in stages",
+    "two models, one optimizer", "parameter group added, shared before", "GradScaler, fused",
+    "autocast",
+    "clipping by value", "ReduceLROnPlateau", "SequentialLR: linear, cosine, lambda",
+    "SWA, EMA, SWALR, update_bn", "functional_call", "copies in the middle",
+    "DataLoader with workers", "compiled as a whole, before", "compiled as a whole, after",
+    "compiled by block",
+)  # fmt: skip
 OF_FOUR = [
     name
     for name in CASES
-    if not CASES[name].sharded
-    or name.removesuffix(", sharded")
-    in ("mlp", "tied transformer", "branch by rank, AdamW", "several dtypes", "clipping", "ASGD")
+    if (name.removesuffix(", sharded") in _SHARDED_OF_FOUR if CASES[name].sharded else True)
+    and name not in _TWO_TELL
 ]
-"""Those to train on four ranks: how state is shared out does not depend on the optimizer."""
+"""Those to train on four ranks: much, as how state is shared out, does not depend on the rest."""
 
 
 def train(case: Case, arm: str, steps: int = STEPS) -> dict[str, Any]:
@@ -305,6 +406,8 @@ def train(case: Case, arm: str, steps: int = STEPS) -> dict[str, Any]:
     The loop ends with a step, without another forward pass.
     """
     torch.manual_seed(7)
+    if case.loop is not None:
+        return case.loop(Arm(arm, case.soonest), steps)
     model = case.model()
     optimizer = case.optimizer(model)
     scheduler = _schedule(optimizer) if case.one_cycle == "before" else None
@@ -356,14 +459,17 @@ def train(case: Case, arm: str, steps: int = STEPS) -> dict[str, Any]:
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        _look(case, model, ema, seen)
+        _look(case, model, net, ema, seen)
         if case.zero_last:
             clear()
+    if any(True for _ in model.buffers()):
+        seen.append(_evaluate(net))  # with DistributedDataParallel, ranks have the same only then
     if not case.sharded:  # where no rank has all of them any more
         seen.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
     result = {
         "seen": seen,
         "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "buffers": {name: b.clone() for name, b in model.named_buffers()},
         "optimizer": copy.deepcopy(
             handle.optimizer_state_dict() if handle else optimizer.state_dict()
         ),
@@ -378,14 +484,19 @@ def _schedule(optimizer: torch.optim.Optimizer) -> Any:
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=STEPS + 5)
 
 
-def _look(case: Case, model: nn.Module, ema: nn.Module, seen: list[Any]) -> None:
+def _evaluate(net: nn.Module) -> Tensor:
+    net.eval()
+    with torch.no_grad():
+        output = net(torch.ones(2, 12))
+    net.train()
+    return output
+
+
+def _look(case: Case, model: nn.Module, net: nn.Module, ema: nn.Module, seen: list[Any]) -> None:
     """Reads what is in flight now."""
     for look in case.look:
         if look == "eval":
-            model.eval()
-            with torch.no_grad():
-                seen.append(model(torch.ones(2, 12)))
-            model.train()
+            seen.append(_evaluate(net))
         elif look == "state_dict":
             seen.append({name: value.clone() for name, value in model.state_dict().items()})
         elif look == "ema":
@@ -419,8 +530,7 @@ def compare(names: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         case = CASES[name]
-        steps = STEPS // 2 if case.sharded else STEPS
-        ddp, ours = train(case, "ddp", steps), train(case, "soonest", steps)
+        ddp, ours = train(case, "ddp"), train(case, "soonest")
         found[name] = differences(ddp, ours, near=0.0 if exact else case.rounding)[:5]
     return found
 

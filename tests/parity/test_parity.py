@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from parity.cases import CASES, OF_FOUR, compare, repeat
+from parity.page import PAGE, page
 from ranks import run_ranks
 
 
@@ -48,3 +49,7 @@ def test_runs_are_bitwise_equal() -> None:
     names = ["tied transformer", "cnn with BatchNorm", "branch by rank, AdamW", "clipping"]
     for rank in run_ranks(repeat, 3, names):
         assert rank == {name: [] for name in names}
+
+
+def test_the_page_shows_these_cases() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page()

@@ -83,15 +83,40 @@ def differentiable() -> tuple[Any, Any]:
     return model, torch.optim.SGD(model.parameters(), lr=0.1, differentiable=True)
 
 
+def capturable() -> tuple[Any, Any]:
+    model = nn.Linear(3, 3)
+    return model, torch.optim.Adam(model.parameters(), capturable=True)
+
+
+def sync_batchnorm() -> tuple[Any, Any]:
+    model = nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
 def replaced_step() -> tuple[Any, Any]:
     model, optimizer = plain()
     optimizer.step = print  # type: ignore[method-assign]
     return model, optimizer
 
 
-def complex_numbers() -> tuple[Any, Any]:
-    model = nn.Linear(3, 3, dtype=torch.complex64)
-    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+def two_optimizers_of_one_parameter() -> tuple[Any, Any]:
+    model, optimizer = plain()
+    return model, [optimizer, torch.optim.Adam([model.bias])]
+
+
+def no_optimizer() -> tuple[Any, Any]:
+    return plain()[0], []
+
+
+def not_all_optimizers() -> tuple[Any, Any]:
+    model, optimizer = plain()
+    return model, [optimizer, "SGD"]
+
+
+def two_optimizers_one_by_one() -> tuple[Any, Any]:
+    model = nn.Linear(3, 3)
+    soonest.prioritize(model, torch.optim.SGD([model.weight], lr=0.1))
+    return model, torch.optim.SGD([model.bias], lr=0.1)
 
 
 def not_a_model() -> tuple[Any, Any]:
@@ -106,7 +131,7 @@ BAD: dict[Callable[[], tuple[Any, Any]], tuple[type[Exception], str]] = {
     wrapped_by_ddp: (ValueError, "wrapped by DistributedDataParallel"),
     holds_ddp: (ValueError, "module '0' is wrapped by DistributedDataParallel"),
     wrapped_by_fsdp: (ValueError, "FSDP"),
-    foreign_parameters: (ValueError, "not the model's (group 0, number 0, shape (7, 2))"),
+    foreign_parameters: (ValueError, "not the model's (group 0, number 0, shape (7, 2)): build it"),
     several_devices: (ValueError, "one device"),
     sparse: (ValueError, "sparse=False"),
     shared_storage: (ValueError, "'0.weight' and '1.weight' share memory"),
@@ -115,8 +140,16 @@ BAD: dict[Callable[[], tuple[Any, Any]], tuple[type[Exception], str]] = {
     all_frozen: (ValueError, "no parameter that requires a gradient"),
     lazy: (ValueError, "run one forward pass"),
     differentiable: (ValueError, "differentiable=False"),
+    capturable: (ValueError, "capturable=False"),
+    sync_batchnorm: (ValueError, "module '1' is a SyncBatchNorm"),
     replaced_step: (ValueError, "was replaced by"),
-    complex_numbers: (ValueError, "torch.view_as_real"),
+    two_optimizers_of_one_parameter: (
+        ValueError,
+        "hold the same parameter ('bias')",
+    ),
+    no_optimizer: (ValueError, "no optimizer was given"),
+    not_all_optimizers: (TypeError, "an optimizer is a str"),
+    two_optimizers_one_by_one: (ValueError, "prioritize(model, [first, second])"),
     not_a_model: (TypeError, "torch.nn.Module"),
     not_an_optimizer: (TypeError, "torch.optim.Optimizer"),
 }
@@ -174,6 +207,19 @@ def test_options_that_cannot_be() -> None:
         for message, (_, text) in zip(said, OPTIONS, strict=True):
             assert text in message
             assert "\n" not in message
+
+
+def complex_refusal() -> str:
+    model = nn.Linear(3, 3, dtype=torch.complex64)
+    with pytest.raises(ValueError) as refused:
+        soonest.prioritize(model, torch.optim.SGD(model.parameters(), lr=0.1), shard_optimizer=True)
+    return str(refused.value)
+
+
+def test_states_of_complex_parameters_are_not_shared_out() -> None:
+    for said in run_ranks(complex_refusal, 2):
+        assert "'weight' is torch.complex64" in said
+        assert "leave out shard_optimizer" in said
 
 
 def test_no_process_group() -> None:

@@ -205,6 +205,35 @@ def what_is_not_to_be_combined_is_not() -> list[str]:
     return [] if torch.equal(*totals) else ["parameters"]
 
 
+def complex_parameters() -> list[str]:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(torch.complex64)
+    theirs, ours = Theirs(copy.deepcopy(net)), soonest.DistributedDataParallel(net)
+    for ddp in (theirs, ours):
+        optimizer = torch.optim.AdamW(ddp.parameters(), lr=0.01)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            ddp(batch(step).to(torch.complex64)).abs().mean().backward()
+            optimizer.step()
+    return differing(theirs, ours)
+
+
+def an_optimizer_with_more_than_is_combined() -> list[str]:
+    """Parameters that are not shared are updated by themselves, as torch's class leaves them."""
+    torch.manual_seed(3)
+    net = Net()
+    net.middle.requires_grad_(False)
+    theirs, ours = Theirs(copy.deepcopy(net)), soonest.DistributedDataParallel(net)
+    for ddp in (theirs, ours):
+        optimizer = torch.optim.AdamW(ddp.parameters(), lr=0.01)
+        if ddp is ours:
+            ours.prioritize(optimizer)
+        train(ddp, steps=3, optimizer=optimizer)
+        ddp.module.middle.requires_grad_(True)
+        train(ddp, steps=3, optimizer=optimizer)
+    return differing(theirs, ours)
+
+
 def gradients_detach_in_place() -> list[str]:
     _, ours = pair()
     ours(batch(0)).mean().backward()
@@ -257,7 +286,7 @@ def made_once_more() -> list[str]:
 def refusals() -> list[str]:
     wanted = {
         "mixed_precision": {"mixed_precision": object()},
-        "complex64": {},
+        "complex64": {"bucket_cap_mb": 1},
         "sparse": {},
     }
     models = {
@@ -302,6 +331,8 @@ CASES: dict[str, Callable[[], list[str]]] = {
         delayed_by_the_user,
         second_passes_are_combined,
         what_is_not_to_be_combined_is_not,
+        complex_parameters,
+        an_optimizer_with_more_than_is_combined,
         gradients_detach_in_place,
         gone_it_leaves_a_plain_module,
         copies_train,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,142 +17,267 @@ from torch import nn
 
 import soonest
 from ranks import run_ranks, say_done, wait_for_the_others
+from runtime.steering import keep_to_the_usual_plan
 from soonest import PeerLostError, PlanMismatchError, SoonestError
+from soonest.runtime import calibrate, learn
+
+ODD = 1
+"""The rank that does otherwise than the others."""
+SHORT_S = 4.0
 
 
-def model_and_optimizer(width: int = 64) -> tuple[nn.Module, torch.optim.Optimizer]:
+class Said(NamedTuple):
+    """The error that a call raised: its name, its message, and after how long."""
+
+    name: str
+    message: str
+    took_s: float
+
+
+def model_and_optimizer(width: int = 64) -> tuple[nn.Sequential, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 8))
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
+def odd() -> bool:
+    return dist.get_rank() == ODD
+
+
+def backward(model: nn.Module) -> None:
+    model(torch.randn(4, 8)).square().sum().backward()
+
+
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
     for _ in range(count):
-        loss = model(torch.randn(4, 8)).square().sum()
         optimizer.zero_grad()
-        loss.backward()
+        backward(model)
         optimizer.step()
 
 
-def error_of(function: Any, *args: Any) -> tuple[str, str, float]:
-    """Name, message and time of the error that a call raises."""
+def error_of(function: Any, *args: Any, **options: Any) -> Said:
     began = time.monotonic()
     try:
-        function(*args)
+        function(*args, **options)
     except Exception as error:
-        return type(error).__name__, str(error), time.monotonic() - began
-    return "", "", time.monotonic() - began
+        return Said(type(error).__name__, str(error), time.monotonic() - began)
+    return Said("", "", time.monotonic() - began)
 
 
-def a_rank_dies(how: str) -> tuple[str, str, float]:
-    model, optimizer = model_and_optimizer()
-    soonest.prioritize(model, optimizer)
-    steps(model, optimizer, 7)
-    if dist.get_rank() == 2:
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
+def end(how: str) -> None:
+    """What may happen to a process."""
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "stops":
+        dist.distributed_c10d._get_default_store().set("stopped", str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "leaves":
         os._exit(0)
-    return error_of(steps, model, optimizer, 1000)
-
-
-@pytest.mark.parametrize("how", ["killed", "leaves"])
-def test_a_dead_rank_is_named(how: str) -> None:
-    results = run_ranks(a_rank_dies, 4, how, may_die=True, collective_timeout_s=60)
-    assert results[2] is None
-    for rank in (0, 1, 3):
-        name, message, took_s = results[rank]
-        assert name == PeerLostError.__name__
-        assert "rank 2 " in message, message
-        assert took_s < 40
-
-
-def a_rank_skips(timeout_s: float) -> tuple[str, str, float] | None:
-    model, optimizer = model_and_optimizer()
-    soonest.prioritize(model, optimizer, timeout_s=timeout_s)
-    steps(model, optimizer, 7)
-    if dist.get_rank() == 1:
+    else:
         wait_for_the_others()
-        return None
-    found = error_of(steps, model, optimizer, 1000)
+
+
+def end_what_stopped() -> None:
+    store = dist.distributed_c10d._get_default_store()
+    if store.check(["stopped"]):
+        os.kill(int(store.get("stopped")), signal.SIGKILL)
+
+
+def told(*found: Said) -> tuple[Said, ...]:
+    """To be called by those that are left."""
     say_done()
+    if dist.get_rank() == 0:
+        end_what_stopped()
     return found
 
 
-def test_a_rank_that_does_not_come_is_named_after_the_timeout() -> None:
-    results = run_ranks(a_rank_skips, 3, 4.0)
-    for rank in (0, 2):
-        name, message, took_s = results[rank]
-        assert name == PeerLostError.__name__
-        assert "rank 1 " in message
-        assert "step 7: bucket " in message
-        assert took_s < 4 + 15
+# Losses: all others raise one error that says who is missing, and what for
 
 
-def after_a_loss() -> list[str]:
+def lost_in_training(how: str, timeout_s: float | None, sharded: bool) -> tuple[Said, ...] | None:
     model, optimizer = model_and_optimizer()
-    handle = soonest.prioritize(model, optimizer)
+    soonest.prioritize(model, optimizer, timeout_s=timeout_s, shard_optimizer=sharded)
     steps(model, optimizer, 7)
-    if dist.get_rank() == 1:
-        os._exit(1)
-    errors = [
-        error_of(steps, model, optimizer, 1000)[0],
-        error_of(steps, model, optimizer, 1)[0],
-        error_of(handle.flush)[0],
-    ]
-    handle.detach()
-    assert all(p.isfinite().all() for p in model.parameters())
-    steps(model, optimizer, 2)  # alone
-    return errors
+    if odd():
+        end(how)
+        return None
+    return told(error_of(steps, model, optimizer, 1000))
 
 
-def test_after_a_loss_everything_raises_until_detached() -> None:
-    survivor, dead = run_ranks(after_a_loss, 2, may_die=True)
-    assert dead is None
-    assert survivor == ["PeerLostError"] * 3
+def lost_beside_buffers() -> tuple[Said, ...] | None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    soonest.prioritize(model, optimizer)
+    steps(model, optimizer, 7)
+    if odd():
+        end("killed")
+    return told(error_of(steps, model, optimizer, 1000))
 
 
-def other_model() -> tuple[str, str, float]:
-    model, optimizer = model_and_optimizer(width=64 + (dist.get_rank() == 1))
+def lost_in_planning(how: str, timeout_s: float | None) -> tuple[Said, ...] | None:
+    model, optimizer = model_and_optimizer()
+    soonest.prioritize(model, optimizer, timeout_s=timeout_s)
+    if odd():
+        learn.Learner._first_rank = lambda *_: end(how)  # type: ignore[method-assign]
+    return told(error_of(steps, model, optimizer, 1000))
+
+
+def lost_in_prioritize() -> tuple[Said, ...] | None:
+    if odd():
+        calibrate.network_of = lambda *_, **__: end("killed")  # type: ignore[assignment]
+    model, optimizer = model_and_optimizer()
+    return told(error_of(soonest.prioritize, model, optimizer))
+
+
+def lost_before_a_shared_call() -> tuple[Said, ...] | None:
+    model, optimizer = model_and_optimizer()
+    handle = soonest.prioritize(model, optimizer, shard_optimizer=True)
+    steps(model, optimizer, 7)
+    handle.flush()
+    dist.barrier()
+    if odd():
+        end("leaves")
+    return told(error_of(handle.optimizer_state_dict))
+
+
+def never_comes() -> tuple[Said, ...] | None:
+    model, optimizer = model_and_optimizer()
+    if odd():
+        end("sleeps")
+        return None
+    return told(error_of(soonest.prioritize, model, optimizer, timeout_s=SHORT_S))
+
+
+def one_pass_more() -> tuple[Said, ...] | None:
+    """Seen from the other side: all others are missing."""
+    model, optimizer = model_and_optimizer()
+    handle = soonest.prioritize(model, optimizer, timeout_s=SHORT_S)
+    steps(model, optimizer, 7)
+    handle.flush()
+    if not odd():
+        say_done()
+        wait_for_the_others()
+        return None
+    backward(model)
+    return told(error_of(handle.flush))
+
+
+def one_step_less() -> tuple[Said, ...]:
+    """A backward pass that one rank does not follow by ``step()``, while plans are made."""
+    model, optimizer = model_and_optimizer()
+    soonest.prioritize(model, optimizer, timeout_s=SHORT_S)
+    if odd():
+        backward(model)
+    return meets_again(error_of(steps, model, optimizer, 1000))
+
+
+# Faults: one rank cannot go on, and the others are told why long before the timeout
+
+
+def refuses(options: dict[str, Any], build: Callable[..., Any]) -> tuple[Said, ...]:
+    model, optimizer = build() if odd() else model_and_optimizer()
+    return told(error_of(soonest.prioritize, model, optimizer, **(options if odd() else {})))
+
+
+def sparse_module() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def replaced_step() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model, optimizer = model_and_optimizer()
+    optimizer.step = print  # type: ignore[method-assign]
+    return model, optimizer
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.embed(x.argmax(1))
+
+
+def sparse_later() -> tuple[Said, ...]:
+    model = Words()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    soonest.prioritize(model, optimizer)
+    steps(model, optimizer, 7)
+    model.embed.sparse = odd()
+    return meets_again(error_of(steps, model, optimizer, 1000))
+
+
+def update_fails(at_once: bool) -> tuple[Said, ...]:
+    model, optimizer = model_and_optimizer()
+    keep_to_the_usual_plan()
+    soonest.prioritize(model, optimizer, separable=not at_once)
+    steps(model, optimizer, 7)
+    if odd():
+        optimizer.param_groups[0]["lr"] = "fast"
+    return meets_again(error_of(steps, model, optimizer, 1000))
+
+
+def other_dtype() -> tuple[Said, ...]:
+    model, optimizer = model_and_optimizer()
+    soonest.prioritize(model, optimizer)
+    steps(model, optimizer, 7)
+    if odd():
+        model.double()
+        model.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    return meets_again(error_of(steps, model, optimizer, 1000))
+
+
+def meets_again(found: Said) -> tuple[Said, ...]:
+    """The rank at fault lives on; that its process ends is not what tells the others."""
+    say_done()
+    wait_for_the_others()
+    return (found,)
+
+
+# Differences
+
+
+def other_model() -> Said:
+    model, optimizer = model_and_optimizer(width=64 + odd())
     return error_of(soonest.prioritize, model, optimizer)
 
 
-def test_another_model_is_named() -> None:
-    for name, message, _ in run_ranks(other_model, 3):
-        assert name == PlanMismatchError.__name__
-        assert "parameter 0 is 0.weight (64, 8)" in message
-        assert "(65, 8)" in message
-        assert "rank 1" in message
-
-
-def other_plan() -> tuple[str, str, float]:
+def other_plan() -> Said:
     model, optimizer = model_and_optimizer()
     handle = soonest.prioritize(model, optimizer)
     steps(model, optimizer, 2)
     plan = handle.plan
     assert plan is not None
     handle.detach()
-    if dist.get_rank() == 1:
+    if odd():
         plan = soonest.Plan(plan.ranks, plan.flats, plan.buckets, plan.ops, window=3)
-    return error_of(lambda: soonest.prioritize(model, optimizer, plan=plan))
+    return error_of(soonest.prioritize, model, optimizer, plan=plan)
 
 
-def test_another_plan_is_named() -> None:
-    for name, message, _ in run_ranks(other_plan, 2):
-        assert name == PlanMismatchError.__name__
-        assert "window: 2 / 3" in message
-
-
-def other_wish() -> tuple[str, str, float]:
+def other_wish() -> Said:
     model, optimizer = model_and_optimizer()
-    method = "gather" if dist.get_rank() == 1 else None
-    return error_of(lambda: soonest.prioritize(model, optimizer, method=method))
+    return error_of(soonest.prioritize, model, optimizer, method="gather" if odd() else None)
 
 
-def test_another_wish_is_named() -> None:
-    for name, message, took_s in run_ranks(other_wish, 2):
-        assert name == PlanMismatchError.__name__
-        assert "method is None on rank 0 and gather on rank 1" in message
-        assert took_s < 20
+# Afterwards
+
+
+def after_a_loss() -> list[str]:
+    model, optimizer = model_and_optimizer()
+    handle = soonest.prioritize(model, optimizer)
+    steps(model, optimizer, 7)
+    if odd():
+        os._exit(1)
+    errors = [
+        error_of(steps, model, optimizer, 1000).name,
+        error_of(steps, model, optimizer, 1).name,
+        error_of(handle.flush).name,
+    ]
+    handle.detach()
+    assert all(p.isfinite().all() for p in model.parameters())
+    steps(model, optimizer, 2)  # alone
+    return errors
 
 
 class Boom(torch.autograd.Function):
@@ -162,51 +290,233 @@ class Boom(torch.autograd.Function):
         raise KeyError("boom")
 
 
-def backward_raises() -> list[tuple[str, str, float]]:
+def backward_raises() -> list[Said]:
     model, optimizer = model_and_optimizer()
     soonest.prioritize(model, optimizer)
     steps(model, optimizer, 7)
 
     def fail() -> None:
-        hidden = Boom.apply(model[0](torch.randn(4, 8)))  # type: ignore[index]
-        model[2](torch.relu(hidden)).sum().backward()  # type: ignore[index]
+        hidden = Boom.apply(model[0](torch.randn(4, 8)))
+        model[2](torch.relu(hidden)).sum().backward()
 
     return [error_of(fail), error_of(optimizer.step), error_of(steps, model, optimizer, 1)]
 
 
-def test_a_backward_pass_that_raised_is_not_stepped_over() -> None:
-    for first, second, third in run_ranks(backward_raises, 2):
-        assert first[0] == "KeyError"
+def read_in_backward() -> Said:
+    model, optimizer = model_and_optimizer()
+    soonest.prioritize(model, optimizer)
+    steps(model, optimizer, 7)
+    model[0].weight.register_post_accumulate_grad_hook(lambda _: model[2].weight.grad.norm())
+    return error_of(steps, model, optimizer, 1)
+
+
+class Run(NamedTuple):
+    """What is to be run: on how many ranks, and with which arguments."""
+
+    function: Callable[..., Any]
+    ranks: int
+    args: tuple[Any, ...] = ()
+
+
+RUNS = {
+    "killed": Run(lost_in_training, 4, ("killed", None, False)),
+    "leaves": Run(lost_in_training, 3, ("leaves", None, False)),
+    "stops": Run(lost_in_training, 3, ("stops", SHORT_S, False)),
+    "sleeps": Run(lost_in_training, 3, ("sleeps", SHORT_S, False)),
+    "killed while sharing": Run(lost_in_training, 3, ("killed", None, True)),
+    "stops while sharing": Run(lost_in_training, 3, ("stops", SHORT_S, True)),
+    "killed beside buffers": Run(lost_beside_buffers, 3),
+    "killed while planning": Run(lost_in_planning, 3, ("killed", None)),
+    "stops while planning": Run(lost_in_planning, 3, ("stops", SHORT_S)),
+    "killed in prioritize": Run(lost_in_prioritize, 3),
+    "before a shared call": Run(lost_before_a_shared_call, 3),
+    "never comes": Run(never_comes, 3),
+    "one pass more": Run(one_pass_more, 3),
+    "one step less": Run(one_step_less, 3),
+    "bad option": Run(refuses, 3, ({"method": "pigeon"}, model_and_optimizer)),
+    "sparse module": Run(refuses, 3, ({}, sparse_module)),
+    "replaced step": Run(refuses, 3, ({}, replaced_step)),
+    "sparse gradient": Run(sparse_later, 3),
+    "failing update": Run(update_fails, 3, (False,)),
+    "failing step": Run(update_fails, 3, (True,)),
+    "other dtype": Run(other_dtype, 3),
+    "other model": Run(other_model, 3),
+    "other plan": Run(other_plan, 2),
+    "other wish": Run(other_wish, 2),
+    "after a loss": Run(after_a_loss, 2),
+    "backward raises": Run(backward_raises, 2),
+    "read in backward": Run(read_in_backward, 2),
+}
+Runs = dict[str, Future[list[Any]]]
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[Runs]:
+    """Several at once, as they mostly wait."""
+    pool = ThreadPoolExecutor(4)
+    yield {
+        name: pool.submit(
+            run_ranks, function, ranks, *args, may_die=True, collective_timeout_s=TIMEOUT_S
+        )
+        for name, (function, ranks, args) in RUNS.items()
+    }
+    pool.shutdown(cancel_futures=True)
+
+
+LOST_IN_TRAINING = [name for name, run in RUNS.items() if run.function is lost_in_training]
+LOST_IN_PLANNING = [name for name, run in RUNS.items() if run.function is lost_in_planning]
+
+
+def left(results: list[Any]) -> list[Said]:
+    """What was raised on the ranks that are left; nothing came of the odd one."""
+    assert results[ODD] is None
+    found = [said for rank, said in enumerate(results) if rank != ODD]
+    assert all(len(said) == 1 for said in found)
+    return [said[0] for said in found]
+
+
+@pytest.mark.parametrize("how", LOST_IN_TRAINING)
+def test_a_rank_that_is_lost_is_named_with_what_is_waited_for(how: str, runs: Runs) -> None:
+    for said in left(runs[how].result()):
+        assert said.name == PeerLostError.__name__
+        assert "rank 1 (host " in said.message
+        assert "did not take part" in said.message
+        assert re.match(r"step [67]: bucket \d", said.message)
+        assert "rank 0 (" not in said.message
+        assert "rank 2 (" not in said.message
+        assert "\n" not in said.message
+        assert said.took_s < TIMEOUT_S
+
+
+def test_a_rank_that_is_lost_with_its_buffers_is_named(runs: Runs) -> None:
+    for said in left(runs["killed beside buffers"].result()):
+        assert said.name == PeerLostError.__name__
+        assert "rank 1 (host " in said.message
+        assert "did not take part" in said.message
+
+
+@pytest.mark.parametrize("how", LOST_IN_PLANNING)
+def test_a_rank_that_is_lost_in_planning_is_named(how: str, runs: Runs) -> None:
+    for said in left(runs[how].result()):
+        assert said.name == PeerLostError.__name__
+        assert said.message.startswith("what follows step 1, as planning")
+        assert "rank 1 (host " in said.message
+        assert said.took_s < TIMEOUT_S
+
+
+def test_a_rank_that_is_lost_in_prioritize_is_named(runs: Runs) -> None:
+    for said in left(runs["killed in prioritize"].result()):
+        assert said.name == PeerLostError.__name__
+        assert said.message.startswith("prioritize() could not be done on all ranks: rank 1 (host")
+
+
+def test_a_rank_that_is_lost_before_a_shared_call_is_named(runs: Runs) -> None:
+    for said in left(runs["before a shared call"].result()):
+        assert said.name == PeerLostError.__name__
+        assert said.message.startswith("gathering the optimizer's state could not be done")
+        assert "rank 1 (host " in said.message
+
+
+def test_a_rank_that_does_not_call_prioritize_is_named(runs: Runs) -> None:
+    for said in left(runs["never comes"].result()):
+        assert said.name == PeerLostError.__name__
+        assert said.message.startswith("prioritize() could not connect the ranks: rank 1 did not")
+
+
+def test_a_backward_pass_that_others_do_not_run_ends_in_an_error(runs: Runs) -> None:
+    first, (said,), third = runs["one pass more"].result()
+    assert first is third is None
+    assert said.name == PeerLostError.__name__
+    assert "step 7: bucket " in said.message
+    assert "rank 0 (host " in said.message
+    assert "and rank 2 (host " in said.message
+
+
+def test_ranks_at_different_points_say_where_they_are(runs: Runs) -> None:
+    for rank, (said,) in enumerate(runs["one step less"].result()):
+        assert said.name == PeerLostError.__name__
+        if rank != ODD:
+            assert said.message.startswith("what follows step 1, as planning")
+            assert "the ranks are at different points: rank 1 (host " in said.message
+            assert "waits for step " in said.message
+
+
+REFUSED = {
+    "bad option": "no method 'pigeon': there are ",
+    "sparse module": "module '0' produces sparse gradients",
+    "replaced step": "optimizer.step of this SGD was replaced by",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_one_rank_refuses_is_refused_on_all(what: str, runs: Runs) -> None:
+    for rank, (said,) in enumerate(runs[what].result()):
+        assert said.name == ValueError.__name__
+        assert said.message.startswith(("" if rank == ODD else "rank 1: ") + REFUSED[what])
+        assert said.took_s < TIMEOUT_S
+
+
+FAULTS = {
+    "sparse gradient": ("ValueError", "the gradient of 'embed.weight' is sparse"),
+    "failing update": ("SoonestError", "an update failed: TypeError("),
+    "failing step": ("TypeError", "bad operand type for unary -"),
+    "other dtype": ("SoonestError", " is float64 (8"),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_the_others_are_told_what_is_wrong_with_one_rank(what: str, runs: Runs) -> None:
+    name, text = FAULTS[what]
+    for rank, (said,) in enumerate(runs[what].result()):
+        assert text in said.message
+        if rank == ODD:
+            assert said.name == name
+        else:
+            assert said.name == PeerLostError.__name__
+            assert "bucket " in said.message
+            assert "rank 1 (host " in said.message
+            assert " failed: " in said.message
+        assert said.took_s < TIMEOUT_S
+
+
+def test_another_model_is_named(runs: Runs) -> None:
+    for name, message, _ in runs["other model"].result():
+        assert name == PlanMismatchError.__name__
+        assert "parameter 0 is 0.weight (64, 8)" in message
+        assert "(65, 8)" in message
+        assert "rank 1" in message
+
+
+def test_another_plan_is_named(runs: Runs) -> None:
+    for name, message, _ in runs["other plan"].result():
+        assert name == PlanMismatchError.__name__
+        assert "window: 2 / 3" in message
+
+
+def test_another_wish_is_named(runs: Runs) -> None:
+    for name, message, took_s in runs["other wish"].result():
+        assert name == PlanMismatchError.__name__
+        assert "method is None on rank 0 and gather on rank 1" in message
+        assert took_s < TIMEOUT_S
+
+
+def test_after_a_loss_everything_raises_until_detached(runs: Runs) -> None:
+    survivor, dead = runs["after a loss"].result()
+    assert dead is None
+    assert survivor == ["PeerLostError"] * 3
+
+
+def test_a_backward_pass_that_raised_is_not_stepped_over(runs: Runs) -> None:
+    for first, second, third in runs["backward raises"].result():
+        assert first.name == "KeyError"
         for name, message, _ in (second, third):
             assert name == SoonestError.__name__
             assert "did not finish" in message
             assert "0.weight" in message
 
 
-def read_in_backward() -> tuple[str, str, float]:
-    model, optimizer = model_and_optimizer()
-    soonest.prioritize(model, optimizer)
-    steps(model, optimizer, 7)
-    last = model[2].weight  # type: ignore[index]
-    last.register_post_accumulate_grad_hook(lambda p: p.grad.norm())
-    return error_of(steps, model, optimizer, 1)
-
-
-def test_reading_a_gradient_inside_backward_raises() -> None:
-    for name, message, _ in run_ranks(read_in_backward, 2):
+def test_reading_a_gradient_inside_backward_raises(runs: Runs) -> None:
+    for name, message, _ in runs["read in backward"].result():
         assert name == "ReadTooEarlyError"
         assert "after backward() has returned" in message
-
-
-def failing_update() -> tuple[str, str, float]:
-    model, optimizer = model_and_optimizer()
-    soonest.prioritize(model, optimizer)
-    steps(model, optimizer, 7)
-    optimizer.param_groups[0]["lr"] = "fast"
-    return error_of(steps, model, optimizer, 2)
-
-
-def test_an_update_that_fails_raises_in_the_loop() -> None:
-    for name, message, _ in run_ranks(failing_update, 2):
-        assert name == SoonestError.__name__
-        assert "update" in message

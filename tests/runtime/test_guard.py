@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+import soonest
 from ranks import run_ranks
-from runtime.reads import READS, stale_reads
+from runtime import reads, writes
+from runtime.flights import Found, fly
+from runtime.steering import keep_to_the_usual_plan
 from soonest.runtime import guard
+
+SAFETY = Path(__file__).parents[2] / "docs" / "safety.md"
 
 READERS: dict[str, Callable[[Any], Any]] = {
     "arithmetic": lambda p: p * 2,
@@ -186,25 +193,82 @@ def test_the_guard_can_be_told_off_for_a_while(flight: Flight) -> None:
     assert flight.landings == 0
 
 
-@pytest.fixture(scope="module")
-def guarded() -> list[dict[str, bool]]:
-    return run_ranks(stale_reads, 2, True)
+def flies_beside_a_view() -> list[Any]:
+    """Whether a parameter is in flight after a step: before, while and after it has a view."""
+    keep_to_the_usual_plan()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    handle = soonest.prioritize(model, optimizer)
+    said: list[str] = []
+    log, listener = logging.getLogger("soonest"), logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())
+
+    def step() -> bool:
+        optimizer.zero_grad()
+        loss = model(torch.randn(3, 4)).square().sum()
+        loss.backward()
+        optimizer.step()
+        return guard.is_held(model[0].weight)
+
+    while not handle.settled:
+        step()
+    log.setLevel(logging.INFO)
+    log.addHandler(listener)
+    found: list[Any] = [step(), step()]
+    view = model[0].weight.data[1]
+    found += [step(), step()]
+    del view
+    found += [step(), step(), said]
+    return found
+
+
+def test_what_has_a_view_is_updated_in_the_step_and_told_once() -> None:
+    for *flies, said in run_ranks(flies_beside_a_view, 2):
+        assert flies == [True, True, False, False, True, True]
+        (sentence,) = said
+        assert sentence.startswith("0.weight is updated inside optimizer.step(), because another")
+
+
+GUARDED = [
+    *(("reads", name) for name in reads.READS),
+    *(("kept", name) for name in reads.KEPT),
+    *(("gradient reads", name) for name in reads.GRADIENT_READS),
+    *(("writes", name) for name in writes.WRITES),
+    *(("gradient writes", name) for name in writes.GRADIENT_WRITES),
+    *(("moves", name) for name in writes.MOVES),
+]
+# Without the guard these would come out right as well: nothing that could be stale is read.
+HARMLESS = [
+    *(("replaced", name) for name in writes.REPLACED),
+    *(("replaced later", name) for name in writes.REPLACED),
+]
 
 
 @pytest.fixture(scope="module")
-def unguarded() -> list[dict[str, bool]]:
-    return run_ranks(stale_reads, 2, False)
+def guarded() -> list[Found]:
+    return run_ranks(fly, 2, True)
 
 
-@pytest.mark.parametrize("read", READS)
-def test_no_read_in_the_middle_of_overlap_is_stale(
-    read: str, guarded: list[dict[str, bool]]
+@pytest.fixture(scope="module")
+def unguarded() -> list[Found]:
+    return run_ranks(fly, 2, False)
+
+
+@pytest.mark.parametrize(("kind", "way"), [*GUARDED, *HARMLESS])
+def test_nothing_in_the_middle_of_overlap_is_stale_or_lost(
+    kind: str, way: str, guarded: list[Found]
 ) -> None:
-    assert [rank[read] for rank in guarded] == [False, False]
+    assert [rank[kind][way] for rank in guarded] == [False, False]
 
 
-@pytest.mark.parametrize("read", READS)
-def test_without_the_guard_the_same_read_is_stale(
-    read: str, unguarded: list[dict[str, bool]]
+@pytest.mark.parametrize(("kind", "way"), GUARDED)
+def test_without_the_guard_the_same_is_stale_or_lost(
+    kind: str, way: str, unguarded: list[Found]
 ) -> None:
-    assert [rank[read] for rank in unguarded] == [True, True]
+    assert [rank[kind][way] for rank in unguarded] == [True, True]
+
+
+@pytest.mark.parametrize("way", reads.HOLES)
+def test_what_the_guard_cannot_see_is_documented(way: str, guarded: list[Found]) -> None:
+    assert [rank["holes"][way] for rank in guarded] == [True, True]
+    assert way in SAFETY.read_text()

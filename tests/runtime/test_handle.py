@@ -350,7 +350,7 @@ def test_evaluation_before_the_first_step() -> None:
 
 
 SCRIPT = """
-import os, sys
+import atexit, os, sys, warnings
 import torch, torch._dynamo, torch.distributed as dist
 import soonest
 
@@ -370,23 +370,45 @@ for number, name in (1, "out"), (2, "err"):
 torchruns = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo", store=dist.PrefixStore(how, torchruns), rank=rank, world_size=ranks)
+warnings.simplefilter("error")
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 4000), torch.nn.Linear(4000, 8))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-soonest.prioritize(model, optimizer)
+handle = soonest.prioritize(model, optimizer)
 for _ in range(7):
     optimizer.zero_grad()
     model(torch.randn(4, 64)).sum().backward()
     optimizer.step()
-if how == "read":
+
+def show():
     print(f"sum {sum(p.sum().item() for p in model.parameters()):.9e}", flush=True)
+
+if how == "read":
+    show()
 if how == "rank 0 reads" and dist.get_rank() == 0:
     print(len(model.state_dict()), flush=True)
 if how == "destroy":
     dist.destroy_process_group()
-    print(f"sum {sum(p.sum().item() for p in model.parameters()):.9e}", flush=True)
+    show()
+if how == "backward":
+    model(torch.randn(4, 64)).sum().backward()
+if how in ("exit", "raise"):
+    atexit.register(show)
+if how == "exit":
+    sys.exit(3)
+if how == "raise":
+    raise KeyError("boom")
+if how == "destroy at exit":
+    atexit.register(dist.destroy_process_group)
+if how == "detach":
+    handle.detach()
+    show()
 """
-ENDS = ("nothing", "read", "rank 0 reads", "destroy")
+ENDS = {
+    "nothing": 0, "read": 0, "rank 0 reads": 0, "destroy": 0, "backward": 0, "exit": 3, "raise": 1,
+    "destroy at exit": 0, "detach": 0,
+}  # fmt: skip
+"""Ways for a script to end, with the exit code of each."""
 
 
 @pytest.fixture(scope="module")
@@ -413,12 +435,13 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("how", ENDS)
 def test_a_script_may_end_in_the_middle_of_overlap(how: str, ended: Path) -> None:
     codes, out, err = ((ended / f"{how}.{what}").read_text() for what in ("code", "out", "err"))
-    assert codes == "0\n0\n", err
-    assert "Traceback" not in err
+    assert codes == f"{ENDS[how]}\n" * 2, err
+    assert err.count("Traceback") == err.count("KeyError: 'boom'") == 2 * (how == "raise"), err
     assert "Warning" not in err, err
+    assert how == "raise" or not err
     lines = out.splitlines()
     sums = [line for line in lines if line.startswith("sum")]
-    assert len(sums) == (2 if how in ("read", "destroy") else 0)
+    assert len(sums) == 2 * (how in ("read", "destroy", "exit", "raise", "detach"))
     assert len(set(sums)) == len(sums) // 2
     assert (lines == ["4"]) == (how == "rank 0 reads")
 

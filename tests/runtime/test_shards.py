@@ -261,7 +261,8 @@ def test_gradients_are_whole_before_the_step() -> None:
 def test_reading_gradients_on_one_rank_fails_with_a_sentence() -> None:
     said = run_ranks(reads_gradients, 2, "on one rank", collective_timeout_s=3)[0]
     assert said is not None
-    assert said.startswith("reading gradients needs every rank under shard_optimizer=True")
+    assert said.startswith("reading gradients could not be done on all ranks: rank 1 (host ")
+    assert "under shard_optimizer=True every rank must do so, at the same point" in said
 
 
 def test_gradients_in_parts_are_not_shown_after_the_step() -> None:

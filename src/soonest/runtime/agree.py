@@ -13,19 +13,23 @@ from soonest.runtime import collectives
 from soonest.runtime.layout import trainable
 
 
-def agree_on_input(group: collectives.Group, wrong: str | None) -> None:
-    """Makes sure that every rank could read what it was given; a collective call.
+def agree_on_input(group: collectives.Group, refused: Exception | None) -> None:
+    """Makes sure that every rank can work with what it was given; a collective call.
 
     Args:
         group: all ranks.
-        wrong: what this rank could not read, in words; None if it could.
+        refused: what this rank cannot work with; None if it can.
 
     Raises:
-        ValueError: on every rank, with the words of the first that could not.
+        ValueError: on every rank, with the words of the first that cannot; on that one, and others
+            that cannot, what it refused.
     """
-    for rank, theirs in enumerate(collectives.gather_objects(group, wrong)):
+    every = collectives.gather_objects(group, str(refused) if refused else None)
+    if refused:
+        raise refused
+    for rank, theirs in enumerate(every):
         if theirs is not None:
-            raise ValueError(theirs if wrong is not None else f"rank {rank}: {theirs}")
+            raise ValueError(f"rank {rank}: {theirs}")
 
 
 def agree_on_model(

@@ -221,22 +221,30 @@ def _time(kind: str, ranks: Ranks, piece: Piece, times: int) -> list[float]:
     """Seconds of several ops, one after the other."""
     took: list[float] = []
     for _ in range(times):
-        began_s = time.perf_counter()
+        began_s = _now_s(piece)
         collectives.run(kind, ranks, piece)
-        took.append(time.perf_counter() - began_s)
+        took.append(_now_s(piece) - began_s)
     return took
 
 
 def _stream(kind: str, ranks: Ranks, piece: Piece, ops: int) -> _Stream:
     """Ops that follow each other, with two in flight."""
     pieces = [piece, Piece(piece.gradients.clone(), piece.parameters.clone(), piece.wire)]
-    began_s = time.perf_counter()
+    began_s = _now_s(piece)
     flying = [collectives.start(kind, ranks, pieces[0])]
     for number in range(1, ops):
         flying.append(collectives.start(kind, ranks, pieces[number % 2]))
         _finish(flying.pop(0))
     _finish(flying.pop())
-    return _Stream(ops, time.perf_counter() - began_s)
+    return _Stream(ops, _now_s(piece) - began_s)
+
+
+def _now_s(piece: Piece) -> float:
+    """The time at which its device has done all that it was asked to; the host waits for that."""
+    device = piece.gradients.device
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def _cost(took: Sequence[tuple[int, float]], streams: Mapping[int, _Stream]) -> Cost:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from soonest.core.plan import METHODS
 from soonest.runtime.collectives import Wire
+from soonest.runtime.device import has_lane
 from soonest.runtime.layout import trainable
-from soonest.runtime.takeover import is_taken_over
+from soonest.runtime.takeover import check_step, is_taken_over
 
 
 def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ()) -> None:
@@ -42,6 +43,7 @@ def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ())
             "this optimizer is prioritized already: call prioritize once, "
             "or detach() the handle of the first call before"
         )
+    check_step(optimizer)
     _check_wrapping(model)
     named = trainable(model, without)
     if not named:
@@ -53,14 +55,43 @@ def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ())
         _check_parameter(name, parameter)
     _check_devices(named)
     _check_sharing(named)
-    _check_optimizer(model, optimizer)
+    check_optimizer(model, optimizer)
     for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and named[0][2].device.type == "cpu":
+            raise ValueError(
+                f"module {name!r} is a SyncBatchNorm, which torch has for GPUs only: use BatchNorm"
+            )
         sparse = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
         if sparse and f"{name}.weight".removeprefix(".") not in without:
             raise ValueError(
                 f"module {name!r} produces sparse gradients, which cannot be combined: "
                 "build it with sparse=False"
             )
+
+
+def check_several(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Raises ValueError if these optimizers cannot train parts of one model.
+
+    Args:
+        model, optimizers: the user's own.
+    """
+    if not optimizers:
+        raise ValueError("no optimizer was given: give one, or a list of all that train the model")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen: set[int] = set()
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"an optimizer is a {type(optimizer).__name__}, but must be a torch.optim.Optimizer"
+            )
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if both := mine & seen:
+            name = names.get(both.pop(), "not of the model")
+            raise ValueError(
+                f"two optimizers hold the same parameter ({name!r}), and which of them comes first "
+                "could not be kept: let each hold parameters of its own"
+            )
+        seen |= mine
 
 
 def check_options(method: str | None, wire: Wire, *, shard_optimizer: bool) -> None:
@@ -113,11 +144,6 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             f"parameter {name!r} is a {type(parameter).__name__} with a __torch_function__ of its "
             "own (a DTensor, perhaps), which soonest does not support: use plain parameters"
         )
-    if not parameter.is_floating_point():
-        raise ValueError(
-            f"parameter {name!r} is {parameter.dtype}, but only floating-point gradients can be "
-            "combined: keep its real and imaginary parts, as torch.view_as_real gives them"
-        )
     if parameter.layout is not torch.strided:
         raise ValueError(f"parameter {name!r} is {parameter.layout}, but must be dense")
 
@@ -130,10 +156,10 @@ def _check_devices(named: list[tuple[str, str, nn.Parameter]]) -> None:
                 f"parameter {name!r} is on {parameter.device}, {first_name!r} on {first.device}: "
                 "soonest needs all parameters of a rank on one device"
             )
-    if first.device.type != "cpu":
+    if not has_lane(first.device):
         raise ValueError(
-            f"the model is on {first.device}: this version runs on CPUs only, "
-            "the lane for other devices is not there yet"
+            f"the model is on {first.device}: soonest runs on CPUs and on this machine's "
+            "accelerator, if it has streams: move the model there"
         )
 
 
@@ -159,15 +185,23 @@ def _check_sharing(named: list[tuple[str, str, nn.Parameter]]) -> None:
             )
 
 
-def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raises ValueError if it holds something that cannot be updated here."""
     known = {id(parameter) for parameter in model.parameters()}
     for g, group in enumerate(optimizer.param_groups):
         for i, parameter in enumerate(group["params"]):
             if id(parameter) not in known:
                 raise ValueError(
                     f"the optimizer holds a parameter that is not the model's (group {g}, "
-                    f"number {i}, shape {tuple(parameter.shape)}): build it from model.parameters()"
+                    f"number {i}, shape {tuple(parameter.shape)}): build it from "
+                    "model.parameters(), or, where it trains several models, give prioritize an "
+                    "nn.ModuleList of them"
                 )
+        if group.get("capturable") and any(p.device.type == "cpu" for p in group["params"]):
+            raise ValueError(
+                "the optimizer is capturable, which torch has for GPUs only: build it with "
+                "capturable=False"
+            )
         if group.get("differentiable"):
             raise ValueError(
                 "the optimizer is differentiable, and its updates could not be differentiated "

@@ -36,12 +36,14 @@ class Ranks:
         inside: those that share this rank's host; None if no two share one, if all do, or if hosts
             have different numbers of ranks.
         across: on each host the one with this rank's place there; None along with ``inside``.
+        native: the backend has a true reduce-scatter, and single messages are not to be sent.
     """
 
     group: Group
     second: Group
     inside: Group | None = None
     across: Group | None = None
+    native: bool = False
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -151,6 +153,9 @@ def ring_reduce_scatter(ranks: Ranks, piece: Piece) -> Op:
     """
     if piece.wire.gradients:
         yield from reduce_scatter(ranks, piece)
+        return
+    if ranks.native:
+        yield from _native_reduce_scatter(ranks.group, piece.gradients)
         return
     group, whole = ranks.group, piece.gradients
     n, rank = group.size(), group.rank()
@@ -333,6 +338,19 @@ def _scatter_sum(group: Group, piece: Piece) -> Op:
     _sum_in_order(every, group.size(), piece.gradients[_own(piece.gradients, group)])
 
 
+def _native_reduce_scatter(group: Group, whole: Tensor) -> Op:
+    """The backend's own, which wants parts of equal size."""
+    part = _borders(whole, group.size())[1]
+    sent = whole
+    if part * group.size() != whole.numel():
+        sent = whole.new_zeros(part * group.size())
+        sent[: whole.numel()] = whole
+    mine = whole.new_empty(part)
+    yield group._reduce_scatter_base(mine, sent, dist.ReduceScatterOptions())
+    own = whole[_own(whole, group)]
+    own.copy_(mine[: own.numel()])
+
+
 def _share_parts(group: Group, piece: Piece) -> Op:
     sizes, mine = _sizes(piece.gradients, group)
     sent = piece.packed(_own(piece.gradients, group)).repeat(group.size())
@@ -362,35 +380,101 @@ def _send(group: Group, part: Tensor, target: int, tag: int) -> list[Work]:
     return [_Message(group.send([part], target, tag))] if part.numel() else []
 
 
-def broadcast(group: Group, tensors: Sequence[Tensor]) -> None:
-    """Overwrites tensors by those of the group's first rank."""
-    alike: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        alike.setdefault(tensor.dtype, []).append(tensor.detach())
-    for group_of_tensors in alike.values():
-        for batch in _batches(group_of_tensors):
-            joined = _flatten_dense_tensors(batch)
-            group.broadcast(joined, 0).wait()
-            for tensor, value in zip(batch, _unflatten_dense_tensors(joined, batch), strict=True):
-                tensor.copy_(value)
+_keeping_versions: Any = torch.autograd._unsafe_preserve_version_counter  # pyright: ignore[reportPrivateImportUsage]
+
+
+class Sent:
+    """Tensors of one dtype on their way from one rank to all.
+
+    Args:
+        group: all ranks.
+        tensors: what the source has is sent as it is now; the others' are overwritten.
+        source: the rank from which.
+        apart: they may be written to meanwhile.
+
+    Attributes:
+        on_device: to wait for the work is then no matter of the host.
+    """
+
+    def __init__(
+        self, group: Group, tensors: Sequence[Tensor], source: int, *, apart: bool = False
+    ) -> None:
+        self._tensors = None if group.rank() == source else tuple(tensors)
+        joined = _flatten_dense_tensors(tensors)
+        self._joined = _sendable(group, joined)
+        if apart and len(tensors) == 1 and self._joined is joined:
+            self._joined = joined.clone()
+        self.on_device = self._joined.device.type != "cpu"
+        self.work: Work = group.broadcast(self._joined.view(torch.uint8), source)
+
+    def unpack(self) -> None:
+        """Overwrites the tensors, once the work is done."""
+        if self._tensors is not None:
+            values = _unflatten_dense_tensors(self._joined, self._tensors)
+            # As with DistributedDataParallel, a backward pass that has saved one goes on.
+            with _keeping_versions(self._tensors):
+                for tensor, value in zip(self._tensors, values, strict=True):
+                    tensor.copy_(value)
+
+
+def broadcast(group: Group, tensors: Sequence[Tensor], source: int = 0) -> None:
+    """Overwrites tensors by those of one rank of the group; a collective call."""
+    for batch in _batches(tensors):
+        sent = Sent(group, batch, source)
+        sent.work.wait()
+        sent.unpack()
+
+
+def broadcast_of(group: Group, tensors: Sequence[Tensor], *, mine: bool) -> None:
+    """As ``broadcast``, from the last rank that has what counts."""
+    broadcast(group, tensors, last_of(group, mine=mine))
+
+
+def last_of(group: Group, *, mine: bool) -> int:
+    """The last rank for which something is so; a collective call.
+
+    Args:
+        group: all ranks.
+        mine: for this one it is.
+    """
+    return round(max(gather_numbers(group, group.rank() if mine else -1)))
+
+
+def start_broadcast(group: Group, tensors: Sequence[Tensor], source: int) -> list[Sent]:
+    """As ``broadcast``, but what it returns is to be waited for and then unpacked."""
+    return [Sent(group, batch, source, apart=True) for batch in _batches(tensors)]
 
 
 def _batches(tensors: Sequence[Tensor], limit_bytes: int = 64 << 20) -> list[list[Tensor]]:
-    """Consecutive tensors, so many that a batch does not need much extra memory."""
-    batches: list[list[Tensor]] = []
-    room = 0
+    """Tensors of one dtype on one device, so many that a batch needs not much extra memory."""
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.nbytes > room:
-            batches.append([])
-            room = limit_bytes
-        batches[-1].append(tensor)
-        room -= tensor.nbytes
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+    batches: list[list[Tensor]] = []
+    for some in alike.values():
+        room = -1
+        for tensor in some:
+            if tensor.nbytes > room:
+                batches.append([])
+                room = limit_bytes
+            batches[-1].append(tensor)
+            room -= tensor.nbytes
     return batches
 
 
 def sum_small(group: Group, tensor: Tensor) -> None:
     """Sums a small tensor over the ranks, in place, and waits for it; a collective call."""
-    group.allreduce([tensor]).wait()
+    sent = _sendable(group, tensor)
+    group.allreduce([sent]).wait()
+    if sent is not tensor:
+        tensor.copy_(sent)
+
+
+def _sendable(group: Group, tensor: Tensor) -> Tensor:
+    """A tensor, or a copy of it on a device that the group's backend sends from."""
+    if any(device.type == tensor.device.type for device in group._device_types):
+        return tensor
+    return tensor.to(dist.distributed_c10d._get_object_coll_device(group))
 
 
 def gather_objects(group: Group, value: Any) -> list[Any]:
@@ -402,9 +486,15 @@ def gather_objects(group: Group, value: Any) -> list[Any]:
 
 def gather_numbers(group: Group, value: float) -> list[float]:
     """Every rank's value, by rank; cheaper than ``gather_objects``."""
-    every = torch.empty(group.size(), dtype=torch.float64)
-    group._allgather_base(every, torch.tensor([value], dtype=torch.float64)).wait()
-    return every.tolist()
+    mine = _sendable(group, torch.tensor(value, dtype=torch.float64))
+    return gather_scalars(group, mine).tolist()
+
+
+def gather_scalars(group: Group, value: Tensor) -> Tensor:
+    """Every rank's number, in the order of ranks; on a device the host does not wait for it."""
+    every = value.new_empty(group.size())
+    group._allgather_base(every, value.view(1)).wait()
+    return every
 
 
 def first_rank_object(group: Group, value: Any) -> Any:

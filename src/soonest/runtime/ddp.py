@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -59,7 +58,6 @@ class DistributedDataParallel(_Theirs):
     def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         given = _SIGNATURE.bind(module, *args, **kwargs).arguments
         _refuse(given)
-        _stay_out_of_compiled_regions()
         self._skip_unused = bool(given.get("skip_all_reduce_unused_params"))
         chosen = given.get("bucket_cap_mb") is not None or given.get("bucket_cap_mb_list")
         self._caps_are_given = bool(chosen)
@@ -227,14 +225,6 @@ class _JoinHook(theirs._DDPJoinHook):
         reducer: Any = self.ddp.reducer  # ours, not the one that torch's class has
         reducer.has_no_input()
         super().main_hook()
-
-
-@cache
-def _stay_out_of_compiled_regions() -> None:
-    """Lets ``torch.compile`` compile the user's modules and leave the code around them alone."""
-    from torch._dynamo import trace_rules  # takes seconds to import
-
-    trace_rules.add("soonest.runtime")
 
 
 def _refuse(given: dict[str, Any]) -> None:

@@ -6,8 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,17 @@ from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
 from soonest.core.trace import Trace
 from soonest.errors import SoonestError
-from soonest.runtime import guard, takeover
+from soonest.runtime import checks, compiled, guard, modes, takeover
+from soonest.runtime.accumulation import AccumulationHooks
+from soonest.runtime.buffers import Buffers
+from soonest.runtime.bystanders import Aliases
+from soonest.runtime.calls import Calling, nobody, weakly
 from soonest.runtime.collectives import Ranks, Wire
 from soonest.runtime.landing import Landing
 from soonest.runtime.lanes import Lane
-from soonest.runtime.layout import Layout, Member
+from soonest.runtime.layout import Layout, Member, changed
+from soonest.runtime.newcomers import Newcomers, admit
+from soonest.runtime.peers import Peers
 from soonest.runtime.profile import (
     NEVER,
     Attention,
@@ -40,6 +45,7 @@ from soonest.runtime.state import OptimizerState
 from soonest.runtime.sweep import Sweep
 from soonest.runtime.update import Updater, raw_step
 
+_E = TypeVar("_E", bound=Exception)
 _REMEMBERED = 20
 """Closely watched steps from which measured times are medians."""
 
@@ -55,10 +61,17 @@ class Engine:
         lane: what executes the plan.
         sharing: over which to share out the optimizer's state, if the plan shards.
         wire: how things are sent.
+        peers: who the ranks are.
         after_step: called at the end of each ``step()`` that used combined gradients; on every
             rank after the same steps.
+        buffers: to be sent around after each backward pass, if there are any.
+        newcomers: looks out for parameters that come to be trained; None if they are left alone.
+        anew: called with a layout that holds them, too, to plan and bind anew.
 
     Attributes:
+        siblings: engines of other parameters of the same model: a backward pass combines all.
+        uneven: what to do when others have no more input, while that may be.
+        everyone: all ranks took part in the last backward pass that was combined.
         attention: which steps to watch closely.
         settled: the plan stays.
         history: how plans have changed so far, and why, one sentence each.
@@ -83,35 +96,50 @@ class Engine:
         lane: Lane,
         sharing: Ranks | None,
         wire: Wire,
+        peers: Peers,
         after_step: Callable[[Engine], None],
+        buffers: Buffers | None = None,
+        newcomers: Newcomers | None = None,
+        anew: Callable[[Engine, Layout], None] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.ranks = ranks
         self.lane = lane
         self._wire = wire
+        self._peers = peers
         self._separable = separable
         self._cls = type(optimizer)
-        self.state = OptimizerState(optimizer, self._cls, sharing, wire)
+        self.state = OptimizerState(optimizer, self._cls, sharing, wire, peers)
         self._after_step = after_step
+        self._buffers = buffers
+        self._newcomers = newcomers
+        self._anew = anew
+        self.siblings: list[Engine] = []
+        self.uneven: Uneven | None = None
+        self.everyone = True
         self.synchronizing = True
-        self.after_backward: Callable[[Engine, Sequence[Member]], None] = _nobody
+        self.after_backward: Callable[[Engine, Sequence[Member]], None] = nobody
         self._forward_ended = NEVER
         self._sweeps_begun = 0
+        self._unobserved = True
         self._open: Sweep | None = None
+        self._ends_with_all = False
         self._hooks: list[Any] = []
         self._last_complete: tuple[Record, Plan, list[Member]] | None = None
         self._complete_records: deque[Record] = deque(maxlen=_REMEMBERED)
-        self._module_hooks = guard.ModuleHooks(model)
+        self._entries = compiled.Entries(model)
+        self._module_hooks = guard.ModuleHooks(self._entries.outside())
         self.settled = False
         self.history: list[str] = []
+        self._aliases = Aliases()
         self.inputs: list[str] = []
         self.attention = Attention(len(layout.members))
         takeover.take_over(optimizer, self, self.state)
         self.bind(layout, plan)
         self._model_hooks = [
-            model.register_forward_pre_hook(_OnForward(self.forward_begins), with_kwargs=True),
-            model.register_forward_hook(_OnForward(self.forward_ends)),
+            model.register_forward_pre_hook(Calling(self.forward_begins), with_kwargs=True),
+            model.register_forward_hook(Calling(self.forward_ends)),
         ]
 
     def bind(self, layout: Layout, plan: Plan) -> None:
@@ -130,12 +158,25 @@ class Engine:
         self._landing = Landing(self.program, self.lane, self._module_hooks)
         self.attention.refresh()
         self.record = self._new_record()
+        self._divisor = 0
         self.divide_by(self.ranks.group.size())
         for member in layout.members:
             member.sweep = None
-            before, after = partial(self._before, member), partial(self._after, member)
-            self._hooks.append(member.parameter.register_hook(before))
-            self._hooks.append(member.parameter.register_post_accumulate_grad_hook(after))
+            # Not the member itself, which may lead here.
+            before, after = weakly(self._before, member.order), weakly(self._after, member.order)
+            self._hooks.append(AccumulationHooks(member.parameter, before=before, after=after))
+        if self._newcomers is not None:
+            for parameter in self._newcomers.look(layout.members):
+                self._hooks.append(AccumulationHooks(parameter, after=weakly(self._newcomer)))
+        self._landing.watch()
+
+    @property
+    def passes(self) -> int:
+        """How many backward passes have been combined, or are being so."""
+        return self._sweeps_begun
+
+    def watch(self) -> None:
+        """Takes note of when each parameter is needed, though nothing is in flight."""
         self._landing.watch()
 
     @property
@@ -149,6 +190,9 @@ class Engine:
 
     def divide_by(self, ranks: int) -> None:
         """From now on, combined gradients are sums over all ranks divided by this number."""
+        if ranks == self._divisor:  # a device would be asked for nothing
+            return
+        self._divisor = ranks
         # What to multiply by: as a tensor, and not a number, it is ready for use.
         self._shares = [
             torch.tensor(
@@ -161,50 +205,95 @@ class Engine:
 
     def _new_record(self, *, closely: bool = True) -> Record:
         plan = self.program.plan
-        return Record(len(self.layout.members), len(plan.ops), len(plan.buckets), closely=closely)
+        sizes = (len(self.layout.members), len(plan.ops), len(plan.buckets))
+        return Record(*sizes, closely=closely, clock=self.lane.clock)
+
+    def _now(self) -> float:
+        return now_s() if self.lane.clock is None else self.lane.clock.now()
 
     # In the forward pass
 
     def forward_begins(self, *inputs: Any) -> None:
-        if self._sweeps_begun == 0:  # what was read before it does not show the order of use
+        self._ends_with_all = False
+        if self._buffers is not None:
+            self._buffers.land()
+        if self._unobserved:  # what was read before it does not show the order of use
             self.inputs = [f"{tuple(x.shape)} {x.dtype}" for x in guard.tensors_in(inputs)]
             self.record = self._new_record()
             self._landing.watch()
+        if self._entries.outdated():
+            self._look_at_modules()
+        if self._entries.whole or modes.is_compiling():
+            self._land_all()
 
-    def forward_ends(self, *_: Any) -> None:
-        self._forward_ended = now_s()
+    def forward_ends(self, inputs: Any = None, output: Any = None, *_: Any) -> None:
+        self._forward_ended = self._now()
         if math.isnan(self.record.forward_ended):
             self.record.forward_ended = self._forward_ended
+        if torch.is_grad_enabled() and modes.is_plain():
+            for tensor in guard.tensors_in(output):
+                if tensor.grad_fn is not None:
+                    tensor.register_hook(weakly(self._backward_begins))
 
     # In the backward pass
 
-    def _before(self, member: Member, gradient: Tensor) -> None:
+    def _backward_begins(self, _: Tensor) -> None:
+        """Its end is that of the whole pass, not of a checkpoint's inside it."""
+        if not self._ends_with_all:
+            self._ends_with_all = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
+
+    def _backward_ends(self) -> None:
+        self._ends_with_all = False
+        for engine in (self, *self.siblings):
+            if engine._open is not None:
+                engine._close(engine._open)
+
+    def _before(self, order: int, _: Any) -> None:
         """A gradient is about to be written where another may still be in flight."""
+        member = self.layout.members[order]
         if self._open is not None and not math.isnan(self._open.record.ready[member.order]):
             raise self._unfinished(self._open)
         if member.order in self._landing.unknown:
             guard.land(member.parameter)  # what is added to must be known
         self._landing.make_room(member)
 
-    def _after(self, member: Member, parameter: nn.Parameter) -> None:
+    def _after(self, order: int, *_: Any) -> None:
         """A gradient has been written to ``parameter.grad``."""
-        if self.synchronizing:
-            sweep = self._open
-            if sweep is None:
-                sweep = self._begin()
-                torch.autograd.Variable._execution_engine.queue_callback(self._close)
-            # None: the graph led here, but with an undefined gradient.
-            if parameter.grad is not None:
-                self._contribute(sweep, member)
+        member = self.layout.members[order]
+        sweep = self._sweep_of_this_pass()
+        # No gradient: the graph led here, but with an undefined one.
+        if sweep is not None and member.parameter.grad is not None:
+            self._contribute(sweep, member)
 
-    def _begin(self) -> Sweep:
-        """The first gradient of a backward pass that is to be combined."""
+    def _newcomer(self, *_: Any) -> None:
+        """A parameter has a gradient that is not a member yet: the end of this pass shows it."""
+        self._sweep_of_this_pass()
+
+    def _sweep_of_this_pass(self) -> Sweep | None:
+        """What combines the gradients of this backward pass, if they are to be."""
+        if not self.synchronizing:
+            return None
+        if self._open is None:
+            self._begin()
+            if not self._ends_with_all:
+                torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
+        return self._open
+
+    def _begin(self, *, active: bool = True) -> Sweep:
+        """The first gradient of a backward pass that is to be combined.
+
+        Args:
+            active: it is one of this rank.
+        """
         self.lane.check()
+        self.everyone = self.uneven is None or (active and self.uneven.all_are_active())
         record = self._new_record(closely=self.attention.closely())
         record.backward_began = self._forward_ended
         if math.isnan(self._forward_ended):  # the user does not call the model itself
-            record.backward_began = now_s()
-        if self._sweeps_begun == 0:
+            record.backward_began = self._now()
+        if self._unobserved:
+            self._unobserved = False
             self.observed = self.record
         self.record.ended = record.backward_began
         if self.record.complete:
@@ -215,11 +304,14 @@ class Engine:
         self._open = self.latest = sweep
         self._landing.flying = True
         self.lane.begin(sweep)
+        for engine in self.siblings:
+            if engine._open is None:
+                engine._begin()
         return sweep
 
     def contribute_nothing(self) -> None:
         """Takes part in a backward pass that only others have: no gradient changes here."""
-        sweep = self._begin()
+        sweep = self._begin(active=False)
         for member in self.layout.members:
             guard.land(member.parameter)
             self._landing.make_room(member)
@@ -227,37 +319,46 @@ class Engine:
                 member.parameter.grad = member.raw_grad.clone()
             self._lack(sweep, member)
         self._closed(sweep)
+        self._share_buffers(active=False)
 
     def _contribute(self, sweep: Sweep, member: Member) -> None:
         """Puts ``parameter.grad`` into the flat buffer, divided as DDP does before it sums."""
         gradient = member.parameter.grad
         assert gradient is not None
         if gradient.is_sparse:
-            raise ValueError(
-                f"the gradient of {member.name!r} is sparse and cannot be combined: "
-                "use dense gradients (sparse=False)"
-            )
+            sparse = f"the gradient of {member.name!r} is sparse and cannot be combined"
+            raise self._at_fault(ValueError(f"{sparse}: use dense gradients (sparse=False)"))
+        if member.grad.data_ptr() != member.grad_address:
+            self.layout.take_back_gradient(member)
         if torch.is_grad_enabled():  # backward(create_graph=True)
             gradient = gradient.detach()
         if gradient is member.grad:
             member.raw_grad.mul_(self._shares[member.flat])
         else:
-            torch.mul(gradient, self._shares[member.flat], out=member.raw_grad)
-            member.parameter.grad = member.grad
+            try:
+                torch.mul(gradient, self._shares[member.flat], out=member.raw_grad)
+                member.parameter.grad = member.grad
+            except RuntimeError as error:
+                raise self._at_fault(changed(member)) from error
         del gradient  # free its memory before anything else is allocated
         self._arrived(sweep, member)
+
+    def _at_fault(self, error: _E) -> _E:
+        """Tells the others, who would wait for this rank, of an error that is to be raised here."""
+        self._peers.tell(str(error))
+        return error
 
     def _arrived(self, sweep: Sweep, member: Member) -> None:
         member.sweep = sweep
         self._landing.hold_gradient(member, member.grad)
-        sweep.record.ready[member.order] = now_s()
-        if sweep.arrived(self.program.buckets_of[member.order]):
+        sweep.record.ready[member.order] = sweep.record.now()
+        buckets = self.program.buckets_of[member.order]
+        self.lane.ready(sweep, buckets)
+        if sweep.arrived(buckets):
             self.lane.advance()
 
-    def _close(self) -> None:
+    def _close(self, sweep: Sweep) -> None:
         """The backward pass is over: who got no gradient contributes what it has, or zeros."""
-        sweep = self._open
-        assert sweep is not None
         ready = sweep.record.ready
         late = [member for member in self.layout.members if math.isnan(ready[member.order])]
         for member in late:
@@ -270,7 +371,39 @@ class Engine:
             self._lack(sweep, member)
             self._landing.hold(member)
         self._closed(sweep)
+        self._share_buffers(active=True)
+        if self._newcomers is not None and (parameters := self._newcomers.come()):
+            self._take_in(parameters)
         self.after_backward(self, late)
+
+    def _look_at_modules(self) -> None:
+        """The model has come to have other modules, or compiled ones."""
+        self._land_all()
+        self._entries.renew()
+        self._module_hooks.move_to(self._entries.outside())
+
+    def _land_all(self) -> None:
+        """Also what has arrived and is only watched."""
+        self.flush()
+        if self._open is None:
+            self._landing.all()
+
+    def _share_buffers(self, *, active: bool) -> None:
+        if self._buffers is not None:
+            uneven = self.uneven is not None and self.uneven.enabled
+            self._buffers.share(active=active if uneven else None)
+
+    def _take_in(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Trains these, too, from now on; a collective call."""
+        assert self._anew is not None
+        self.complete()
+        admit(self.ranks, parameters)
+        self._look_at_modules()
+        if self._buffers is not None:
+            self._buffers.look(self.model)
+        self._unobserved = True
+        self._anew(self, self.layout.grown())
+        self.state.adopt()
 
     def _lack(self, sweep: Sweep, member: Member) -> None:
         """Contributes zeros in the place of a gradient."""
@@ -279,7 +412,7 @@ class Engine:
         self._arrived(sweep, member)
 
     def _closed(self, sweep: Sweep) -> None:
-        sweep.record.backward_ended = now_s()
+        sweep.record.backward_ended = sweep.record.now()
         sweep.closed = True
         self._open = None
         self.lane.advance()
@@ -287,11 +420,12 @@ class Engine:
     def _unfinished(self, sweep: Sweep) -> SoonestError:
         missing = [m.name for m in self.layout.members if math.isnan(sweep.record.ready[m.order])]
         names = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
-        return SoonestError(
+        error = SoonestError(
             f"backward pass {sweep.number} did not finish (did backward() raise?): this rank has "
             f"not shared the gradients of {names or 'any parameter twice'}, and the others wait "
             "for them; restart from a checkpoint"
         )
+        return self._at_fault(error)
 
     # The optimizer
 
@@ -300,21 +434,43 @@ class Engine:
         self.lane.check()
         if self._open is not None:
             raise self._unfinished(self._open)
+        if self._updater.outdated():
+            self.groups_changed()
         blocking = self.program.plan.blocking
-        if self._separable and not (blocking and self.state.parts is None):
+        whole = self.state.parts is None and (blocking or self._updater.trains_others())
+        if self._separable and not whole:
             loss = self._step_by_bucket(closure)
             if blocking:
                 self.flush()
                 self._landing.watch()
         else:
             loss = self._step_at_once(closure)
-        if self.latest is not None and self.record is self.latest.record:
+        if self.everyone and self.latest is not None and self.record is self.latest.record:
             self._after_step(self)
         return loss
 
+    def groups_changed(self) -> None:
+        """The optimizer has other parameters; a collective call if they have not been trained.
+
+        Raises:
+            ValueError: it has some that are not the model's.
+        """
+        checks.check_optimizer(self.model, self.optimizer)
+        self.flush()
+        self._updater.regroup()
+        if self._newcomers is not None:
+            self._newcomers.look(self.layout.members)
+            if parameters := self._newcomers.come():
+                self._take_in(parameters)
+
     def _step_at_once(self, closure: Callable[[], Any] | None) -> Any:
         self.flush()
-        loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
+        try:
+            loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
+        except Exception as error:
+            if not isinstance(error, SoonestError):
+                self._peers.tell(f"optimizer.step() raised {error!r}")
+            raise
         if self.latest is not None:
             self.record = self.latest.record
         self._landing.watch()
@@ -330,15 +486,23 @@ class Engine:
             sweep = Sweep(self._sweeps_begun, self.program, self._new_record(), local=True)
             self.lane.begin(sweep)
         call = self._updater.call(self._gradients())
+        aliased = self._aliases.of(self.layout.members[order] for order in call.gradients)
         for order, gradient in call.gradients.items():
             member = self.layout.members[order]
             member.sweep = sweep
             self._landing.hold(member)
             self._landing.hold_gradient(member, gradient)
+        if self.program.plan.sharded:  # gathering writes to all parameters, if only what is there
+            for member in self.layout.members:
+                if member.order not in call.gradients:
+                    member.sweep = sweep
+                    self._landing.hold(member)
         self.record = sweep.record
         self._landing.flying = True
         sweep.step = call
         self.lane.advance()
+        for member in aliased:
+            guard.land(member.parameter)
         return loss
 
     def _gradients(self) -> dict[int, Tensor]:
@@ -347,6 +511,10 @@ class Engine:
         with guard.DisableGuard():
             for member in self._updater.owned:
                 gradient = member.parameter.grad
+                if member.parameter.data_ptr() != member.address:
+                    self.layout.take_back(member)
+                if gradient is member.grad and member.grad.data_ptr() != member.grad_address:
+                    self.layout.take_back_gradient(member)
                 if gradient is None and member.order in self._landing.unknown:
                     gradient = member.grad
                 if gradient is not None:
@@ -365,8 +533,17 @@ class Engine:
         self.lane.check()
         if self._landing.flying:
             self.lane.wait_all()
+            self.lane.check()  # what has failed meanwhile is no longer waited for
             if self._open is None:
                 self._landing.all()
+        if self._buffers is not None:
+            self._buffers.land()
+
+    def finish(self) -> None:
+        """Waits until nothing is under way that other ranks need."""
+        self.lane.wait_all()
+        if self._buffers is not None:
+            self._buffers.land()
 
     def complete(self) -> None:
         """Makes every gradient whole again where ranks have parts of it; a collective call."""
@@ -378,11 +555,15 @@ class Engine:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        before, self.synchronizing = self.synchronizing, False
+        before = self.synchronizing
+        engines = (self, *self.siblings)
+        for engine in engines:
+            engine.synchronizing = False
         try:
             yield
         finally:
-            self.synchronizing = before
+            for engine in engines:
+                engine.synchronizing = before
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error: bool) -> Tensor:
         """Clips this rank's parts of the gradients by the norm of all; a collective call."""
@@ -420,26 +601,26 @@ class Engine:
         if self.lane.error is None:
             self.flush()
             self.state.hand_back()
-        for hook in (*self._hooks, *self._model_hooks, self._module_hooks):
+        for hook in (*self._hooks, *self._model_hooks, self._module_hooks, self._entries):
             hook.remove()
+        for engine in self.siblings:
+            engine.siblings.remove(self)
+        if self._buffers is not None:
+            self._buffers.drop()
         self._landing.drop()
         takeover.hand_back(self.optimizer)
         self.layout.move_out()
         self.lane.close()
 
 
-class _OnForward:
-    """A forward hook that calls back. Copies of the model call nobody."""
+class Uneven(Protocol):
+    """What an engine needs to know while ranks may run out of input."""
 
-    def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
+    @property
+    def enabled(self) -> bool:
+        """Whether that may be now."""
+        ...
 
-    def __call__(self, model: nn.Module, *given: Any) -> None:
-        self._call(*given)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_OnForward, (_nobody,))
-
-
-def _nobody(*_: Any) -> None:
-    pass
+    def all_are_active(self) -> bool:
+        """Called by a rank that has input: whether all have; a collective call."""
+        ...

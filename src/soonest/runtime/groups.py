@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,24 +15,26 @@ from soonest.runtime import collectives
 from soonest.runtime.collectives import Group, Ranks
 
 
-def ranks_of(group: Group, host: str | None = None) -> Ranks:
+def ranks_of(group: Group, host: str | None = None, *, native: bool = False) -> Ranks:
     """Finds out which ranks share a host; a collective call.
 
     Args:
         group: all ranks.
         host: a name for this rank's host; by default machine and network namespace.
+        native: as in ``Ranks``: for devices, whose ops never overlap, so that one communicator is
+            enough.
     """
     hosts = collectives.gather_objects(group, host or host_name())
     rank, members = group.rank(), dist.get_process_group_ranks(group)
-    second = _subgroup(group, members)
+    second = group if native else again(group)
     by_host = [[r for r, other in enumerate(hosts) if other == name] for name in sorted(set(hosts))]
     sizes = {len(these) for these in by_host}
     if len(by_host) == 1 or len(sizes) > 1 or 1 in sizes:
-        return Ranks(group, second)
+        return Ranks(group, second, native=native)
     places = [list(place) for place in zip(*by_host, strict=True)]
     mine = [next(these for these in groups if rank in these) for groups in (by_host, places)]
     inside, across = (_subgroup(group, [members[r] for r in these]) for these in mine)
-    return Ranks(group, second, inside, across)
+    return Ranks(group, second, inside, across, native)
 
 
 def host_name() -> str:
@@ -41,16 +45,31 @@ def host_name() -> str:
         return socket.gethostname()
 
 
+def again(group: Group) -> Group:
+    """One more communicator over the ranks of a group; a collective call."""
+    return _subgroup(group, dist.get_process_group_ranks(group))
+
+
 def _subgroup(group: Group, members: list[int]) -> Group:
     made = dist.new_group(
         members,
         timeout=datetime.timedelta(seconds=timeout_of(group)),
         backend=dist.get_backend(group),
+        pg_options=_options(group, datetime.timedelta(seconds=timeout_of(group))),
         use_local_synchronization=True,
         group_desc="soonest",
     )
     assert isinstance(made, Group)
     return made
+
+
+def _options(parent: Group, timeout: datetime.timedelta) -> Any:
+    """On devices, what is sent goes ahead of what is computed: others wait for it."""
+    if "nccl" not in dist.get_backend_config(parent):
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout
+    return options
 
 
 def private_group(parent: Group | None, timeout_s: float | None) -> Group:
@@ -61,11 +80,18 @@ def private_group(parent: Group | None, timeout_s: float | None) -> Group:
         timeout_s: of every collective; None keeps torch's default.
     """
     parent = parent if parent is not None else dist.group.WORLD
-    timeout = None if timeout_s is None else datetime.timedelta(seconds=timeout_s)
+    assert parent is not None
+    backend = dist.get_backend(parent)
+    timeout = (
+        dist.distributed_c10d._get_default_timeout(backend)
+        if timeout_s is None
+        else datetime.timedelta(seconds=timeout_s)
+    )
     group = dist.new_group(
         dist.get_process_group_ranks(parent),
         timeout=timeout,
-        backend=dist.get_backend(parent),
+        backend=backend,
+        pg_options=_options(parent, timeout),
         use_local_synchronization=parent is not dist.group.WORLD,
         group_desc="soonest",
     )
@@ -75,7 +101,22 @@ def private_group(parent: Group | None, timeout_s: float | None) -> Group:
 
 def timeout_of(group: Group) -> float:
     """Seconds after which the group's collectives give up."""
-    backend = group._get_backend(torch.device("cpu"))
-    options = getattr(backend, "options", None)
-    timeout = getattr(options, "_timeout", None) or dist.default_pg_timeout
-    return timeout.total_seconds()
+    backends = [group._get_backend(device) for device in group._device_types]
+    options = [getattr(backend, "options", None) for backend in backends]
+    found = [timeout for one in options if (timeout := getattr(one, "_timeout", None))]
+    return min(found, default=dist.default_pg_timeout).total_seconds()
+
+
+def failure_of(group: Group, device: torch.device) -> Callable[[], str | None]:
+    """What to ask whether the backend knows that something has failed; in words."""
+    backend: Any = group._get_backend(device)
+
+    def failure() -> str | None:
+        error = backend.get_error().name
+        return None if error == "SUCCESS" else f"the backend says {error}"
+
+    try:
+        failure()
+    except (AttributeError, RuntimeError):  # some do not say
+        return lambda: None
+    return failure

@@ -10,7 +10,8 @@ pointers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -35,7 +36,7 @@ class Hold:
         hides_grad: whether ``tensor.grad`` is unknown, too, until the tensor has landed.
     """
 
-    __slots__ = ("_free", "_held", "hides_grad", "land", "tensor", "zero")
+    __slots__ = ("__weakref__", "_free", "_held", "_me", "hides_grad", "land", "tensor", "zero")
 
     def __init__(
         self, tensor: Tensor, land: Callable[[], None], *, zero: Callable[[], None] | None = None
@@ -46,10 +47,11 @@ class Hold:
         self.hides_grad = False
         self._free: Any = None
         self._held: Any = None
+        self._me = _Entry(self, id(tensor))
 
     def take_off(self) -> None:
         """Marks the tensor as in flight."""
-        _holds[id(self.tensor)] = self
+        _holds[self._me.key] = self._me
         cls = type(self.tensor)
         if cls is not self._held:
             if cls is not self._free:
@@ -59,17 +61,39 @@ class Hold:
 
     def release(self) -> None:
         """Makes the tensor an ordinary one again, without waiting."""
-        _holds.pop(id(self.tensor), None)
+        _holds.pop(self._me.key, None)
         if type(self.tensor) is self._held:
             self.tensor.__class__ = self._free
 
 
-_holds: dict[int, Hold] = {}
+class _Entry(weakref.ref[Hold]):
+    """What is known of a hold as long as its owner lives: a model that is dropped is not kept."""
+
+    __slots__ = ("key",)
+    key: int
+
+    def __new__(cls, hold: Hold, key: int) -> _Entry:
+        self = super().__new__(cls, hold, _forget)
+        self.key = key
+        return self
+
+
+def _forget(entry: Any) -> None:
+    if _holds.get(entry.key) is entry:
+        del _holds[entry.key]
+
+
+_holds: dict[int, _Entry] = {}
+
+
+def _hold_of(tensor: Tensor) -> Hold | None:
+    entry = _holds.get(id(tensor))
+    return None if entry is None else entry()
 
 
 def land(tensor: Tensor) -> None:
     """Waits until a held tensor has its value and releases it."""
-    hold = _holds.get(id(tensor))
+    hold = _hold_of(tensor)
     if hold is not None:
         hold.land()
         hold.release()
@@ -92,8 +116,9 @@ def land_module(module: nn.Module, args: Any = None) -> None:
             land(parameter)  # type: ignore[arg-type]
         elif type(parameter) is Tensor and _holds:
             for entry in list(_holds.values()):
-                if isinstance(entry.tensor, nn.Parameter):
-                    land(entry.tensor)
+                hold = entry()
+                if hold is not None and isinstance(hold.tensor, nn.Parameter):
+                    land(hold.tensor)
 
 
 class ModuleHooks:
@@ -102,13 +127,19 @@ class ModuleHooks:
     A module without hooks is called by a shorter way, so they are there only while they are needed.
 
     Args:
-        model: its modules get the hooks, ahead of the user's own.
+        modules: get the hooks, ahead of the user's own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._hooks: list[tuple[Any, RemovableHandle]] = [
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._hooks: list[tuple[Any, RemovableHandle]] = []
+        self.move_to(modules)
+
+    def move_to(self, modules: Iterable[nn.Module]) -> None:
+        """From now on these modules have the hooks."""
+        self.remove()
+        self._hooks = [
             (module._forward_pre_hooks, module.register_forward_pre_hook(land_module, prepend=True))
-            for module in model.modules()
+            for module in modules
             if any(parameter is not None for parameter in module._parameters.values())
         ]
         self._there = True
@@ -169,13 +200,13 @@ def _held_class(cls: type) -> type:
 
 
 def _hides_grad(tensor: Tensor) -> bool:
-    entry = _holds.get(id(tensor))
-    return entry is not None and entry.hides_grad
+    hold = _hold_of(tensor)
+    return hold is not None and hold.hides_grad
 
 
 def _zero_later(held: list[Tensor]) -> bool:
     """Notes that these are to be zero once they have landed; False if one of them cannot be."""
-    zeros = [entry.zero for tensor in held if (entry := _holds.get(id(tensor))) and entry.zero]
+    zeros = [hold.zero for tensor in held if (hold := _hold_of(tensor)) and hold.zero]
     if len(zeros) < len(held):
         return False
     for zero in zeros:

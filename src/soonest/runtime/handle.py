@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.optim import Optimizer
 
 from soonest.core.explain import Report, explain
@@ -21,6 +23,7 @@ from soonest.core.timeline import Timeline
 from soonest.runtime import checkpoint, pinned
 from soonest.runtime.engine import Engine
 from soonest.runtime.learn import Learner
+from soonest.runtime.uneven import Uneven
 
 
 class Choice(NamedTuple):
@@ -39,7 +42,7 @@ class Choice(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-class Handle:
+class Handle(Joinable):
     """A prioritized model and optimizer; ``prioritize`` makes it.
 
     It need not be kept: training goes on without it.
@@ -49,10 +52,13 @@ class Handle:
         self,
         model: nn.Module,
         optimizer: Optimizer,
+        group: dist.ProcessGroup,
         engine: Engine | None = None,
         choice: Choice | None = None,
         learner: Learner | None = None,
     ) -> None:
+        super().__init__()
+        self._group = group
         self._engine = engine
         self._model = model
         self._optimizer = optimizer
@@ -138,6 +144,55 @@ class Handle:
         has been accumulated.
         """
         return self._engine.no_sync() if self._engine else nullcontext()
+
+    def join(
+        self,
+        divide_by_initial_world_size: bool = True,
+        enable: bool = True,
+        throw_on_early_termination: bool = False,
+    ) -> Join:
+        """Within this context ranks may have different numbers of steps.
+
+        As ``DistributedDataParallel.join``: a rank that has left it takes part in what the others
+        combine until all have, and then every rank has the parameters of the last. The handle can
+        also be given to ``torch.distributed.algorithms.join.Join``, beside others.
+
+        Args:
+            divide_by_initial_world_size: divide gradients by the number of all ranks, not of those
+                that still have input.
+            enable: ranks may differ; otherwise this does nothing.
+            throw_on_early_termination: raise an error on all ranks when the first one has left.
+
+        Raises:
+            ValueError: state is shared out over the ranks, or the model has several optimizers.
+        """
+        return Join(
+            [self],
+            enable,
+            throw_on_early_termination,
+            divide_by_initial_world_size=divide_by_initial_world_size,
+        )
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """What ``Join`` calls on a rank without further input."""
+        if not self._engine:
+            return JoinHook()
+        if self.shards or self._engine.siblings:
+            raise ValueError(
+                "join() was called, but ranks that share out the optimizer's state, or train a "
+                "model with several optimizers, must all step equally often: give every rank as "
+                "many batches"
+            )
+        divide_by_all = kwargs.get("divide_by_initial_world_size", True)
+        return Uneven(self._engine, self._model, self, divide_by_all=divide_by_all)
+
+    @property
+    def join_device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    @property
+    def join_process_group(self) -> Any:
+        return self._group
 
     def timeline(self) -> Timeline | None:
         """The last step as measured on this rank; None before there is one.
@@ -264,8 +319,9 @@ class Handle:
         Raises:
             RuntimeError: the norm is not finite, and ``error_if_nonfinite`` is set.
         """
-        if self._engine and self._engine.state.parts is not None:
-            return self._engine.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
+        engine = self._engine
+        if engine and engine.state.parts is not None and not engine.siblings:
+            return engine.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
         return torch.nn.utils.clip_grad_norm_(
             self._model.parameters(), max_norm, norm_type, error_if_nonfinite
         )
@@ -300,6 +356,6 @@ def _finish() -> None:
     """A script that ends still owes the other ranks its part of what is in flight."""
     for engine in list(_engines):
         if engine.lane.error is None:
-            engine.lane.wait_all()
+            engine.finish()
         # A thread that still runs when the interpreter ends may take the process down with it.
         engine.lane.close()

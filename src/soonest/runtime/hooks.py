@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,17 +92,18 @@ class HookLane:
         self._counting = counting
         self._sweep: Sweep | None = None
         self._called: list[_Called] = []
-        self._lock = threading.Condition()
 
     error: SoonestError | None = None
-
-    @property
-    def lock(self) -> threading.Condition:
-        return self._lock
+    clock = None
 
     def begin(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._called = []
+
+    def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None: ...
+
+    def zero(self, sweep: Sweep, member: Member) -> None:
+        """No update is ever under way."""
 
     def advance(self) -> None:
         sweep = self._sweep
@@ -141,7 +141,12 @@ class HookLane:
 
     def wait_all(self) -> None: ...
 
-    def check(self) -> None: ...
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def fail(self, error: Exception) -> None:
+        self.error = error if isinstance(error, SoonestError) else SoonestError(str(error))
 
     def close(self) -> None:
         self._sweep = None
@@ -167,6 +172,12 @@ def whole_plan(
             own default if there are none.
         window: how many ops may be in flight; all of them if None.
     """
+    for name, _, parameter in named:
+        if parameter.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}, and neither buckets of a given size nor "
+                "communication hooks can have complex ones here: leave out both"
+            )
     flats = flats_for(named)
     limits = list(caps_bytes) or [_CAP_BYTES]
     found, _ = _distributed_c10d._compute_bucket_assignment_by_size(

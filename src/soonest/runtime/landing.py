@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from soonest.errors import SoonestError
 from soonest.runtime import guard
 from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Member
-from soonest.runtime.profile import Record, now_s
+from soonest.runtime.profile import Record
 from soonest.runtime.program import Program
 from soonest.runtime.sweep import Sweep
 
@@ -45,6 +46,7 @@ class Landing:
         ]
         self._held: list[guard.Hold | None] = [None] * len(self._members)
         self._awaited: set[int] = set()  # buckets
+        self._zeroing: dict[int, Callable[[], None]] = {}  # by order of the member
         self.flying = False
         self.unknown: set[int] = set()
 
@@ -86,7 +88,7 @@ class Landing:
     def settle(self, member: Member) -> None:
         """Waits until the member's gradient has its value, and nothing still reads it."""
         if self._held[member.order] is not None:
-            self._wait(member)
+            self._wait_for_gradient(member)
             if self._partial(member):
                 self._complete(member)
             self._release_gradient(member)
@@ -94,7 +96,7 @@ class Landing:
     def free(self, member: Member) -> None:
         """Waits until nothing writes to, or still reads, the member's gradient."""
         if self._held[member.order] is not None:
-            self._wait(member)
+            self._wait_for_gradient(member)
             self._release_gradient(member)
 
     def make_room(self, member: Member) -> None:
@@ -130,7 +132,7 @@ class Landing:
 
     def land(self, member: Member) -> None:
         """Waits until the parameter has the value that the last ``step()`` gave it."""
-        needed = now_s()
+        needed = self.record.now()
         sweep = member.sweep
         if self.flying:
             self._wait(member)
@@ -142,7 +144,7 @@ class Landing:
             self._land_bucket(sweep, self._program.last_of[member.order])
         if math.isnan(self.record.needed[member.order]):
             self.record.needed[member.order] = needed
-            self.record.landed[member.order] = now_s()
+            self.record.landed[member.order] = self.record.now()
 
     def _land_bucket(self, sweep: Sweep, bucket: int) -> None:
         """What was updated together lands together: one look at a time costs more."""
@@ -158,17 +160,25 @@ class Landing:
         if member.order in self.unknown:
             self._resolve(member)
         stepped = member.sweep is None or member.sweep.step is not None
-        if stepped and not self._partial(member):
+        if stepped and member.order not in self._zeroing and not self._partial(member):
             self._release_gradient(member)
 
     def _wait(self, member: Member) -> None:
         sweep = member.sweep
         if sweep is None:
             return
+        if sweep.step is None and sweep.plan.sharded:  # ``last_of`` is the last to be shared
+            for bucket in self._program.buckets_of[member.order]:
+                self._lane.wait(sweep, bucket, updated=False)
+            return
         last = self._program.last_of[member.order]
-        stepped = sweep.step is not None
-        if not (sweep.updated if stepped else sweep.reduced)[last]:
-            self._lane.wait(sweep, last, updated=stepped)
+        self._lane.wait(sweep, last, updated=sweep.step is not None)
+
+    def _wait_for_gradient(self, member: Member) -> None:
+        self._wait(member)
+        zeroed = self._zeroing.pop(member.order, None)
+        if zeroed is not None:
+            zeroed()
 
     def _resolve(self, member: Member) -> None:
         """Its gradient is combined: now it shows whether any rank had one."""
@@ -183,12 +193,12 @@ class Landing:
         """The user zeroes a gradient in flight: that happens when nobody needs it any more."""
         sweep = member.sweep
         assert sweep is not None
-        with self._lane.lock:
-            if sweep.step is not None and not sweep.updated[self._program.last_of[member.order]]:
-                sweep.step.zeroed.add(member.order)
-                return
-        self.free(member)
-        member.raw_grad.zero_()
+        zeroed = self._lane.zero(sweep, member)
+        if zeroed is None:
+            self.free(member)
+            member.raw_grad.zero_()
+        else:
+            self._zeroing[member.order] = zeroed
 
     def all(self) -> None:
         """Everything has arrived: releases it all."""
@@ -209,4 +219,5 @@ class Landing:
             if parts or not self._partial(member):
                 self._release_gradient(member)
         self._awaited.clear()
+        self._zeroing.clear()
         self._hooks.remove()

@@ -5,17 +5,22 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from soonest.errors import PeerLostError, ReadTooEarlyError, SoonestError
 from soonest.runtime import modes
+from soonest.runtime.clock import DeviceClock
 from soonest.runtime.collectives import Running, Work
-from soonest.runtime.sweep import Sweep
+from soonest.runtime.peers import Peers, reason_of
+from soonest.runtime.sweep import Sweep, Sweeps
+
+if TYPE_CHECKING:
+    from soonest.runtime.layout import Member
 
 _LOOK_S = 1.0
 """How often a lane that waits for others looks whether one of them has given up."""
@@ -25,12 +30,29 @@ _LOOK = timedelta(seconds=_LOOK_S)
 class Lane(Protocol):
     """Executes sweeps, one after the other."""
 
+    @property
+    def clock(self) -> DeviceClock | None:
+        """Of the device that it lets work; None if that is the host."""
+        ...
+
     def begin(self, sweep: Sweep) -> None:
         """A backward pass has begun; its ops follow those of all sweeps begun before."""
         ...
 
+    def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None:
+        """A gradient that these buckets carry has just been written."""
+        ...
+
     def advance(self) -> None:
         """The state of a sweep has changed: there may be something to do."""
+        ...
+
+    def zero(self, sweep: Sweep, member: Member) -> Callable[[], None] | None:
+        """Zeroes a gradient as soon as the update that is under way needs it no more.
+
+        Returns:
+            What waits until it is zero; None if no update is under way, and nothing is done.
+        """
         ...
 
     def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
@@ -49,6 +71,10 @@ class Lane(Protocol):
         """Raises what ended the lane, if something did."""
         ...
 
+    def fail(self, error: Exception) -> None:
+        """From now on everything raises this; what is in flight is dropped."""
+        ...
+
     def close(self) -> None:
         """Ends the lane; what is in flight is dropped."""
         ...
@@ -58,10 +84,13 @@ class Lane(Protocol):
         """What ended the lane."""
         ...
 
-    @property
-    def lock(self) -> threading.Condition:
-        """Held while a bucket becomes updated."""
-        ...
+
+def read_too_early(sweep: Sweep, bucket: int) -> ReadTooEarlyError:
+    """What is wrong with waiting for a bucket of a backward pass that still goes on."""
+    return ReadTooEarlyError(
+        f"a gradient in {sweep.plan.describe(bucket)} was read inside the backward pass, "
+        "where it is not combined over the ranks yet: read it after backward() has returned"
+    )
 
 
 class ThreadLane:
@@ -71,14 +100,15 @@ class ThreadLane:
 
     Args:
         timeout_s: how long to wait without any progress; an op's own timeout comes before.
-        blame: given what was being waited for, who is at fault, in words; None if nobody is
-            known to be.
+        peers: the other ranks.
     """
 
-    def __init__(self, *, timeout_s: float, blame: Callable[[str, bool], str | None]) -> None:
+    clock = None
+
+    def __init__(self, *, timeout_s: float, peers: Peers) -> None:
         self._timeout_s = timeout_s
-        self._blame = blame
-        self._sweeps: tuple[Sweep, ...] = ()  # replaced, never changed: both threads walk it
+        self._peers = peers
+        self._sweeps = Sweeps()
         self._news: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: no more
         # In the order in which they were started.
         self._running: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
@@ -99,28 +129,30 @@ class ThreadLane:
     def error(self) -> SoonestError | None:
         return self._error
 
-    @property
-    def lock(self) -> threading.Condition:
-        return self._changed
-
     def begin(self, sweep: Sweep) -> None:
-        for earlier in self._sweeps:
-            earlier.superseded = True
         with self._changed:
-            self._sweeps = (*self._sweeps, sweep)
+            self._sweeps.add(sweep)
+
+    def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None: ...
 
     def advance(self) -> None:
+        with self._changed:
+            self._sweeps.note_owing()
         self._news.put(True)
+
+    def zero(self, sweep: Sweep, member: Member) -> Callable[[], None] | None:
+        with self._changed:
+            if sweep.step is None or sweep.updated[sweep.program.last_of[member.order]]:
+                return None
+            sweep.step.zeroed.add(member.order)
+            return _nothing
 
     def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
         done = sweep.updated if updated else sweep.reduced
         if done[bucket]:
             return
         if not sweep.closed:
-            raise ReadTooEarlyError(
-                f"a gradient in {sweep.plan.describe(bucket)} was read inside the backward pass, "
-                "where it is not combined over the ranks yet: read it after backward() has returned"
-            )
+            raise read_too_early(sweep, bucket)
         began_at = time.monotonic()
         with self._updates_here() as here:
             here = here and updated
@@ -195,7 +227,7 @@ class ThreadLane:
             try:
                 run()
             except Exception as error:
-                self._fail(error)
+                self.fail(error)
 
     def _start_ops(self) -> None:
         while self._news.get() and self._error is None:
@@ -224,7 +256,7 @@ class ThreadLane:
         op = sweep.combined
         try:
             while running.work is not None:
-                if not _ended(running.work):
+                if not ended(running.work):
                     return False
                 running.go_on()
         except RuntimeError as error:
@@ -232,27 +264,25 @@ class ThreadLane:
         sweep.record.op_ended(op)
         with self._changed:
             sweep.complete_op()
+            self._sweeps.note_owing()
             self._changed.notify_all()
         self._progressed_at = time.monotonic()
         return True
 
     def _look_around(self) -> None:
         """Ends the lane if another rank has found out that somebody is lost."""
-        who = self._blame("", False)
+        sweep = next((r for r in self._sweeps if r.in_flight), None)
+        what = self._waited_for(sweep, sweep.combined) if sweep else "what is in flight"
+        who = self._peers.blame(what, False)
         if who is not None:
-            raise self._lost(who)
+            raise PeerLostError(f"{what} will not be combined over the ranks: {who}")
 
     def _stopped(self, sweep: Sweep, op: int, error: Exception) -> PeerLostError:
         what = self._waited_for(sweep, op)
-        who = self._blame(what, True) or "no rank is known to be missing"
-        reason = str(error).split(". This is typically", 1)[0]
-        return PeerLostError(f"{what} could not be combined over the ranks: {who} ({reason})")
-
-    def _lost(self, who: str) -> PeerLostError:
-        """An op in flight will not end, as another rank found out."""
-        sweep = next((r for r in self._sweeps if r.in_flight), None)
-        what = self._waited_for(sweep, sweep.combined) if sweep else "what is in flight"
-        return PeerLostError(f"{what} will not be combined over the ranks: {who}")
+        who = self._peers.blame(what, True) or "no rank is known to be missing"
+        return PeerLostError(
+            f"{what} could not be combined over the ranks: {who} ({reason_of(error)})"
+        )
 
     @staticmethod
     def _waited_for(sweep: Sweep, op: int) -> str:
@@ -290,7 +320,7 @@ class ThreadLane:
             try:
                 sweep.program.update(sweep, bucket)
             except Exception as error:
-                self._fail(error)
+                self.fail(error)
                 self.check()
             sweep.record.update_ended(bucket)
             with self._changed:
@@ -303,13 +333,11 @@ class ThreadLane:
 
     def _next_update(self) -> tuple[Sweep, int] | None:
         with self._changed:
-            while self._sweeps and self._sweeps[0].finished:
-                self._sweeps = self._sweeps[1:]
-                self._changed.notify_all()
-            bucket = self._sweeps[0].next_update() if self._sweeps else None
-            return None if bucket is None else (self._sweeps[0], bucket)
+            sweep = self._sweeps.first()
+            bucket = sweep.next_update() if sweep is not None else None
+            return None if sweep is None or bucket is None else (sweep, bucket)
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         known = (
             error
             if isinstance(error, SoonestError)
@@ -317,14 +345,21 @@ class ThreadLane:
         )
         with self._changed:
             # What follows in the other thread, whose work is taken away here, is not the cause.
-            self._error = self._error or known
+            # Without what a traceback would keep alive.
+            self._error = self._error or type(known)(*known.args)
+            self._sweeps.clear()
             self._changed.notify_all()
-        self._sweeps = ()
         self._news.put(False)
         self._running.put(None)
+        if not isinstance(known, PeerLostError):
+            self._peers.tell(str(known))
 
 
-def _ended(work: Work) -> bool:
+def _nothing() -> None:
+    """What has been updated has been zeroed, too."""
+
+
+def ended(work: Work) -> bool:
     """Waits until an op has ended; False if it is still in flight after a while.
 
     Raises:

@@ -36,6 +36,9 @@ from soonest.runtime.profile import Record, now_s, pace_of, trace_of, typical
 _EXACT_RANKS = 2
 """So many ranks add up alike under any cut."""
 
+_WARM_UP = 3
+"""Steps of a device of which nothing is learned."""
+
 _log = logging.getLogger("soonest")
 _T = TypeVar("_T")
 
@@ -87,16 +90,22 @@ class Learner:
         ranks: int,
         job: Mapping[str, Any],
     ) -> None:
+        self._job = {**job, "ranks": ranks, "window": window, "network": network.to_json()}
         self._network = network
         self._window = window
         self._methods = methods
         self._ranks = ranks
         self._steps = 0
+
+    def start_with(self, layout: Layout) -> None:
+        """Knows nothing yet of these parameters."""
+        self._first_step = self._steps + 1
         self._plans = 0
         self._named: str | None = None
         self._traces: list[Trace] = []
         self._paces: list[float] = []
         self._before: Record | None = None
+        self._warming = _WARM_UP
         self._observing = True
         self._ended_s: list[float] = []
         self._drift = Drift()
@@ -106,23 +115,39 @@ class Learner:
         self._candidates: tuple[Candidate, ...] = ()
         self._now = CANDIDATES[0]
         self._turns: list[Turn] = []
-        self._memory = Memory(
-            {**job, "ranks": ranks, "window": window, "network": network.to_json()}
-        )
+        self._memory = Memory({**self._job, "flats": [asdict(flat) for flat in layout.flats]})
+
+    def start_over(self, engine: Engine, *, stays: bool) -> None:
+        """Other parameters are trained, with the plan that is bound now.
+
+        Args:
+            engine: which trains them.
+            stays: that plan does.
+        """
+        self.start_with(engine.layout)
+        engine.attention.learning = False
+        engine.settled = stays
+        self._note_switch(engine, "other parameters are trained from now on, so plan anew")
 
     def __call__(self, engine: Engine) -> None:
         """To be called after every step that used combined gradients."""
+        if engine.lane.clock is not None and self._warming and not engine.settled:
+            # A device's first steps are those in which memory is found and kernels are chosen.
+            self._warming -= 1
+            self._before = engine.record
+            engine.attention.learning = True
+            return
         self._steps += 1
         if engine.settled:
             if self._drift.ended(now_s()):
                 self._compare(engine)
             return
-        if self._steps == 1:
+        if self._steps == self._first_step:
             self._first(engine)
             return
         if self._observing:
             self._note(engine)
-        self._ended_s.append(now_s())
+        self._ended_s.append(now_s() if engine.lane.clock is None else engine.lane.clock.now())
         if len(self._ended_s) == STEPS:
             self._turn_ends(engine)
 
@@ -168,7 +193,11 @@ class Learner:
 
     def _first(self, engine: Engine) -> None:
         engine.attention.learning = True
-        self._trace = self._trace_of(engine, engine.record, engine.observed)
+        forward = self._before or engine.observed
+        self._trace = self._trace_of(
+            engine, engine.record, forward if forward.complete else engine.observed
+        )
+        self._before = None
         engine.complete()
         self._note_pace(engine, engine.record)
         members = engine.layout.members
@@ -180,7 +209,9 @@ class Learner:
 
     def _turn_ends(self, engine: Engine) -> None:
         """Goes on with the plan to try next, or with the one that stays."""
-        taken = tuple(end - start for start, end in pairwise(self._ended_s))
+        clock = engine.lane.clock
+        ended_s = self._ended_s if clock is None else clock.seconds(self._ended_s)
+        taken = tuple(end - start for start, end in pairwise(ended_s))
         self._ended_s = []
         engine.attention.learning = False
         why, stays = "", False
@@ -282,7 +313,7 @@ class Learner:
             if engine.ranks.group.rank() == 0 and self._ranks > _EXACT_RANKS:
                 order = [member.name for member in engine.layout.members]
                 self._memory.keep_choice(Choice(order, decision.plan))
-        elif self._steps == 1:
+        elif self._steps == self._first_step:
             self._name(engine, plan, decision.why)
 
     def _plan(self, layout: Layout, candidate: Candidate) -> Plan:

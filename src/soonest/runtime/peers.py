@@ -1,8 +1,9 @@
 """Who is still there: what the ranks tell each other when something has failed.
 
 The ranks talk through torch's key-value store, which does not depend on the broken collective. A
-rank whose lane fails leaves a note there. Whoever has left none after a short while is at fault, as
-far as can be known.
+rank that fails leaves a note there. It says what is wrong with that rank; or else what it waited
+for in vain, and then whoever has left no note after a short while is at fault, as far as can be
+known.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from soonest.runtime import collectives
+from soonest.errors import PeerLostError, SoonestError
+from soonest.runtime import collectives, groups
 
 _GRACE_S = 5.0
+_FAULT = "!"
+"""Begins a note that says what is wrong with the rank that left it."""
 
 
 class Peers:
@@ -28,10 +35,33 @@ class Peers:
 
     def __init__(self, group: collectives.Group) -> None:
         self.rank = group.rank()
-        me = f"rank {self.rank} (host {socket.gethostname()}, process {os.getpid()})"
-        self.names: list[str] = collectives.gather_objects(group, me)
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.distributed_c10d.PrefixStore(f"soonest/{group.group_name}", store)
+        self.names = [f"rank {rank}" for rank in range(group.size())]
+        me = f"rank {self.rank} (host {socket.gethostname()}, process {os.getpid()})"
+        with self.together("prioritize()"):
+            self.names = collectives.gather_objects(group, me)
+
+    @contextmanager
+    def together(self, what: str, advice: str = "") -> Iterator[None]:
+        """Around collective calls: says who is at fault if they fail.
+
+        Args:
+            what: they are for.
+            advice: what to do if they failed because not all ranks made them.
+
+        Raises:
+            PeerLostError: they failed.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, SoonestError):
+                raise
+            who = self.blame(what, True) or "no rank is known to be missing"
+            raise PeerLostError(
+                f"{what} could not be done on all ranks: {who}{advice} ({reason_of(error)})"
+            ) from error
 
     def blame(self, what: str, failed: bool) -> str | None:
         """Says in words who is at fault.
@@ -47,7 +77,7 @@ class Peers:
 
         def ask() -> None:
             try:
-                answer[0] = self._missing(what) if failed else self._given_up()
+                answer[0] = self._missing(what) if failed else self._given_up(what)
             except Exception:  # the store is what has failed
                 answer[0] = (
                     "the key-value store is gone, and perhaps its process with it"
@@ -55,27 +85,91 @@ class Peers:
                     else None
                 )
 
-        # The store may hang on a host that is cut off, and this must not.
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(2 * _GRACE_S)
-        return answer[0] if failed or not asking.is_alive() else None
+        return answer[0] if _in_time(ask) or failed else None
 
-    def _given_up(self) -> str | None:
-        if not self._store.check(["failed"]):
-            return None
-        return self._missing("waiting for others")
+    def tell(self, fault: str) -> None:
+        """Lets the others know what is wrong with this rank, so that they need not wait for it."""
+
+        def note() -> None:
+            with suppress(Exception):
+                self._note(_FAULT + fault)
+
+        _in_time(note)
+
+    def _note(self, text: str) -> None:
+        mine = f"failed/{self.rank}"
+        if not self._store.check([mine]):  # the first one counts
+            self._store.set(mine, text)
+            self._store.set("failed", "yes")
+
+    def _given_up(self, what: str) -> str | None:
+        return self._missing(what) if self._store.check(["failed"]) else None
 
     def _missing(self, what: str) -> str | None:
-        self._store.set(f"failed/{self.rank}", what)
-        self._store.set("failed", "yes")
-        others = [rank for rank in range(len(self.names)) if rank != self.rank]
+        self._note(what)
+        missing = [rank for rank in range(len(self.names)) if rank != self.rank]
+        elsewhere: list[str] = []
         deadline = time.monotonic() + _GRACE_S
-        missing = others
-        while missing and time.monotonic() < deadline:
-            missing = [rank for rank in missing if not self._store.check([f"failed/{rank}"])]
+        while True:
+            for rank in list(missing):
+                if self._store.check([f"failed/{rank}"]):
+                    missing.remove(rank)
+                    note = self._store.get(f"failed/{rank}").decode()
+                    if note.startswith(_FAULT):
+                        return f"{self.names[rank]} failed: {note.removeprefix(_FAULT)}"
+                    if note != what:
+                        elsewhere.append(f"{self.names[rank]} waits for {note}")
+            if not missing or time.monotonic() > deadline:
+                break
             time.sleep(0.05)
-        if not missing:
-            return None
-        names = " and ".join(self.names[rank] for rank in missing)
-        return f"{names} did not take part"
+        if missing:
+            return " and ".join(self.names[rank] for rank in missing) + " did not take part"
+        return f"the ranks are at different points: {'; '.join(elsewhere)}" if elsewhere else None
+
+
+def _in_time(ask: Callable[[], None]) -> bool:
+    """Whether the store answered: it may hang on a host that is cut off, and nobody else must."""
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(2 * _GRACE_S)
+    return not asking.is_alive()
+
+
+def reason_of(error: Exception) -> str:
+    """What a backend says about a collective that failed, without its guesses."""
+    return str(error).split(". This is typically", 1)[0]
+
+
+def private_group(parent: collectives.Group, timeout_s: float | None) -> collectives.Group:
+    """A communicator of our own over the ranks of ``parent``; a collective call.
+
+    Args:
+        parent: of which ranks.
+        timeout_s: of every collective; None keeps torch's default.
+
+    Raises:
+        PeerLostError: not all of them came.
+    """
+    members = dist.get_process_group_ranks(parent)
+    _calls[parent.group_name] += 1
+    store = dist.distributed_c10d.PrefixStore(
+        f"soonest/prioritize/{parent.group_name}/{_calls[parent.group_name]}",
+        dist.distributed_c10d._get_default_store(),
+    )
+    store.set(str(parent.rank()), "here")
+    try:
+        return groups.private_group(parent, timeout_s)
+    except RuntimeError as error:
+        try:
+            missing = [rank for rank in range(len(members)) if not store.check([str(rank)])]
+        except RuntimeError:
+            missing = []
+        who = " and ".join(f"rank {rank}" for rank in missing) or "no rank is known to be missing"
+        raise PeerLostError(
+            f"prioritize() could not connect the ranks: {who}{' did not call it' * bool(missing)} "
+            f"({reason_of(error)})"
+        ) from error
+
+
+_calls: Counter[str] = Counter()
+"""How often each group's ranks have called ``prioritize``; it is the same on all of them."""

@@ -11,16 +11,20 @@ from soonest.runtime.layout import Layout
 from soonest.runtime.remember import write_whole
 
 
-def load(plan: Plan | str | Path | None) -> tuple[Plan | None, str | None]:
-    """The plan that was given, and what is wrong with it if it cannot be read."""
+def load(plan: Plan | str | Path | None) -> Plan | None:
+    """The plan that was given.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     if plan is None or isinstance(plan, Plan):
-        return plan, None
+        return plan
     try:
-        return Plan.from_json(json.loads(Path(plan).read_text(encoding="utf-8"))), None
+        return Plan.from_json(json.loads(Path(plan).read_text(encoding="utf-8")))
     except OSError as error:
-        return None, f"cannot read plan {str(plan)!r}: {error.strerror}"
+        raise ValueError(f"cannot read plan {str(plan)!r}: {error.strerror}") from error
     except ValueError as error:
-        return None, f"{str(plan)!r} holds no plan: {error}"
+        raise ValueError(f"{str(plan)!r} holds no plan: {error}") from error
 
 
 def save(plan: Plan, path: str | Path) -> None:

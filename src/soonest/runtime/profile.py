@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.timeline import Span, Timeline, covered_s
 from soonest.core.trace import Layer, Trace
+from soonest.runtime.clock import DeviceClock, now_s
 from soonest.runtime.layout import Member
 
 NEVER = math.nan
@@ -21,7 +21,6 @@ _LOOK_S = 30e-6
 """What it costs to note when one parameter is needed."""
 _SHARE = 1e-3
 """Of the time of training, what that may take."""
-now_s = time.perf_counter
 
 
 class Record:
@@ -34,12 +33,21 @@ class Record:
         ops, buckets: how many the plan has.
         closely: whether to note when each parameter is needed; otherwise only the first of those
             that arrive together.
+        clock: of the device that does it all; the host's if None. Then times are the host's until
+            ``settle`` is called.
     """
 
     def __init__(
-        self, members: int, ops: int = 0, buckets: int = 0, *, closely: bool = True
+        self,
+        members: int,
+        ops: int = 0,
+        buckets: int = 0,
+        *,
+        closely: bool = True,
+        clock: DeviceClock | None = None,
     ) -> None:
         self.closely = closely
+        self._clock = clock if closely else None
         self.backward_began = NEVER
         self.ready = [NEVER] * members
         self.backward_ended = NEVER
@@ -52,17 +60,32 @@ class Record:
         self.update_start = [NEVER] * buckets
         self.update_end = [NEVER] * buckets
 
+    def now(self) -> float:
+        return now_s() if self._clock is None else self._clock.now()
+
+    def settle(self) -> None:
+        """Times are the device's from now on; waits until it has done all of this."""
+        if self._clock is None:
+            return
+        values = [v for name in _TIMES for v in getattr(self, name)]
+        seconds = iter(self._clock.seconds([*(getattr(self, n) for n in _POINTS), *values]))
+        self._clock = None
+        for name in _POINTS:
+            setattr(self, name, next(seconds))
+        for name in _TIMES:
+            setattr(self, name, [next(seconds) for _ in getattr(self, name)])
+
     def op_started(self, op: int) -> None:
-        self.op_start[op] = now_s()
+        self.op_start[op] = self.now()
 
     def op_ended(self, op: int) -> None:
-        self.op_end[op] = now_s()
+        self.op_end[op] = self.now()
 
     def update_started(self, bucket: int) -> None:
-        self.update_start[bucket] = now_s()
+        self.update_start[bucket] = self.now()
 
     def update_ended(self, bucket: int) -> None:
-        self.update_end[bucket] = now_s()
+        self.update_end[bucket] = self.now()
 
     @property
     def complete(self) -> bool:
@@ -75,6 +98,10 @@ class Record:
         used = [m for m, at in enumerate(self.needed) if not math.isnan(at)]
         unused = [m for m, at in enumerate(self.needed) if math.isnan(at)]
         return sorted(used, key=self.needed.__getitem__) + unused
+
+
+_POINTS = ("backward_began", "backward_ended", "forward_ended", "ended")
+_TIMES = ("ready", "needed", "landed", "op_start", "op_end", "update_start", "update_end")
 
 
 class Attention:
@@ -125,6 +152,8 @@ def trace_of(
     Returns:
         One layer for each module that owns parameters.
     """
+    backward.settle()
+    forward.settle()
     layers = _layers(forward, members)
     names = list(layers)
     size = [sum(members[m].parameter.nbytes for m in layers[name]) for name in names]
@@ -163,6 +192,7 @@ def typical(traces: Sequence[Trace]) -> Trace:
 
 def updating_s(record: Record) -> float:
     """Seconds that went into updates, of all buckets together."""
+    record.settle()
     spans = zip(record.update_start, record.update_end, strict=True)
     return sum(end - start for start, end in spans if not math.isnan(start + end))
 
@@ -174,6 +204,7 @@ def pace_of(record: Record, plan: Plan, network: Network) -> float | None:
     Those of a backward pass may wait for a slower rank's gradients, so if there are enough others,
     they do not count.
     """
+    record.settle()
     spans = [
         (start, end, network.op(op.kind).transfer_s(plan.bucket_bytes(op.bucket)))
         for op, start, end in zip(plan.ops, record.op_start, record.op_end, strict=True)
@@ -200,6 +231,8 @@ class Measured(NamedTuple):
 def measured(records: Sequence[Record], plan: Plan, network: Network) -> Measured:
     """What the records of some steps show."""
     complete = [record for record in records if not math.isnan(sum(record.op_end))]
+    for record in complete:
+        record.settle()
     busy = [
         busy_s(plan, list(zip(record.op_start, record.op_end, strict=True))) for record in complete
     ]
@@ -251,6 +284,7 @@ def timeline_of(
     record: Record, plan: Plan, members: Sequence[Member], *, title: str = "soonest"
 ) -> Timeline:
     """A complete record as a timeline that starts with its backward pass."""
+    record.settle()
     zero = record.backward_began
     layers = _layers(record, members)
     groups = list(layers.values())

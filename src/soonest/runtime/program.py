@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from soonest.runtime import collectives
 from soonest.runtime.collectives import EXACT, Piece, Ranks, Running, Wire
 from soonest.runtime.layout import Layout, Member
 from soonest.runtime.parts import Share, firsts_of
-from soonest.runtime.shards import ShardedState, together
+from soonest.runtime.shards import ShardedState
 
 if TYPE_CHECKING:
     from soonest.runtime.sweep import Sweep
@@ -40,6 +40,7 @@ class Program:
         last_of: per member, that one of them which the plan completes last.
         awaiting: per bucket, the members that can be updated as soon as it is combined.
         by_need: the buckets in the order in which the forward pass needs what awaits them.
+        unfinished: sweeps of it.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Program:
         self.plan = plan
         self.layout = layout
         self.updater = updater
+        self.unfinished: set[Sweep] = set()
         self._ranks = ranks
         self.state = state
         self._pieces = [
@@ -70,8 +72,8 @@ class Program:
         members = layout.members
         at = {(member.flat, member.slot.start): member.order for member in members}
         self.buckets_of: list[list[int]] = [[] for _ in members]
-        self._counts: list[tuple[Tensor, list[int]]] = []
-        self._firsts: list[tuple[Tensor, list[int]]] = []
+        self._counts: list[_Marks] = []
+        self._firsts: list[_Marks] = []
         for index, bucket in enumerate(plan.buckets):
             slots = [plan.flats[bucket.flat].slots[slot] for slot in plan.slots_of[index]]
             counted = [slot for slot in slots if bucket.start <= slot.count_at < bucket.stop]
@@ -92,6 +94,11 @@ class Program:
         first = [min((m.order for m in waiting), default=len(members)) for waiting in self.awaiting]
         self.by_need = sorted(range(len(plan.buckets)), key=first.__getitem__)
 
+    def memory(self) -> list[Tensor]:
+        """All tensors that ops and updates use, apart from the optimizer's."""
+        places = [marks.offsets for marks in (*self._counts, *self._firsts)]
+        return [*self.layout.parameters, *self.layout.grads, *places]
+
     def issue(self, sweep: Sweep, op: int) -> Running:
         """Starts one op."""
         kind, bucket = self.plan.ops[op].kind, self.plan.ops[op].bucket
@@ -103,14 +110,14 @@ class Program:
 
     def _count(self, sweep: Sweep, bucket: int) -> None:
         """Puts behind every gradient whether this rank has it."""
-        offsets, members = self._counts[bucket]
+        marks = self._counts[bucket]
+        offsets, members, _ = marks
         if members:
             gradients = self._pieces[bucket].gradients
             gradients.index_fill_(0, offsets, 1.0)
             for which, count in ((sweep.unused, 0.0), (sweep.kept, _KEPT)):
                 if not which.isdisjoint(members):
-                    chosen = [member in which for member in members]
-                    gradients.index_fill_(0, offsets[chosen], count)
+                    _fill(gradients, marks, which, count)
 
     def _sign(self, sweep: Sweep, bucket: int) -> None:
         """Marks gradients that this rank does not have by negative zeros.
@@ -118,12 +125,12 @@ class Program:
         A sum is negative zero only if all that is added is. So the owner of a part sees whether
         any rank had a gradient, though the count behind it may belong to another rank's part.
         """
-        offsets, members = self._firsts[bucket]
+        marks = self._firsts[bucket]
+        offsets, members, _ = marks
         gradients = self._pieces[bucket].gradients
         gradients[offsets] += 0.0  # makes positive what happens to be negative zero
         if not sweep.unused.isdisjoint(members):
-            unused = [member in sweep.unused for member in members]
-            gradients.index_fill_(0, offsets[unused], -0.0)
+            _fill(gradients, marks, sweep.unused, -0.0)
 
     def update(self, sweep: Sweep, bucket: int) -> None:
         """Updates the parameters whose gradients this bucket completes, or this rank's parts."""
@@ -168,7 +175,7 @@ class Program:
     def gather_gradients(self, sweep: Sweep) -> None:
         """Completes gradients of which this rank has only its parts; a collective call."""
         assert self.state is not None
-        with together("reading gradients"):
+        with self.state.together("reading gradients"):
             for piece in self._pieces:
                 whole = Piece(piece.gradients, piece.gradients)
                 collectives.run(SHARED_PARAMETERS, self.state.ranks, whole)
@@ -185,7 +192,7 @@ class Program:
         here = [
             _KEPT if m.order in sweep.kept else float(m.order not in sweep.unused) for m in members
         ]
-        counts = torch.tensor(here)
+        counts = torch.tensor(here, device=self.layout.grads[0].device)
         if together:
             collectives.sum_small(self._ranks.group, counts)
         else:
@@ -208,7 +215,29 @@ def _positive(gradient: Tensor) -> bool:
     return not bool(((first == 0) & torch.signbit(first)).any())
 
 
-def _marks(marks: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, list[int]]:
-    """Places in a bucket, and the members that they belong to."""
-    offsets = torch.tensor([offset for offset, _ in marks], dtype=torch.long, device=device)
-    return offsets, [member for _, member in marks]
+class _Marks(NamedTuple):
+    """Places in a bucket.
+
+    Args:
+        offsets: where, on the device.
+        members: which they belong to.
+        places: where, on the host.
+    """
+
+    offsets: Tensor
+    members: list[int]
+    places: list[int]
+
+
+def _marks(marks: list[tuple[int, int]], device: torch.device) -> _Marks:
+    places = [place for place, _ in marks]
+    offsets = torch.tensor(places, dtype=torch.long, device=device)
+    return _Marks(offsets, [member for _, member in marks], places)
+
+
+def _fill(gradients: Tensor, marks: _Marks, which: set[int], value: float) -> None:
+    """Writes to the places of some members, one by one: a device would have to be asked for a
+    choice of offsets."""
+    for member, place in zip(marks.members, marks.places, strict=True):
+        if member in which:
+            gradients[place].fill_(value)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from soonest.core.plan import SHARED_PARAMETERS, Plan
-from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime import collectives
 from soonest.runtime.collectives import EXACT, Piece, Ranks, Wire
 from soonest.runtime.layout import Layout
 from soonest.runtime.parts import Key, Share, in_memory, shares_of
+from soonest.runtime.peers import Peers
 
+_ADVICE = "; under shard_optimizer=True every rank must do so, at the same point"
 _VALUE = "value"
 """The name of the exact values of a part, where they move along with the optimizer's state."""
 
@@ -26,6 +27,7 @@ class ShardedState:
     Args:
         ranks: over which it is shared out; for nothing else, so that this is in nobody's way.
         plan, layout: of the parts.
+        peers: who they are.
         wire: where parameters are sent rounded, this rank keeps the exact values of its parts,
             and the model has rounded ones from now on, on every rank.
 
@@ -34,12 +36,23 @@ class ShardedState:
         shares: per bucket, this rank's parts.
     """
 
-    def __init__(self, ranks: Ranks, plan: Plan, layout: Layout, wire: Wire = EXACT) -> None:
+    def __init__(
+        self, ranks: Ranks, plan: Plan, layout: Layout, peers: Peers, wire: Wire = EXACT
+    ) -> None:
         self.ranks = ranks
+        self._peers = peers
         self.parts: dict[Key, dict[str, Any]] = {}
         self._wire = wire
         self._bind(plan, layout, self._shares(plan, layout))
         self._round()
+
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """Around a collective call of the user's: says what it needs if other ranks do not come.
+
+        Raises:
+            PeerLostError: they did not.
+        """
+        return self._peers.together(what, _ADVICE)
 
     def _shares(self, plan: Plan, layout: Layout) -> list[list[Share]]:
         return shares_of(plan, layout, self.ranks.group.rank(), self._wire)
@@ -87,7 +100,9 @@ class ShardedState:
         for key, exact in self._exact().items():
             states.setdefault(key, {})[_VALUE] = exact
         if (plan.flats, _cuts(plan)) != (self._plan.flats, _cuts(self._plan)):
-            states = self._moved(states, coming)
+            names = {id(member.parameter): member.name for member in layout.members}
+            renamed = {m.name: names.get(id(m.parameter), "") for m in self._layout.members}
+            states = self._moved(states, coming, renamed)
         for share in (share for shares in coming for share in shares):
             exact = states.get(share.key, {}).pop(_VALUE, None)
             if exact is not None:
@@ -96,16 +111,25 @@ class ShardedState:
         self._bind(plan, layout, coming)
 
     def _moved(
-        self, states: dict[Key, dict[str, Any]], coming: list[list[Share]]
+        self,
+        states: dict[Key, dict[str, Any]],
+        coming: list[list[Share]],
+        renamed: Mapping[str, str],
     ) -> dict[Key, dict[str, Any]]:
-        """States of the parts that this rank has now, as states of those to come; collective."""
+        """States of the parts that this rank has now, as states of those to come; collective.
+
+        Args:
+            states: of this rank's parts.
+            coming: per bucket, this rank's parts.
+            renamed: parameters' names now, and to come.
+        """
         shares: dict[str, list[Share]] = {}
         for share in (share for of_bucket in coming for share in of_bucket):
             shares.setdefault(share.member.name, []).append(share)
         parts: dict[Key, dict[str, Any]] = {}
 
         def take(name: str, key: str, start: int, piece: Tensor) -> None:
-            for share in shares.get(name, ()):
+            for share in shares.get(renamed[name], ()):
                 low, high = max(start, share.start), min(start + piece.numel(), share.stop)
                 if low < high or share.start == share.stop:
                     values = parts.setdefault(share.key, {})
@@ -116,7 +140,7 @@ class ShardedState:
                     ]
 
         for name, scalars in self._gather(states, take).items():
-            for share in shares.get(name, ()):
+            for share in shares.get(renamed[name], ()):
                 found = {key: _copy(value) for key, value in scalars.items()}
                 parts[share.key] = {**found, **parts.get(share.key, {})}
         return parts
@@ -165,10 +189,11 @@ class ShardedState:
             The norm before, as ``torch.nn.utils.clip_grad_norm_`` finds it.
         """
         norms = [torch.linalg.vector_norm(part, norm_type, dtype=torch.float64) for part in parts]
-        mine = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros(())
-        with together("clipping gradients"):
-            every = collectives.gather_numbers(self.ranks.group, float(mine))
-        norm = torch.linalg.vector_norm(torch.tensor(every, dtype=torch.float64), norm_type)
+        norms = norms or [self._layout.grads[0].new_zeros((), dtype=torch.float64)]
+        mine = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        with self.together("clipping gradients"):
+            every = collectives.gather_scalars(self.ranks.group, mine)
+        norm = torch.linalg.vector_norm(every, norm_type)
         dtype = parts[0].dtype if parts else torch.float32
         norm = norm.to(torch.promote_types(dtype, torch.float32))
         if error and not torch.isfinite(norm):
@@ -200,7 +225,7 @@ class ShardedState:
             if share.key in states:
                 mine[share.member.name] = _described(states[share.key], share.twin.shape)
         described: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]] = {}
-        with together("gathering the optimizer's state"):
+        with self.together("gathering the optimizer's state"):
             for theirs in collectives.gather_objects(self.ranks.group, mine):
                 described |= theirs
         for index, bucket in enumerate(self._plan.buckets):
@@ -232,27 +257,9 @@ class ShardedState:
                 at = share.member.slot.start + share.start - bucket.start
                 values[at : at + known.numel()] = known
         piece = Piece(values, values, itemsize=itemsize)
-        with together("gathering the optimizer's state"):
+        with self.together("gathering the optimizer's state"):
             collectives.run(SHARED_PARAMETERS, self.ranks, piece)
         return values
-
-
-@contextmanager
-def together(what: str) -> Iterator[None]:
-    """A collective call of the user's: says what it needs if other ranks do not take part.
-
-    Raises:
-        PeerLostError: they did not.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, SoonestError):
-            raise
-        raise PeerLostError(
-            f"{what} needs every rank under shard_optimizer=True, and not all of them took part: "
-            f"do it on all ranks at the same point ({error})"
-        ) from error
 
 
 def _cuts(plan: Plan) -> Sequence[tuple[int, int, int]]:

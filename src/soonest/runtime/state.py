@@ -13,6 +13,7 @@ from soonest.core.plan import Plan
 from soonest.errors import SoonestError
 from soonest.runtime.collectives import Ranks, Wire
 from soonest.runtime.layout import Layout
+from soonest.runtime.peers import Peers
 from soonest.runtime.shards import ShardedState
 
 
@@ -24,6 +25,7 @@ class OptimizerState:
         cls: its class as the user made it.
         sharing: over which to share it out, if plans shard.
         wire: how parameters are then sent.
+        peers: who the ranks are.
 
     Attributes:
         parts: this rank's, if it is shared out.
@@ -35,10 +37,12 @@ class OptimizerState:
         cls: type[Optimizer],
         sharing: Ranks | None,
         wire: Wire,
+        peers: Peers,
     ) -> None:
         self._optimizer = optimizer
         self._cls = cls
         self._wire = wire
+        self._peers = peers
         self._sharing = sharing
         self._layout: Layout | None = None
         self.parts: ShardedState | None = None
@@ -50,7 +54,7 @@ class OptimizerState:
             self.parts.move(plan, layout)
         elif plan.sharded:
             assert self._sharing is not None
-            self.parts = ShardedState(self._sharing, plan, layout, self._wire)
+            self.parts = ShardedState(self._sharing, plan, layout, self._peers, self._wire)
             self.adopt()
 
     def adopt(self) -> None:

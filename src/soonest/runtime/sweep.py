@@ -6,6 +6,7 @@ the static order and nothing of tensors, threads or networks.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -136,8 +137,51 @@ class Sweep:
                 yield bucket
 
     @property
+    def owes(self) -> bool:
+        """Whether other ranks wait for ops of this one, whatever happens to it here."""
+        sent = self.plan.combining if self.step is None else self.ops
+        return self.closed and self.combined < sent
+
+    @property
     def finished(self) -> bool:
         """Whether nothing is left to do, or nothing that anybody still wants."""
         if self.combined < self.ops:
             return False
         return self.superseded if self.step is None else all(self.updated)
+
+
+class Sweeps:
+    """Those that are not finished, in order.
+
+    What others wait for is kept alive here. Apart from that, updates matter to nobody but those who
+    may read the parameters, and so a sweep lives as long as its program does.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[weakref.ref[Sweep], ...] = ()  # replaced, never changed
+        self._owing: tuple[Sweep, ...] = ()
+
+    def __iter__(self) -> Iterator[Sweep]:
+        return (sweep for known in self._known if (sweep := known()) is not None)
+
+    def add(self, sweep: Sweep) -> None:
+        for earlier in self:
+            earlier.superseded = True
+        self._known = (*self._known, weakref.ref(sweep))
+        sweep.program.unfinished.add(sweep)
+
+    def first(self) -> Sweep | None:
+        """The first that is not finished."""
+        for sweep in self:
+            if not sweep.finished:
+                return sweep
+            sweep.program.unfinished.discard(sweep)
+            self._known = tuple(known for known in self._known if known() not in (None, sweep))
+        return None
+
+    def note_owing(self) -> None:
+        """To be called whenever one may have begun or ceased to owe others something."""
+        self._owing = tuple(sweep for sweep in self if sweep.owes)
+
+    def clear(self) -> None:
+        self._known = self._owing = ()

@@ -26,13 +26,11 @@ class Driver(Protocol):
 
     def flush(self) -> None: ...
 
+    def groups_changed(self) -> None: ...
+
 
 def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> None:
-    """Lets ``optimizer`` call ``driver``.
-
-    Raises:
-        ValueError: something that cannot be seen through has replaced ``optimizer.step``.
-    """
+    """Lets ``optimizer`` call ``driver``; ``check_step`` has said that it can."""
     cls = type(optimizer)
     loading: list[bool] = []
 
@@ -44,6 +42,14 @@ def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> No
             driver.clear_gradients()
         else:
             cls.zero_grad(self, set_to_none=False)
+
+    def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
+        cls.add_param_group(self, param_group)
+        try:
+            driver.groups_changed()
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def get_state(self: Optimizer) -> Any:
         driver.flush()  # updates in flight write to the state
@@ -74,6 +80,7 @@ def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> No
     namespace = {
         "step": hooked,
         "zero_grad": zero_grad,
+        "add_param_group": add_param_group,
         "state": property(get_state, set_state),
         "load_state_dict": load_state_dict,
         "__reduce_ex__": reduce_ex,
@@ -97,15 +104,22 @@ def is_taken_over(optimizer: Optimizer) -> bool:
     return hasattr(type(optimizer), "taken_from")
 
 
-def _reroute(optimizer: Optimizer, old: Any, new: Any) -> None:
-    """A scheduler made earlier has wrapped ``step`` on the instance: let it wrap the new one."""
-    wrapper = optimizer.__dict__.get("step")
-    if wrapper is not None and not _replace_in_closure(wrapper, old, new):
+def check_step(optimizer: Optimizer) -> None:
+    """Raises ValueError if what has replaced ``optimizer.step`` cannot be seen through."""
+    wrapper, step = optimizer.__dict__.get("step"), type(optimizer).step
+    if wrapper is not None and not _replace_in_closure(wrapper, step, step):
         raise ValueError(
             f"optimizer.step of this {type(optimizer).__name__} was replaced by {wrapper!r}, "
             "which does not lead to the optimizer's own step: "
             "call soonest.prioritize before replacing it"
         )
+
+
+def _reroute(optimizer: Optimizer, old: Any, new: Any) -> None:
+    """A scheduler made earlier has wrapped ``step`` on the instance: let it wrap the new one."""
+    wrapper = optimizer.__dict__.get("step")
+    if wrapper is not None:
+        _replace_in_closure(wrapper, old, new)
 
 
 def _replace_in_closure(function: Any, old: Any, new: Any) -> bool:

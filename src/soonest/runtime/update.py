@@ -82,6 +82,7 @@ class Updater:
 
     Attributes:
         owned: those of the members that the optimizer holds.
+        seen_state: the state that a lane has taken note of.
     """
 
     def __init__(
@@ -90,11 +91,32 @@ class Updater:
         self._optimizer = optimizer
         self._cls = cls
         self._step = raw_step(cls)
-        group_of = {
-            id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]
-        }
-        self.owned = [member for member in members if id(member.parameter) in group_of]
+        self.seen_state: dict[Any, dict[str, Any]] | None = None
+        self._members = members
+        self.regroup()
+
+    def regroup(self) -> None:
+        """Takes the optimizer's parameter groups as they are now."""
+        groups = self._optimizer.param_groups
+        self._sizes = [len(group["params"]) for group in groups]
+        group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
+        self.owned = [member for member in self._members if id(member.parameter) in group_of]
         self._group_of = {member.order: group_of[id(member.parameter)] for member in self.owned}
+        known = {id(member.parameter) for member in self.owned}
+        self._others = [p for group in groups for p in group["params"] if id(p) not in known]
+
+    def outdated(self) -> bool:
+        """Whether the groups have changed since, by whatever way."""
+        return self._sizes != [len(group["params"]) for group in self._optimizer.param_groups]
+
+    def trains_others(self) -> bool:
+        """Whether the optimizer has gradients of parameters that are none of the members."""
+        return any(p.requires_grad and p.grad is not None for p in self._others)
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """The optimizer's own, as it is now: updates may be under way."""
+        return self._optimizer.__dict__["state"]
 
     def call(self, gradients: dict[int, Tensor]) -> StepCall:
         """Remembers the optimizer as it is now: schedulers change it right after the step."""
@@ -108,14 +130,13 @@ class Updater:
 
     def apply(self, call: StepCall, members: Sequence[Member]) -> None:
         """Updates these members, as ``optimizer.step()`` would have done when it was called."""
-        state = self._optimizer.__dict__["state"]
         jobs: list[_Job] = []
         for member in members:
             gradient = call.gradients[member.order]
             if gradient is member.grad:
                 gradient = member.raw_grad
             jobs.append(_Job(member.twin, gradient, member.order, member.parameter))
-        self._run(call, jobs, state)
+        self._run(call, jobs, self.state)
 
     def apply_shares(
         self, call: StepCall, shares: Sequence[Share], state: dict[Any, dict[str, Any]]
@@ -184,4 +205,6 @@ def raw_step(cls: type[Optimizer]) -> Any:
 
 def _kept(value: Any) -> Any:
     """A setting as it is now, even if the user changes it in place later."""
+    if type(value) is tuple:  # betas
+        return tuple(_kept(one) for one in value)
     return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,385 @@
+"""What one rank of ``gpu_check.py`` does: each function checks one thing and tells the result."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gpu_parity
+import soonest
+from gpu_models import WORKS, Work
+from gpu_trace import overlap_of
+from soonest.core.network import Network
+from soonest.core.planner import first_plan
+from soonest.core.trace import Trace
+from soonest.lab.messages import tell
+from soonest.runtime import api
+from soonest.runtime.engine import Engine
+from soonest.runtime.handle import Handle
+from soonest.runtime.landing import Landing
+from soonest.runtime.layout import flats_for, trainable
+from soonest.runtime.peers import Peers
+from soonest.runtime.streamlane import StreamLane
+from soonest.runtime.streams import DeviceStreams
+
+GOAL = 1.01
+_ROUNDS = 6
+_TURN_S = 1.0
+_LIKELY = Network.linear(2e-5, 2e10)
+"""About what lets a plan have as many buckets as it would have between machines."""
+
+
+def run(what: str, backend: str, folder: str, *words: str) -> None:
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    dist.init_process_group(backend)
+    try:
+        PARTS[what](device, Path(folder), *words)
+    finally:
+        torch.cuda.synchronize()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def say(ok: bool | None, found: str, **figures: Any) -> None:
+    if dist.get_rank() == 0 or ok is False:
+        tell("found", ok=ok, found=found, figures=figures)
+
+
+def alone(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Handle:
+    """All of soonest on one rank, where it would otherwise do nothing."""
+    flats = flats_for(trainable(model))
+    plan = first_plan(flats, _LIKELY, ranks=1, window=2, methods=("allreduce",))
+    assert dist.group.WORLD is not None
+    lane = StreamLane(DeviceStreams(device), timeout_s=60, peers=Peers(dist.group.WORLD))
+    return api.start(model, optimizer, plan=plan, own_lane=lane)
+
+
+def prioritized(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Handle:
+    if dist.get_world_size() == 1:
+        return alone(model, optimizer, device)
+    return soonest.prioritize(model, optimizer)
+
+
+# Results
+
+
+def parity(device: torch.device, folder: Path) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    torch.set_float32_matmul_precision("highest")
+    exact = dist.get_world_size() <= 2
+    different: dict[str, str] = {}
+    for name, case in gpu_parity.CASES.items():
+        try:
+            theirs = gpu_parity.train(case, device, None)
+            mine = gpu_parity.train(case, device, prioritized)
+        except Exception as error:
+            different[name] = f"{type(error).__name__}: {error}"
+            if dist.get_world_size() > 1:  # the others may be anywhere now
+                say(False, f"{name}: {different[name]}", different=different)
+                raise
+            continue
+        if (what := gpu_parity.difference(mine, theirs, exact=exact)) is not None:
+            different[name] = what
+    cases = len(gpu_parity.CASES)
+    if different:
+        say(False, "; ".join(f"{k}: {v}" for k, v in different.items()), different=different)
+    else:
+        say(True, f"{cases} ways of training, {'bit by bit' if exact else 'within rounding'}")
+
+
+# What the host does
+
+
+def _mlp(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    layers = [layer for _ in range(6) for layer in (nn.Linear(512, 512), nn.ReLU())]
+    x = torch.randn(64, 512, device=device)
+    return nn.Sequential(*layers).to(device), lambda model: model(x).square().mean()
+
+
+def _stepper(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[nn.Module], Tensor]
+) -> Callable[[], None]:
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def quiet(device: torch.device, folder: Path) -> None:
+    """Any operation that lets the host wait for the device is an error here."""
+    for make in (
+        lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
+        lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+        lambda p: torch.optim.AdamW(p, lr=1e-3),
+    ):
+        model, loss_of = _mlp(device)
+        optimizer = make(model.parameters())
+        handle = alone(model, optimizer, device)
+        step = _stepper(model, optimizer, loss_of)
+        for _ in range(5):
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(10):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        handle.detach()
+    say(True, "10 steps each with 3 optimizers, waiting being an error")
+
+
+def races(device: torch.device, folder: Path) -> None:
+    from torch.cuda import _sanitizer
+
+    _sanitizer.enable_cuda_sanitizer()
+    model, loss_of = _mlp(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    handle = alone(model, optimizer, device)
+    step = _stepper(model, optimizer, loss_of)
+    for _ in range(8):
+        step()
+    handle.detach()
+    torch.cuda.synchronize()
+    say(True, "8 steps, every access to memory watched")
+
+
+_TIMED = (
+    (Engine, ("_before", "_after", "_closed", "step", "forward_begins", "forward_ends")),
+    (Landing, ("land",)),
+)
+
+
+def host(device: torch.device, folder: Path) -> None:
+    """How long the host is busy with soonest in a step; the updates are in ``step``."""
+    spent_s: dict[str, float] = {}
+    inside = threading.local()
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if getattr(inside, "busy", False):
+                return function(*args, **kwargs)
+            inside.busy, began_s = True, time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside.busy = False
+                spent_s[name] = spent_s.get(name, 0.0) + time.perf_counter() - began_s
+
+        return call
+
+    for cls, names in _TIMED:
+        for name in names:
+            setattr(cls, name, timed(f"{cls.__name__}.{name}", getattr(cls, name)))
+    words: list[str] = []
+    figures: dict[str, Any] = {}
+    for name in ("resnet50", "gpt2-small"):
+        work = WORKS[name]
+        model = work.make().to(device)
+        loss_of = work.loss_of(1, device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        plain_s = _host_time_of_plain_step(model, optimizer, loss_of)
+        handle = alone(model, optimizer, device)
+        step = _stepper(model, optimizer, loss_of)
+        for _ in range(5):
+            step()
+        spent_s.clear()
+        for _ in range(10):
+            torch.cuda.synchronize()  # so that the host never waits for room in a queue
+            step()
+        per_step_ms = {key: value / 10 * 1e3 for key, value in spent_s.items()}
+        handle.detach()
+        more_ms = sum(per_step_ms.values()) - plain_s * 1e3
+        words.append(f"{name} {more_ms:.2f} ms more than optimizer.step() takes alone")
+        figures[name] = {"ms": per_step_ms, "plain_step_ms": plain_s * 1e3}
+    say(None, ", ".join(words), **figures)
+
+
+def _host_time_of_plain_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[nn.Module], Tensor]
+) -> float:
+    took: list[float] = []
+    for _ in range(8):
+        loss_of(model).backward()
+        torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        optimizer.step()
+        took.append(time.perf_counter() - began_s)
+        optimizer.zero_grad()
+    return statistics.median(took[3:])
+
+
+# Times
+
+
+def overhead(device: torch.device, folder: Path, name: str) -> None:
+    """Three ways of training take turns in one process."""
+    torch.backends.cudnn.benchmark = True
+    work = WORKS[name]
+    batch, step_ms = work.batch, None
+    while step_ms is None:
+        step_ms = _turns_if_they_fit(work, batch, device)
+        if step_ms is None:
+            batch //= 2
+            gc.collect()  # models and engines refer to each other
+            torch.cuda.empty_cache()
+    plain, ddp = (
+        statistics.median(a / b for a, b in zip(step_ms["soonest"], step_ms[arm], strict=True))
+        for arm in ("plain", "ddp")
+    )
+    median = {arm: statistics.median(values) for arm, values in step_ms.items()}
+    say(
+        max(plain, ddp) <= GOAL,
+        f"batch {batch}: {median['soonest']:.2f} ms, {plain:.3f} × plain, {ddp:.3f} × DDP "
+        f"(goal {GOAL})",
+        batch=batch,
+        step_ms=step_ms,
+    )
+
+
+def _turns_if_they_fit(
+    work: Work, batch: int, device: torch.device
+) -> dict[str, list[float]] | None:
+    try:
+        return _turns(work, batch, device)
+    except torch.OutOfMemoryError:
+        if batch == 1:
+            raise
+    return None
+
+
+def _turns(work: Work, batch: int, device: torch.device) -> dict[str, list[float]]:
+    first = work.make()
+    loss_of = work.loss_of(batch, device)
+    steps: dict[str, Callable[[], None]] = {}
+    handle: Handle | None = None
+    for arm in ("plain", "ddp", "soonest"):
+        model: nn.Module = copy.deepcopy(first).to(device)
+        if not work.vocabulary:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if arm == "ddp":
+            model = DistributedDataParallel(
+                model, device_ids=[device.index], gradient_as_bucket_view=True
+            )
+        if arm == "soonest":
+            handle = alone(model, optimizer, device)
+        steps[arm] = _stepper(model, optimizer, loss_of)
+    assert handle is not None
+
+    def turn(arm: str, count: int) -> float:
+        torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        for _ in range(count):
+            steps[arm]()
+        handle.flush()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - began_s) / count * 1e3
+
+    for arm in steps:
+        turn(arm, 5)
+    count = max(3, int(_TURN_S * 1e3 / turn("plain", 3)))
+    found: dict[str, list[float]] = {arm: [] for arm in steps}
+    for number in range(_ROUNDS):
+        for arm in list(steps)[:: 1 if number % 2 else -1]:
+            found[arm].append(turn(arm, count))
+    handle.detach()
+    return found
+
+
+def overlap(device: torch.device, folder: Path) -> None:
+    """A profiler's trace of some steps, and how much of what runs beside computing overlaps it."""
+    work = WORKS["gpt2-small"]
+    model = work.make().to(device)
+    loss_of = work.loss_of(2, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    handle = prioritized(model, optimizer, device)
+    step = _stepper(model, optimizer, loss_of)
+    steps = 0
+    while steps < 12 or (steps < 100 and not handle.settled):
+        step()
+        steps += 1
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(4):
+            step()
+        handle.flush()
+        torch.cuda.synchronize()
+    if dist.get_rank() == 0:
+        file = folder / "gpu-profile.json"
+        profiler.export_chrome_trace(str(file))
+        found = overlap_of(json.loads(file.read_text())["traceEvents"])
+        beside_ms, overlapped_ms = found["beside_us"] / 1e3, found["overlapped_us"] / 1e3
+        say(
+            overlapped_ms > 0 and found["streams"] > 1,
+            f"{overlapped_ms:.2f} of {beside_ms:.2f} ms beside computing overlap it, "
+            f"on {found['streams']} streams in {found['waits']} host waits",
+            **found,
+        )
+    handle.detach()
+
+
+def traces(device: torch.device, folder: Path) -> None:
+    """Per-layer times of well-known models, as ``soonest predict --trace FILE`` reads them."""
+    recorded: dict[str, Any] = {}
+    for name, work in WORKS.items():
+        model = work.make().to(device)
+        batch = work.batch
+        loss_of = work.loss_of(batch, device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        handle = alone(model, optimizer, device)
+        step = _stepper(model, optimizer, loss_of)
+        for _ in range(5):
+            step()
+        assert handle.engine is not None
+        handle.engine.attention.learning = True
+        for _ in range(12):
+            step()
+        found = handle.engine.trace()
+        assert found is not None
+        info = {
+            "device": torch.cuda.get_device_name(device),
+            "batch": batch,
+            "dtype": "bfloat16 (autocast)",
+            "source": "benchmarks/gpu_check.py",
+        }
+        trace = Trace(name, found.layers, found.update_us, info)
+        recorded[name] = trace.to_json()
+        (folder / f"{name}.json").write_text(json.dumps(recorded[name], indent=1) + "\n")
+        handle.detach()
+        del model, optimizer, handle, step
+        torch.cuda.empty_cache()
+    told = ", ".join(
+        f"{name} {sum(la['fwd_us'] + la['bwd_us'] for la in data['layers']) / 1e3:.1f} ms"
+        for name, data in recorded.items()
+    )
+    say(None, told, traces=recorded)
+
+
+PARTS: dict[str, Callable[..., None]] = {
+    part.__name__: part for part in (parity, quiet, races, host, overhead, overlap, traces)
+}

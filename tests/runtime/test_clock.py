@@ -1,0 +1,114 @@
+"""Times of a device: noted without waiting, and asked for later."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from runtime import worlds
+from runtime.fake_ranks import FakeGroup, Meeting, ranks_for
+from runtime.race import FakeStreams
+from runtime.worlds import Loop, Net, Soonest, with_lane
+from soonest.core.network import Network
+from soonest.core.plan import Plan
+from soonest.core.planner import first_plan
+from soonest.runtime import learn
+from soonest.runtime.clock import DeviceClock, Moment
+from soonest.runtime.collectives import EXACT
+from soonest.runtime.engine import Engine
+from soonest.runtime.layout import Layout
+from soonest.runtime.profile import NEVER, Record
+from soonest.runtime.streamlane import StreamLane
+
+
+def test_a_record_gets_the_times_of_its_device() -> None:
+    streams = FakeStreams()
+    record = Record(2, 1, 1, clock=DeviceClock(streams))
+    record.backward_began = record.now()
+    record.ready[1] = record.now()
+    record.op_started(0)
+    record.op_ended(0)
+    assert isinstance(record.ready[1], Moment)
+    record.settle()
+    # A fake device takes a microsecond from one event to the next.
+    assert [record.backward_began, record.ready[1], record.op_start[0], record.op_end[0]] == (
+        pytest.approx([0, 1e-6, 2e-6, 3e-6])
+    )
+    assert math.isnan(record.ready[0])
+    assert math.isnan(record.forward_ended)
+    assert not isinstance(record.ready[1], Moment)
+
+
+def test_a_step_that_is_not_watched_closely_asks_the_device_for_nothing() -> None:
+    record = Record(1, closely=False, clock=DeviceClock(FakeStreams()))
+    assert not isinstance(record.now(), Moment)
+    record.settle()
+    assert record.ready == [NEVER] or math.isnan(record.ready[0])
+
+
+def test_a_model_is_measured_on_its_device() -> None:
+    def before_close(trainer: Soonest) -> None:
+        trainer.engine.attention.learning = True
+        for _ in range(4):
+            trainer.model(torch.ones(2, 4)).sum().backward()
+            trainer.optimizer.step()
+        trace, timeline = trainer.engine.trace(), trainer.engine.timeline()
+        assert trace is not None
+        assert {layer.name for layer in trace.layers} == {"first", "middle", "spare", "last"}
+        # Two events to the microsecond, at most a few dozen between two layers.
+        assert all(0 < layer.fwd_us < 200 for layer in trace.layers)
+        assert all(0 <= layer.bwd_us < 200 for layer in trace.layers)
+        assert timeline is not None
+        assert {span.track for span in timeline.spans} >= {"compute", "network", "update"}
+
+    with_lane(Loop(steps=1), "stream", before_close=before_close)
+
+
+def test_nothing_is_learned_from_the_first_steps_of_a_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(learn.collectives, "first_rank_object", lambda group, mine: mine)
+    monkeypatch.setattr(learn, "agree_on_plan", lambda group, plan: None)
+    monkeypatch.setenv("SOONEST_CACHE", "")
+    streams = FakeStreams()
+    model = Net()
+    layout, network = Layout(model), Network.linear(1e-4, 1e8)
+    methods = ("allreduce",)
+    plan = first_plan(layout.flats, network, ranks=1, window=2, methods=methods)
+    learner = learn.Learner(network, window=2, methods=methods, ranks=1, job={})
+    learner.start_with(layout)
+    optimizer = worlds.sgd(model)
+    plans: list[Plan] = []
+    records: list[Any] = []
+    first = learner._first
+    monkeypatch.setattr(
+        learner, "_first", lambda engine: (records.append(engine.record), first(engine))
+    )
+    engine = Engine(
+        model,
+        optimizer,
+        separable=True,
+        layout=layout,
+        plan=plan,
+        ranks=ranks_for(FakeGroup(Meeting(1), 0, streams)),
+        lane=StreamLane(streams, timeout_s=30, peers=worlds.PEERS),
+        sharing=None,
+        wire=EXACT,
+        peers=worlds.PEERS,
+        after_step=learner,
+    )
+    engine.settled = False
+    while not engine.settled and len(plans) < 100:
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        plans.append(engine.program.plan)
+    assert engine.settled
+    assert plans[learn._WARM_UP - 1] is plan
+    assert plans[learn._WARM_UP] is not plan
+    (learned_from,) = records
+    assert learned_from.closely
+    assert " ms a step" in engine.history[-1]
+    engine.detach()

@@ -1,0 +1,124 @@
+"""What is under way on a device: forgotten when it has ended, and told of when it does not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from soonest.errors import PeerLostError, SoonestError
+from soonest.runtime import enqueued
+from soonest.runtime.enqueued import Enqueued
+
+
+class Time:
+    """Moves only when it is told to, or slept for."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+class Peers:
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, bool]] = []
+        self.told: list[str] = []
+        self.given_up: str | None = None
+
+    def blame(self, what: str, failed: bool) -> str | None:
+        self.asked.append((what, failed))
+        return "rank 3 did not take part" if failed else self.given_up
+
+    def tell(self, fault: str) -> None:
+        self.told.append(fault)
+
+
+class Event:
+    def __init__(self, at_s: float, time: Time) -> None:
+        self._at_s, self._time = at_s, time
+
+    def query(self) -> bool:
+        return self._time.now_s >= self._at_s
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Any:
+    time, peers = Time(), Peers()
+    monkeypatch.setattr(enqueued, "time", time)
+    given: Any = peers
+    found = Enqueued(timeout_s=60, peers=given, broken=lambda: None)
+    return SimpleNamespace(time=time, peers=peers, enqueued=found)
+
+
+def add(world: Any, name: str, at_s: float) -> None:
+    world.enqueued.add(Event(at_s, world.time), lambda: name)
+
+
+def test_what_ends_is_forgotten(world: Any) -> None:
+    add(world, "first", 101)
+    add(world, "second", 102)
+    world.enqueued.look()
+    world.time.now_s = 100 + 55
+    world.enqueued.look()
+    world.time.now_s = 100 + 1000
+    world.enqueued.look()
+    assert world.peers.asked == []
+
+
+def test_nothing_is_asked_as_long_as_something_ends_each_second(world: Any) -> None:
+    for second in range(200):
+        add(world, f"op {second}", 100 + second)
+    for second in range(200):
+        world.time.now_s = 100 + second + 0.5
+        world.enqueued.look()
+    assert world.peers.asked == []
+
+
+def test_others_are_asked_once_a_second_about_what_takes_long(world: Any) -> None:
+    add(world, "bucket 7", 10_000)
+    for _ in range(20):
+        world.time.now_s += 0.25
+        world.enqueued.look()
+    assert len(world.peers.asked) == 4
+    assert set(world.peers.asked) == {("bucket 7", False)}
+    world.peers.given_up = "rank 2 failed"
+    world.time.now_s += 1.5
+    with pytest.raises(PeerLostError, match=r"bucket 7 will not be combined.*: rank 2 failed"):
+        world.enqueued.look()
+    assert world.peers.told == []  # the others know
+
+
+def test_after_the_timeout_it_is_an_error_for_good(world: Any) -> None:
+    add(world, "bucket 7", 10_000)
+    world.time.now_s += 61
+    for _ in range(2):
+        with pytest.raises(PeerLostError, match=r"bucket 7 .* for 61 s: rank 3 did not take part"):
+            world.enqueued.look()
+    assert world.peers.asked == [("bucket 7", True)]
+
+
+def test_what_is_wrong_here_is_told_to_the_others(world: Any) -> None:
+    known = world.enqueued.fail(KeyError("boom"))
+    assert str(known) == "an update failed: KeyError('boom')"
+    assert world.peers.told == [str(known)]
+    with pytest.raises(SoonestError, match="boom"):
+        world.enqueued.look()
+
+
+def test_it_can_be_waited_for(world: Any) -> None:
+    add(world, "op", 100.5)
+    world.enqueued.drain()
+    assert 100.5 <= world.time.now_s < 101
+
+
+def test_waiting_for_it_does_not_hang(world: Any) -> None:
+    add(world, "op", 10_000)
+    with pytest.raises(PeerLostError, match="op has not been combined"):
+        world.enqueued.drain()
+    assert world.time.now_s < 170

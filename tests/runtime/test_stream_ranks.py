@@ -1,0 +1,92 @@
+"""All of soonest with the lane for devices, over a real process group.
+
+The streams are the host's own order, and gloo lets the host wait: as with gloo on a device.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from parity.cases import CASES, compare
+from ranks import run_ranks
+from soonest.runtime import api, groups
+from soonest.runtime.streamlane import StreamLane
+
+
+@dataclass
+class HostEvent:
+    at_s: float = field(default_factory=time.perf_counter)
+
+    def query(self) -> bool:
+        return True
+
+
+class HostStreams:
+    """A device that has done everything at once."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def make(self) -> int:
+        self.made += 1
+        return self.made
+
+    def current(self) -> int:
+        return 0
+
+    def use(self, stream: Any) -> Any:
+        return nullcontext()
+
+    def record(self, stream: Any, *, timed: bool = False) -> HostEvent:
+        return HostEvent()
+
+    def wait(self, stream: Any, event: Any) -> None: ...
+
+    def seconds(self, first: Any, last: Any) -> float:
+        return last.at_s - first.at_s
+
+    def keep(self, tensor: Tensor, stream: Any) -> None: ...
+
+    def capturing(self) -> bool:
+        return False
+
+
+NAMES = (
+    "cnn with BatchNorm", "tied transformer", "branch by rank, AdamW", "several backward passes",
+    "accumulation with no_sync", "zero_grad to zero, after the step", "foreign optimizer",
+    "clipping, sharded", "branch by rank, momentum, sharded", "several dtypes, sharded",
+)  # fmt: skip
+
+
+def on_streams(names: list[str]) -> tuple[dict[str, list[str]], int]:
+    """Per case, where it differs from DistributedDataParallel; and how many lanes there were."""
+    lanes: list[StreamLane] = []
+    ranks_of = groups.ranks_of
+
+    def lane_for(group: Any, device: Any, peers: Any) -> StreamLane:
+        lanes.append(StreamLane(HostStreams(), timeout_s=60, peers=peers))
+        return lanes[-1]
+
+    api.lane_for = lane_for
+    groups.ranks_of = lambda group, **_: ranks_of(group, native=True)
+    return compare(names), len(lanes)
+
+
+@pytest.fixture(scope="module")
+def compared() -> list[tuple[dict[str, list[str]], int]]:
+    return run_ranks(on_streams, 2, list(NAMES))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_are_bitwise_equal(
+    name: str, compared: list[tuple[dict[str, list[str]], int]]
+) -> None:
+    assert set(NAMES) <= set(CASES)
+    assert [differences[name] for differences, _ in compared] == [[], []]
+    assert [lanes for _, lanes in compared] == [len(NAMES)] * 2
