@@ -55,7 +55,7 @@ class Member:
 
     def note_memory(self) -> None:
         """Takes note of where the parameter is now."""
-        self.address, self.grad_address = self.twin.data_ptr(), self.raw_grad.data_ptr()
+        self.address = self.twin.data_ptr()
         self.storage = self.twin.untyped_storage()._cdata
         self.references = _references(self.storage)
 
@@ -112,6 +112,7 @@ class Layout:
         )
         for member in self.members:
             member.note_memory()
+            member.grad_address = member.raw_grad.data_ptr()
 
     def in_order(self, order: Sequence[str]) -> Layout:
         """The same parameters in new buffers, in another order of first use.
