@@ -253,6 +253,8 @@ def _own_storage(part: Tensor) -> Tensor:
     So to save, pickle or share a parameter takes that parameter, and not its whole buffer; and it
     shows whether other tensors refer to the same memory.
     """
+    if not part.numel():
+        return part.clone()
     return torch.from_numpy(part.view(torch.uint8).numpy()).view(part.dtype)
 
 
