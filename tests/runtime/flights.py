@@ -133,6 +133,10 @@ class Flights:
                     write(model, its_own)
             self.flush()
         same = torch.equal(flat(self.model.parameters()), flat(alone.parameters()))
+        self.step()  # on other data on each rank
+        self.flush()
+        one, other = reads.gathered(flat(self.model.parameters())).chunk(2)
+        same = same and torch.equal(one, other)
         with torch.no_grad():  # so that it neither grows nor dies
             for parameter, first in zip(
                 self.model.parameters(), reads.build().parameters(), strict=True

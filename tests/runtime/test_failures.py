@@ -461,7 +461,7 @@ FAULTS = {
     "sparse gradient": ("ValueError", "the gradient of 'embed.weight' is sparse"),
     "failing update": ("SoonestError", "an update failed: TypeError("),
     "failing step": ("TypeError", "bad operand type for unary -"),
-    "other dtype": ("SoonestError", " is float64 (8"),
+    "other dtype": ("SoonestError", " is float64 (64, 8) on cpu now, but was float32"),
 }
 
 

@@ -29,10 +29,16 @@ class AccumulationHooks:
         before: Callable[..., None] | None = None,
     ) -> None:
         # The parameter itself does not keep the node, and with it the hooks, alive.
+        self._parameter = parameter
         self._node = _accumulator(parameter)
         self._handles = [self._node.register_hook(after)]
         if before is not None:
             self._handles.append(self._node.register_prehook(before))
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether another node adds them now: torch makes one when the dtype has changed."""
+        return _accumulator(self._parameter) is not self._node
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -162,13 +162,29 @@ class Engine:
         self.divide_by(self.ranks.group.size())
         for member in layout.members:
             member.sweep = None
-            # Not the member itself, which may lead here.
-            before, after = weakly(self._before, member.order), weakly(self._after, member.order)
-            self._hooks.append(AccumulationHooks(member.parameter, before=before, after=after))
+            self._hooks.append(self._hooks_of(member))
         if self._newcomers is not None:
             for parameter in self._newcomers.look(layout.members):
                 self._hooks.append(AccumulationHooks(parameter, after=weakly(self._newcomer)))
         self._landing.watch()
+
+    def _hooks_of(self, member: Member) -> AccumulationHooks:
+        # Not the member itself, which may lead here.
+        before, after = weakly(self._before, member.order), weakly(self._after, member.order)
+        return AccumulationHooks(member.parameter, before=before, after=after)
+
+    def _take_back(self) -> None:
+        """Parameters that the user has given other memory come back into the buffers."""
+        with guard.DisableGuard():
+            for member in self.layout.members:
+                if member.parameter.data_ptr() != member.address:
+                    try:
+                        self.layout.take_back(member)
+                    except SoonestError as error:
+                        raise self._at_fault(error) from None
+                    if self._hooks[member.order].is_outdated:
+                        self._hooks[member.order].remove()
+                        self._hooks[member.order] = self._hooks_of(member)
 
     @property
     def passes(self) -> int:
@@ -215,6 +231,7 @@ class Engine:
 
     def forward_begins(self, *inputs: Any) -> None:
         self._ends_with_all = False
+        self._take_back()
         if self._buffers is not None:
             self._buffers.land()
         if self._unobserved:  # what was read before it does not show the order of use
@@ -485,6 +502,7 @@ class Engine:
         if sweep is None or sweep.step is not None:  # no backward pass was combined since
             sweep = Sweep(self._sweeps_begun, self.program, self._new_record(), local=True)
             self.lane.begin(sweep)
+        self._take_back()
         call = self._updater.call(self._gradients())
         aliased = self._aliases.of(self.layout.members[order] for order in call.gradients)
         for order, gradient in call.gradients.items():
@@ -511,8 +529,6 @@ class Engine:
         with guard.DisableGuard():
             for member in self._updater.owned:
                 gradient = member.parameter.grad
-                if member.parameter.data_ptr() != member.address:
-                    self.layout.take_back(member)
                 if gradient is member.grad and member.grad.data_ptr() != member.grad_address:
                     self.layout.take_back_gradient(member)
                 if gradient is None and member.order in self._landing.unknown:

@@ -180,6 +180,8 @@ class ThreadLane:
                 self.check()
                 if not (here and self._update()):
                     self._wait_for_news_until(self._all_settled, here=here)
+        if self._error is not None:  # then there is nothing left to wait for
+            self.check()
 
     @contextmanager
     def _updates_here(self) -> Iterator[bool]:

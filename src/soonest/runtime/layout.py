@@ -55,7 +55,7 @@ class Member:
 
     def note_memory(self) -> None:
         """Takes note of where the parameter is now."""
-        self.address, self.grad_address = self.twin.data_ptr(), self.raw_grad.data_ptr()
+        self.address = self.twin.data_ptr()
         self.storage = self.twin.untyped_storage()._cdata
         self.references = _references(self.storage)
 
@@ -112,6 +112,7 @@ class Layout:
         )
         for member in self.members:
             member.note_memory()
+            member.grad_address = member.raw_grad.data_ptr()
 
     def in_order(self, order: Sequence[str]) -> Layout:
         """The same parameters in new buffers, in another order of first use.
@@ -253,7 +254,7 @@ def _own_storage(part: Tensor) -> Tensor:
     shows whether other tensors refer to the same memory.
     """
     if not part.numel():
-        return part.new_empty(0)
+        return part.clone()
     data = part.view(torch.uint8)
     own = torch.from_numpy(data.numpy()) if data.is_cpu else torch.from_dlpack(data)
     return own.view(part.dtype)
