@@ -135,9 +135,10 @@ def train(args: argparse.Namespace) -> int:
             trainer.finetune(_listed(args.weights or ",".join(own)))
             say("Starting Optimization")
             effects = {"sigint": args.sigint_effect, "sighup": args.sighup_effect}
-            with contextlib.closing(trainer), signals.caught(requests, **effects):
+            # To the very end: under torchrun a terminal's SIGINT reaches each rank twice.
+            with signals.caught(requests, **effects), contextlib.closing(trainer):
                 trainer.solve()
-            say("Optimization Done.")
+                say("Optimization Done.")
     except ValueError as error:
         raise WrongRequestError(str(error)) from None
     return 0
