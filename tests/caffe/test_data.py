@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 
 from soonest.caffe import wire
 from soonest.caffe.blobs import to_blob
+from soonest.caffe.data.ahead import Ahead
 from soonest.caffe.data.records import RecordLayer
 from soonest.caffe.data.transform import Transform
 from soonest.caffe.message import Message
@@ -204,3 +208,29 @@ def test_a_layer_opens_its_stream_anew_in_every_net(tmp_path: Path):
     first, second = net(source), net(source, "TEST")
     assert labels(first, 1) == labels(second, 1) == [[0, 1]]
     assert isinstance(first.steps[0].layer, RecordLayer)
+
+
+def test_batches_are_made_ahead_in_their_order():
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in itertools.count():
+            taken.append(number)
+            yield number
+
+    ahead = Ahead(items(), 3)
+    assert next(ahead) == 0
+    until_s = time.monotonic() + 60
+    while len(taken) < 4 and time.monotonic() < until_s:
+        time.sleep(0.01)
+    assert taken == [0, 1, 2, 3]
+    assert [next(ahead) for _ in range(5)] == [1, 2, 3, 4, 5]
+
+
+def test_a_damaged_record_is_told_of_in_its_turn(tmp_path: Path):
+    records = [data(x, n, data=x.tobytes()) for n, x in enumerate(IMAGES)]
+    lmdb_of(tmp_path / "db", [*records[:5], b"\xff\xff", *records[5:]])
+    made = net(data_layer(tmp_path / "db", 2))
+    assert labels(made, 2) == [[0, 1], [2, 3]]
+    with pytest.raises(ValueError, match=r"layer 'd' .*a record of"):
+        made()

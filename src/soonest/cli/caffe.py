@@ -135,7 +135,7 @@ def train(args: argparse.Namespace) -> int:
             trainer.finetune(_listed(args.weights or ",".join(own)))
             say("Starting Optimization")
             effects = {"sigint": args.sigint_effect, "sighup": args.sighup_effect}
-            # To the very end: under torchrun a terminal's SIGINT reaches each rank twice.
+            # To the very end: a second Ctrl-C must not cut off what is being saved.
             with signals.caught(requests, **effects), contextlib.closing(trainer):
                 trainer.solve()
                 say("Optimization Done.")
