@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import runpy
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +136,32 @@ def test_records_of_numbers_and_of_compressed_images(tmp_path: Path):
     made = net(data_layer(tmp_path / "png", 2))
     assert np.array_equal(made().outputs["x"][1], IMAGES[0])
     assert made.shapes == {"x": (2, 3, 6, 5), "y": (2,)}
+
+
+MAKE_LMDB = Path(__file__).parents[2] / "examples" / "caffe" / "make_lmdb.py"
+
+
+@pytest.mark.parametrize("margin", [0, 2])
+def test_the_example_makes_data_bases_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, margin: int
+):
+    pytest.importorskip("lmdb")
+    images, numbers = IMAGES[:, 0, :5], np.arange(len(IMAGES), dtype=np.uint8)
+    for name, array in (("images", images), ("labels", numbers)):
+        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    rows = [f"{n},{','.join(map(str, x.flatten()))}" for n, x in zip(numbers, images, strict=True)]
+    (tmp_path / "rows.csv").write_text("\n".join(["label,pixels", *rows]))
+    monkeypatch.chdir(tmp_path)
+    for target, sources in {"one": ["images.gz", "labels.gz"], "two": ["rows.csv"]}.items():
+        monkeypatch.setattr(sys, "argv", ["", "--margin", str(margin), *sources, target])
+        runpy.run_path(str(MAKE_LMDB), run_name="__main__")
+        made = net(data_layer(Path(target), len(IMAGES)))().outputs
+        found = made["x"].numpy()[np.argsort(made["y"].numpy()), 0]
+        inner = found[:, margin : margin + 5, margin : margin + 5]
+        assert np.array_equal(inner, images)
+        assert found.shape[1:] == (5 + 2 * margin, 5 + 2 * margin)
+        assert found.sum() == images.sum()
 
 
 def test_data_bases_that_cannot_be_read_are_refused(tmp_path: Path):
