@@ -254,12 +254,15 @@ def test_batches_are_made_ahead_in_their_order():
         time.sleep(0.01)
     assert taken == [0, 1, 2, 3]
     assert [next(ahead) for _ in range(5)] == [1, 2, 3, 4, 5]
+    ahead.close()
 
 
 def test_a_damaged_record_is_told_of_in_its_turn(tmp_path: Path):
     records = [data(x, n, data=x.tobytes()) for n, x in enumerate(IMAGES)]
     lmdb_of(tmp_path / "db", [*records[:5], b"\xff\xff", *records[5:]])
     made = net(data_layer(tmp_path / "db", 2))
+    assert labels(made, 2) == [[0, 1], [2, 3]]
+    made.close()
     assert labels(made, 2) == [[0, 1], [2, 3]]
     with pytest.raises(ValueError, match=r"layer 'd' .*a record of"):
         made()

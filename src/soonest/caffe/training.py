@@ -240,7 +240,9 @@ class Trainer:
                 self._say(line)
 
     def close(self) -> None:
-        """Ends what goes on between ranks; the net keeps its weights."""
+        """Ends what goes on between ranks and ahead; the net keeps its weights."""
+        for net in (self.net, *self.tests):
+            net.close()
         self._requests.close()
         if self.handle is not None:
             self.handle.detach()

@@ -153,7 +153,8 @@ def test(args: argparse.Namespace) -> int:
         from soonest.caffe.log import to_stderr
         from soonest.caffe.scoring import score
 
-        score(_net(args, "TEST"), args.iterations, say=to_stderr)
+        with contextlib.closing(_net(args, "TEST")) as net:
+            score(net, args.iterations, say=to_stderr)
     except ValueError as error:
         raise WrongRequestError(str(error)) from None
     return 0
@@ -166,7 +167,8 @@ def time(args: argparse.Namespace) -> int:
         from soonest.caffe.log import to_stderr
         from soonest.caffe.timing import measure
 
-        measure(_net(args, args.phase), args.iterations, say=to_stderr)
+        with contextlib.closing(_net(args, args.phase)) as net:
+            measure(net, args.iterations, say=to_stderr)
     except ValueError as error:
         raise WrongRequestError(str(error)) from None
     return 0

@@ -29,3 +29,7 @@ class Ahead(Generic[T]):
         while len(self._coming) <= self._most:
             self._coming.append(self._thread.submit(next, self._items))
         return self._coming.popleft().result()
+
+    def close(self) -> None:
+        """Drops what is not begun; else the process would make it all before it ends."""
+        self._thread.shutdown(wait=False, cancel_futures=True)

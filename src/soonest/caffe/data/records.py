@@ -81,6 +81,12 @@ class RecordLayer(Layer):
             self._batches = Ahead(self._made(), self.spec.data_param.prefetch)
         return [torch.from_numpy(np.ascontiguousarray(array)) for array in next(self._batches)]
 
+    def close(self) -> None:
+        """Stops reading ahead; the next pass reads from the first record again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
     def _made(self) -> Iterator[list[Any]]:
         mine = itertools.islice(self.records(), self._rank, None, self._ranks)
         while True:
