@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from soonest.caffe import state, weights
+from soonest.caffe import definition, state, weights
+from soonest.caffe.message import Message
+from soonest.caffe.net import Net
+from soonest.caffe.training import Trainer
 
 WEIGHTS = HISTORY = 1e-5
 """How far trained weights may be apart, and histories as a part of their peak."""
@@ -40,8 +45,79 @@ def index(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / name).read_text(encoding="utf-8")) if FOUND else {}
 
 
-def compare(folder: Path, stem: str, prefix: Path, iteration: int, ending: str) -> None:
-    """Compares a snapshot with what Caffe came to.
+def layer_arrays(name: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Runs a case of one layer and yields each array's key, what we found and what Caffe did."""
+    case = index("layers/index.json")["cases"][name]
+    folder = FOLDER / "layers"
+    made = Net(definition.read_net(folder / case["prototxt"]), case["phase"])
+    stored = np.load(folder / case["npz"])
+    layers = {step.layer.spec.name: step.layer for step in made.steps}
+    fed: dict[str, torch.Tensor] = {}
+    for key in stored.files:
+        kind, blob, *number = key.split("/")
+        value = torch.from_numpy(stored[key])
+        if kind == "param":
+            with torch.no_grad():
+                layers[blob].blobs()[int(number[0])].copy_(value)
+        elif kind == "in":
+            fed[blob] = value.requires_grad_(f"indiff/{blob}" in stored.files)
+    for _ in range(case["forward_passes"]):
+        result = made(fed, keep=True)
+    sent = {key[8:]: stored[key] for key in stored.files if key.startswith("topdiff/")}
+    if case["backward"]:
+        torch.autograd.backward(
+            [result.blobs[blob] for blob in sent],
+            [
+                torch.from_numpy(value).reshape(result.blobs[blob].shape)
+                for blob, value in sent.items()
+            ],
+        )
+    for key in stored.files:
+        kind, blob, *number = key.split("/")
+        own = layers[blob].blobs()[int(number[0])] if number else None
+        if kind in ("top", "indiff"):
+            found = result.blobs[blob] if kind == "top" else fed[blob].grad
+        else:
+            found = own.grad if kind == "paramdiff" and own is not None else own
+        if kind in ("top", "indiff", "param_after", "paramdiff"):
+            assert found is not None
+            assert found.numel() == stored[key].size
+            yield key, found.detach().numpy().reshape(stored[key].shape), stored[key]
+
+
+class Run:
+    """One training of a case, with what it said and every loss.
+
+    Args:
+        solver: its ``SolverParameter``.
+        prefix: of the files that it saves.
+        start: weights, or a state to go on from.
+        resume: which of these it is.
+    """
+
+    def __init__(self, solver: Message, prefix: Path, start: str, *, resume: bool) -> None:
+        self.lines: list[str] = []
+        self.losses: list[float] = []
+        solver.snapshot_prefix = str(prefix)
+        trainer = Trainer(solver, say=self.lines.append)
+        update = trainer.optimizer.step
+
+        def step(*arguments: Any) -> Any:
+            self.losses.append(trainer.loss)
+            return update(*arguments)
+
+        trainer.optimizer.step = step  # type: ignore[method-assign]
+        if resume:
+            trainer.resume(start)
+        else:
+            trainer.finetune([start])
+        trainer.solve()
+
+
+def trained_apart(
+    folder: Path, stem: str, prefix: Path, iteration: int, ending: str
+) -> tuple[float, float]:
+    """How far a snapshot is from what Caffe came to: weights, and histories over their peak.
 
     Args:
         folder: of the case.
@@ -52,12 +128,21 @@ def compare(folder: Path, stem: str, prefix: Path, iteration: int, ending: str) 
     """
     found = weights.read(f"{prefix}_iter_{iteration}.caffemodel{ending}")
     wanted = weights.read(folder / "expected" / f"{stem}.caffemodel{ending}")
-    for layer, blobs in wanted.items():
-        for number, array in blobs.items():
-            assert np.abs(found[layer][number] - array).max() <= WEIGHTS
+    weights_apart = max(
+        float(np.abs(found[layer][number] - array).max())
+        for layer, blobs in wanted.items()
+        for number, array in blobs.items()
+    )
     mine = state.read(f"{prefix}_iter_{iteration}.solverstate{ending}")
     theirs = state.read(folder / "expected" / f"{stem}.solverstate{ending}")
     assert (mine.iteration, mine.current_step) == (theirs.iteration, theirs.current_step)
-    peak = max(np.abs(array).max() for array in theirs.history)
-    for a, b in zip(mine.history, theirs.history, strict=True):
-        assert np.abs(a - b).max() <= HISTORY * max(1e-3, peak)
+    peak = max(1e-3, *(float(np.abs(array).max()) for array in theirs.history))
+    pairs = zip(mine.history, theirs.history, strict=True)
+    return weights_apart, max(float(np.abs(a - b).max()) for a, b in pairs) / peak
+
+
+def compare(folder: Path, stem: str, prefix: Path, iteration: int, ending: str) -> None:
+    """Compares a snapshot with what Caffe came to; see ``trained_apart``."""
+    weights_apart, history_apart = trained_apart(folder, stem, prefix, iteration, ending)
+    assert weights_apart <= WEIGHTS
+    assert history_apart <= HISTORY

@@ -1,17 +1,18 @@
 """Makes a data base for Caffe's Data layer from labelled images.
 
     python make_lmdb.py mnist_train.csv mnist_train_lmdb
-    python make_lmdb.py train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz fashion_train_lmdb
+    python make_lmdb.py train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz train_lmdb
+    python make_lmdb.py --margin 2 train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz train_lmdb
 
 A line of CSV is a label and the pixels of a square grey image; the others are the files of MNIST
-and Fashion-MNIST as they are published.
+and Fashion-MNIST as they are published. A margin of 2 makes 32 x 32 pixels of 28 x 28.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import math
-import sys
 from pathlib import Path
 
 import lmdb
@@ -51,10 +52,17 @@ def write(images: np.ndarray, labels: np.ndarray, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    *sources, target = sys.argv[1:]
-    if len(sources) == 1:
-        write(*read_csv(sources[0]), target)
-    elif len(sources) == 2:
-        write(read_idx(sources[0]), read_idx(sources[1]), target)
-    else:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sources", nargs="+", help="a CSV file, or images and their labels")
+    parser.add_argument("folder", help="of the data base, which is made")
+    parser.add_argument("--margin", type=int, default=0, help="black pixels on each side")
+    args = parser.parse_args()
+    if len(args.sources) > 2:
+        parser.error("give one CSV file, or one file of images and one of labels")
+    images, labels = (
+        read_csv(args.sources[0]) if len(args.sources) == 1 else map(read_idx, args.sources)
+    )
+    margins = ((0, 0), (args.margin, args.margin), (args.margin, args.margin))
+    write(np.pad(images, margins), labels, args.folder)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
+import runpy
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,7 @@ import pytest
 
 from soonest.caffe import wire
 from soonest.caffe.blobs import to_blob
+from soonest.caffe.data.ahead import Ahead
 from soonest.caffe.data.records import RecordLayer
 from soonest.caffe.data.transform import Transform
 from soonest.caffe.message import Message
@@ -131,6 +138,32 @@ def test_records_of_numbers_and_of_compressed_images(tmp_path: Path):
     assert made.shapes == {"x": (2, 3, 6, 5), "y": (2,)}
 
 
+MAKE_LMDB = Path(__file__).parents[2] / "examples" / "caffe" / "make_lmdb.py"
+
+
+@pytest.mark.parametrize("margin", [0, 2])
+def test_the_example_makes_data_bases_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, margin: int
+):
+    pytest.importorskip("lmdb")
+    images, numbers = IMAGES[:, 0, :5], np.arange(len(IMAGES), dtype=np.uint8)
+    for name, array in (("images", images), ("labels", numbers)):
+        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    rows = [f"{n},{','.join(map(str, x.flatten()))}" for n, x in zip(numbers, images, strict=True)]
+    (tmp_path / "rows.csv").write_text("\n".join(["label,pixels", *rows]))
+    monkeypatch.chdir(tmp_path)
+    for target, sources in {"one": ["images.gz", "labels.gz"], "two": ["rows.csv"]}.items():
+        monkeypatch.setattr(sys, "argv", ["", "--margin", str(margin), *sources, target])
+        runpy.run_path(str(MAKE_LMDB), run_name="__main__")
+        made = net(data_layer(Path(target), len(IMAGES)))().outputs
+        found = made["x"].numpy()[np.argsort(made["y"].numpy()), 0]
+        inner = found[:, margin : margin + 5, margin : margin + 5]
+        assert np.array_equal(inner, images)
+        assert found.shape[1:] == (5 + 2 * margin, 5 + 2 * margin)
+        assert found.sum() == images.sum()
+
+
 def test_data_bases_that_cannot_be_read_are_refused(tmp_path: Path):
     pytest.importorskip("lmdb")
     (tmp_path / "text").write_text("no data base")
@@ -204,3 +237,32 @@ def test_a_layer_opens_its_stream_anew_in_every_net(tmp_path: Path):
     first, second = net(source), net(source, "TEST")
     assert labels(first, 1) == labels(second, 1) == [[0, 1]]
     assert isinstance(first.steps[0].layer, RecordLayer)
+
+
+def test_batches_are_made_ahead_in_their_order():
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in itertools.count():
+            taken.append(number)
+            yield number
+
+    ahead = Ahead(items(), 3)
+    assert next(ahead) == 0
+    until_s = time.monotonic() + 60
+    while len(taken) < 4 and time.monotonic() < until_s:
+        time.sleep(0.01)
+    assert taken == [0, 1, 2, 3]
+    assert [next(ahead) for _ in range(5)] == [1, 2, 3, 4, 5]
+    ahead.close()
+
+
+def test_a_damaged_record_is_told_of_in_its_turn(tmp_path: Path):
+    records = [data(x, n, data=x.tobytes()) for n, x in enumerate(IMAGES)]
+    lmdb_of(tmp_path / "db", [*records[:5], b"\xff\xff", *records[5:]])
+    made = net(data_layer(tmp_path / "db", 2))
+    assert labels(made, 2) == [[0, 1], [2, 3]]
+    made.close()
+    assert labels(made, 2) == [[0, 1], [2, 3]]
+    with pytest.raises(ValueError, match=r"layer 'd' .*a record of"):
+        made()

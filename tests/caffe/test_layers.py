@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import golden_caffe as golden
-from soonest.caffe import definition
 from soonest.caffe.layers.pooling import windows
 from soonest.caffe.layers.registry import LAYERS
 from soonest.caffe.net import Net
@@ -46,46 +45,11 @@ def test_there_are_cases_of_every_layer():
 @golden.needed
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_gives_what_caffe_gives(name: str):
-    case = CASES[name]
-    folder = golden.FOLDER / "layers"
-    made = Net(definition.read_net(folder / case["prototxt"]), case["phase"])
-    stored = np.load(folder / case["npz"])
-    layers = {step.layer.spec.name: step.layer for step in made.steps}
-    fed: dict[str, torch.Tensor] = {}
-    for key in stored.files:
-        kind, blob, *number = key.split("/")
-        value = torch.from_numpy(stored[key])
-        if kind == "param":
-            with torch.no_grad():
-                layers[blob].blobs()[int(number[0])].copy_(value)
-        elif kind == "in":
-            fed[blob] = value.requires_grad_(f"indiff/{blob}" in stored.files)
-    for _ in range(case["forward_passes"]):
-        result = made(fed, keep=True)
-    sent = {key[8:]: stored[key] for key in stored.files if key.startswith("topdiff/")}
-    if case["backward"]:
-        torch.autograd.backward(
-            [result.blobs[blob] for blob in sent],
-            [
-                torch.from_numpy(value).reshape(result.blobs[blob].shape)
-                for blob, value in sent.items()
-            ],
-        )
     compared = 0
-    for key in stored.files:
-        kind, blob, *number = key.split("/")
-        own = layers[blob].blobs()[int(number[0])] if number else None
-        if kind in ("top", "indiff"):
-            found = result.blobs[blob] if kind == "top" else fed[blob].grad
-        else:
-            found = own.grad if kind == "paramdiff" and own is not None else own
-        if kind in ("top", "indiff", "param_after", "paramdiff"):
-            assert found is not None
-            wanted, found = stored[key], found.detach().numpy()
-            assert found.size == wanted.size
-            apart = np.abs(found.reshape(wanted.shape) - wanted).max()
-            assert apart <= TOLERANCE * max(1, np.abs(wanted).max()), key
-            compared += 1
+    for key, found, wanted in golden.layer_arrays(name):
+        apart = np.abs(found - wanted).max()
+        assert apart <= TOLERANCE * max(1, np.abs(wanted).max()), key
+        compared += 1
     assert compared
 
 

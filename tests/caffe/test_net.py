@@ -260,7 +260,7 @@ def test_the_example_has_the_full_shape_of_alexnet():
     made = Net(definition.read_net(EXAMPLES / "alexnet_train_val.prototxt"), "TRAIN")
     assert sum(blob.tensor.numel() for blob in made.stored) == 60_965_224
     assert made.shapes["pool5"] == (8, 256, 6, 6)
-    for name in ("alexnet", "lenet"):
+    for name in ("alexnet", "cifar", "lenet"):
         solver = definition.read_solver(EXAMPLES / f"{name}_solver.prototxt")
         assert definition.read_net(EXAMPLES / solver.net).layer
 

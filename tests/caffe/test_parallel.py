@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 import golden_caffe as golden
 from ranks import run_ranks
-from soonest.caffe import definition
+from soonest.caffe import definition, state
+from soonest.caffe.text import parse
 from soonest.caffe.training import Trainer
 
 CASES = [("dp4_adam", False), ("dp4_sgd_clip_iter2", True)]
@@ -67,3 +68,70 @@ def test_ranks_together_are_one_caffe_with_the_batch_of_them_all(tmp_path: Path)
             theirs = np.array(wanted["rank_losses"][rank]).flatten()
             losses = found[rank][number][: len(theirs)]
             np.testing.assert_allclose(losses, theirs, rtol=1e-5)
+
+
+SOLVER = """
+base_lr: 0.1 lr_policy: "step" gamma: 0.5 stepsize: 2 momentum: 0.9 weight_decay: 0.01
+type: "Nesterov" clip_gradients: 0.5 iter_size: 2 random_seed: 3
+max_iter: {most} snapshot_prefix: "{prefix}"
+net_param {{
+  layer {{ name: "h" type: "HDF5Data" top: "x" top: "y"
+    hdf5_data_param {{ source: "list" batch_size: {batch} }} }}
+  layer {{ name: "a" type: "InnerProduct" bottom: "x" top: "a"
+    inner_product_param {{ num_output: 8 weight_filler {{ type: "xavier" }} }} }}
+  layer {{ name: "r" type: "ReLU" bottom: "a" top: "a" }}
+  layer {{ name: "b" type: "InnerProduct" bottom: "a" top: "b"
+    inner_product_param {{ num_output: 3 weight_filler {{ type: "xavier" }} }} }}
+  layer {{ name: "l" type: "SoftmaxWithLoss" bottom: "b" bottom: "y" top: "l" }} }}
+"""
+ARMS = {"each": (4, False), "divided": (8, True)}
+"""The batch in the net, and whether it is that of both ranks."""
+
+
+def train_and_go_on(
+    folder: str, prefix: str, batch: int, *, divide: bool = False, rank: int = 0, ranks: int = 1
+) -> list[np.ndarray]:
+    """Trains 3 iterations, goes on from the state that was saved, and returns the weights."""
+    os.chdir(folder)
+    for most in (3, 5):
+        source = SOLVER.format(most=most, prefix=prefix, batch=batch)
+        trainer = Trainer(
+            parse(source, "SolverParameter"),
+            rank=rank, ranks=ranks, divide=divide, say=lambda line: None,
+        )  # fmt: skip
+        if most > 3:
+            trainer.resume(f"{prefix}_iter_3.solverstate")
+        trainer.solve()
+        trainer.close()
+        if ranks > 1:
+            dist.barrier()  # The first has saved before another goes on.
+    return [blob.tensor.detach().numpy().copy() for blob in trainer.net.stored]
+
+
+def on_a_rank(folder: str) -> list[list[np.ndarray]]:
+    place = {"rank": dist.get_rank(), "ranks": dist.get_world_size()}
+    return [
+        train_and_go_on(folder, name, batch, divide=divide, **place)
+        for name, (batch, divide) in ARMS.items()
+    ]
+
+
+def test_two_ranks_are_one_process_with_twice_the_batch_also_when_they_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    h5py = pytest.importorskip("h5py")
+    random = np.random.default_rng(2)
+    with h5py.File(tmp_path / "rows.h5", "w") as file:
+        file["x"] = random.random((37, 5), dtype=np.float32)
+        file["y"] = random.integers(0, 3, 37).astype(np.float32)
+    (tmp_path / "list").write_text("rows.h5")
+    monkeypatch.chdir(tmp_path)
+    wanted = train_and_go_on(str(tmp_path), "one", 8)
+    for found in run_ranks(on_a_rank, 2, str(tmp_path)):
+        for blobs in found:
+            for mine, theirs in zip(blobs, wanted, strict=True):
+                np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    histories = {name: state.read(f"{name}_iter_5.solverstate").history for name in (*ARMS, "one")}
+    for name in ARMS:
+        for mine, theirs in zip(histories[name], histories["one"], strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-6)

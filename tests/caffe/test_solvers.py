@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import torch
 
 import golden_caffe as golden
 from soonest.caffe import definition
-from soonest.caffe.message import Message
 from soonest.caffe.text import parse
 from soonest.caffe.training import Trainer
 
@@ -22,28 +20,6 @@ FOLDERS = [
     *(("legacy/hdf5", "legacy/v1_train") if golden.FOUND else ()),
 ]
 LOSS = 1e-5
-
-
-class Run:
-    """One training of a golden case, with what it said and every loss."""
-
-    def __init__(self, solver: Message, prefix: Path, start: str, *, resume: bool) -> None:
-        self.lines: list[str] = []
-        self.losses: list[float] = []
-        solver.snapshot_prefix = str(prefix)
-        trainer = Trainer(solver, say=self.lines.append)
-        update = trainer.optimizer.step
-
-        def step(*arguments: Any) -> Any:
-            self.losses.append(trainer.loss)
-            return update(*arguments)
-
-        trainer.optimizer.step = step  # type: ignore[method-assign]
-        if resume:
-            trainer.resume(start)
-        else:
-            trainer.finetune([start])
-        trainer.solve()
 
 
 def without_times(lines: list[str], prefix: str) -> list[str]:
@@ -71,7 +47,7 @@ def test_training_goes_as_in_caffe(name: str, tmp_path: Path, monkeypatch: pytes
     path = large_batch if large_batch.exists() else Path("solver.prototxt")
     expected = json.loads(Path("expected/losses.json").read_text(encoding="utf-8"))
     prefix = tmp_path / "run"
-    run = Run(definition.read_solver(path), prefix, "init.caffemodel", resume=False)
+    run = golden.Run(definition.read_solver(path), prefix, "init.caffemodel", resume=False)
     for iteration in (10, 20):
         golden.compare(folder, f"snap_iter_{iteration}", prefix, iteration, ending)
     wanted = [one["loss"] for one in expected["iterations"]]
@@ -80,7 +56,7 @@ def test_training_goes_as_in_caffe(name: str, tmp_path: Path, monkeypatch: pytes
     if expected.get("resumed_from_10"):
         prefix = tmp_path / "resumed"
         start = f"expected/snap_iter_10.solverstate{ending}"
-        again = Run(definition.read_solver(path), prefix, start, resume=True)
+        again = golden.Run(definition.read_solver(path), prefix, start, resume=True)
         golden.compare(folder, "resumed_iter_20", prefix, 20, ending)
         losses = expected["resumed_from_10"]["iterations"]
         logs.append((again, expected.get("log_resumed"), losses))

@@ -119,7 +119,7 @@ def test_deep_and_long_texts_neither_crash_nor_take_long():
 
 
 def test_more_values_than_any_net_has_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("soonest.caffe.text.MOST_VALUES", 100)
+    monkeypatch.setattr("soonest.caffe.text.parser.MOST_VALUES", 100)
     for one in ("layer { } ", 'input: "" ', "input_dim: 1 "):
         net(one * 100)
         with pytest.raises(TextError, match="more than 100 values"):

@@ -131,7 +131,7 @@ def test_hostile_files_take_neither_memory_nor_time():
 
 
 def test_more_values_than_any_net_has_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("soonest.caffe.wire.MOST_VALUES", 100)
+    monkeypatch.setattr("soonest.caffe.wire.decoder.MOST_VALUES", 100)
     for one in ("a20600", "1a00", "2000"):  # Layers, inputs, dimensions.
         decode(bytes.fromhex(one) * 100, "NetParameter")
         with pytest.raises(WireError, match="more than 100 values"):
@@ -141,7 +141,7 @@ def test_more_values_than_any_net_has_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_message_longer_than_protobuf_reads_is_not_written(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("soonest.caffe.wire.MOST_BYTES", 99)
+    monkeypatch.setattr("soonest.caffe.wire.encoder.MOST_BYTES", 99)
     with pytest.raises(ValueError, match="HDF5"):
         encode(Message("NetParameter", name="x" * 100))
 

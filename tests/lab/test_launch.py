@@ -1,3 +1,4 @@
+import os
 import signal
 
 import pytest
@@ -122,4 +123,42 @@ def test_no_process_outlives_the_parent(marked, number):
         assert sorted(parent.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
         parent.send_signal(number)
         assert parent.wait() == -number
+    assert marked.all_ended()
+
+
+def signalled(script, *numbers, passed_on=(signal.SIGINT, signal.SIGHUP), **options):
+    """Runs it, and sends this process one signal more each time that both ranks said a word."""
+    lines, rest = [], list(numbers)
+
+    def on_line(rank, line):
+        lines.append((rank, line))
+        if len(lines) % 2 == 0 and rest:
+            os.kill(os.getpid(), rest.pop(0))
+
+    with Loopback(2) as loopback:
+        # The shell would tell of what it ran and the signal ended.
+        command = ["sh", "-c", f"exec 2>/dev/null; {script}"]
+        return loopback.run(command, on_line=on_line, passed_on=passed_on, **options), lines
+
+
+def test_signals_are_passed_on_to_all_ranks_and_do_not_end_them():
+    trap = "trap 'echo hung' HUP; trap 'echo bye; exit 0' INT"
+    before = signal.getsignal(signal.SIGINT)
+    code, lines = signalled(
+        f"{trap}; echo ready; while true; do sleep 0.1; done", signal.SIGHUP, signal.SIGINT
+    )
+    assert code == 0
+    for rank in range(2):
+        assert [line for number, line in lines if number == rank] == ["ready", "hung", "bye"]
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize(
+    ("trap", "numbers"),
+    [("echo bye; exit 3", [signal.SIGINT]), ("echo no", [signal.SIGINT, signal.SIGINT])],
+)
+def test_ranks_that_fail_on_an_interrupt_or_do_not_heed_it_are_ended(marked, trap, numbers):
+    script = f"trap '{trap}' INT; echo ready; while true; do sleep 0.1; done"
+    with pytest.raises(KeyboardInterrupt):
+        signalled(script, *numbers, env=marked.env)
     assert marked.all_ended()

@@ -179,6 +179,12 @@ class Net(nn.Module):
             total, {name: blobs[name] for name in self.output_names}, blobs if keep else {}
         )
 
+    def close(self) -> None:
+        """Stops reading ahead; the net stays as it is, but its data start again."""
+        for step in self.steps:
+            if isinstance(step.layer, RecordLayer):
+                step.layer.close()
+
     def loss_weight(self, name: str) -> float:
         """With which weight a blob counts in the loss, by its last layer."""
         for step in reversed(self.steps):

@@ -33,6 +33,11 @@ class Requests:
         if _CODES[effect] > _CODES[self._asked]:
             self._asked = effect
 
+    @property
+    def stops(self) -> bool:
+        """Whether this rank was asked to stop, and has not told the others yet."""
+        return self._asked == "stop"
+
     def next(self) -> Effect:
         """What to do now: all ranks must call this equally often.
 

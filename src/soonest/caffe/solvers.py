@@ -2,7 +2,7 @@
 
 They differ from those of torch where Caffe does: the rate is inside the momentum, weight decay goes
 into the gradient for every one of them, and Adam adds its delta to the root that is not corrected.
-Each updates every parameter by itself, so they say that they are separable.
+Each updates every parameter by itself: prioritize them with ``separable=True``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -33,6 +33,7 @@ class Trainer:
         net: the net that is trained.
         tests: those that are tested.
         loss: of the last iteration, on this rank.
+        handle: what shares gradients, once several ranks train.
 
     Raises:
         ValueError: the solver or a net cannot be made.
@@ -90,7 +91,7 @@ class Trainer:
         )
         self.iteration = 0
         self.loss = 0.0
-        self._handle: Handle | None = None
+        self.handle: Handle | None = None
         self._stopped = False
 
     def _saves(self) -> bool:
@@ -145,8 +146,8 @@ class Trainer:
     def run(self, iterations: int) -> None:
         """Trains for so many iterations, or until a signal asks to stop."""
         solver = self.solver
-        if self._ranks > 1 and self._handle is None:
-            self._handle = prioritize(self.net, self.optimizer, separable=True)
+        if self._ranks > 1 and self.handle is None:
+            self.handle = prioritize(self.net, self.optimizer, separable=True)
         self._smoothed = log.Smoothed(solver.average_loss)
         self._pace = log.Pace(self.iteration)
         stop = self.iteration + iterations
@@ -182,7 +183,7 @@ class Trainer:
 
     def _alone(self, alone: bool) -> AbstractContextManager[None]:
         """Where backward passes only add to this rank's gradients, if that is wanted."""
-        return self._handle.no_sync() if alone and self._handle is not None else nullcontext()
+        return self.handle.no_sync() if alone and self.handle is not None else nullcontext()
 
     def _show(self, outputs: dict[str, Tensor]) -> None:
         rate, lapse_s = self._pace.lap(self.iteration)
@@ -227,18 +228,25 @@ class Trainer:
         """Tests every net to test, on the first rank, and says the means."""
         for number, net in enumerate(self.tests):
             self._say(f"Iteration {self.iteration}, Testing net (#{number})")
-            loss, means = tested(net, self.solver.test_iter[number])
+            batches = self.solver.test_iter[number]
+            found = tested(net, batches, given_up=lambda: self._requests.stops)
+            if found is None:
+                self._say("Test interrupted.")
+                return
+            loss, means = found
             if self.solver.test_compute_loss:
                 self._say(f"Test loss: {loss:g}")
             for line in log.outputs("Test", net, means):
                 self._say(line)
 
     def close(self) -> None:
-        """Ends what goes on between ranks; the net keeps its weights."""
+        """Ends what goes on between ranks and ahead; the net keeps its weights."""
+        for net in (self.net, *self.tests):
+            net.close()
         self._requests.close()
-        if self._handle is not None:
-            self._handle.detach()
-            self._handle = None
+        if self.handle is not None:
+            self.handle.detach()
+            self.handle = None
 
     def save(self) -> None:
         """Writes weights and state, on the first rank."""
@@ -249,11 +257,15 @@ class Trainer:
 
 
 @torch.no_grad()
-def tested(net: Net, batches: int) -> tuple[float, dict[str, Tensor]]:
-    """The mean loss and the mean of each output over so many batches."""
+def tested(
+    net: Net, batches: int, *, given_up: Callable[[], bool]
+) -> tuple[float, dict[str, Tensor]] | None:
+    """The mean loss and the mean of each output over so many batches; None if given up."""
     total = 0.0
     sums: dict[str, Tensor] = {}
     for _ in range(batches):
+        if given_up():
+            return None
         result = net()
         total += result.loss.item()
         for name, blob in result.outputs.items():

@@ -135,9 +135,10 @@ def train(args: argparse.Namespace) -> int:
             trainer.finetune(_listed(args.weights or ",".join(own)))
             say("Starting Optimization")
             effects = {"sigint": args.sigint_effect, "sighup": args.sighup_effect}
-            with contextlib.closing(trainer), signals.caught(requests, **effects):
+            # To the very end: a second Ctrl-C must not cut off what is being saved.
+            with signals.caught(requests, **effects), contextlib.closing(trainer):
                 trainer.solve()
-            say("Optimization Done.")
+                say("Optimization Done.")
     except ValueError as error:
         raise WrongRequestError(str(error)) from None
     return 0
@@ -152,7 +153,8 @@ def test(args: argparse.Namespace) -> int:
         from soonest.caffe.log import to_stderr
         from soonest.caffe.scoring import score
 
-        score(_net(args, "TEST"), args.iterations, say=to_stderr)
+        with contextlib.closing(_net(args, "TEST")) as net:
+            score(net, args.iterations, say=to_stderr)
     except ValueError as error:
         raise WrongRequestError(str(error)) from None
     return 0
@@ -165,7 +167,8 @@ def time(args: argparse.Namespace) -> int:
         from soonest.caffe.log import to_stderr
         from soonest.caffe.timing import measure
 
-        measure(_net(args, args.phase), args.iterations, say=to_stderr)
+        with contextlib.closing(_net(args, args.phase)) as net:
+            measure(net, args.iterations, say=to_stderr)
     except ValueError as error:
         raise WrongRequestError(str(error)) from None
     return 0

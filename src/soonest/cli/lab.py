@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import shlex
+import signal
 import sys
 import textwrap
 import time
@@ -38,7 +39,8 @@ def _add_run(verbs: Any) -> None:
         "run",
         help="run a command once per emulated host",
         description="Runs COMMAND once per emulated host, with the variables that torchrun sets. "
-        "When one fails, the others are ended, and its exit code is returned.",
+        "When one fails, the others are ended, and its exit code is returned. SIGINT and SIGHUP "
+        "are passed on to all; a second SIGINT ends them.",
     )
     run_.add_argument("--hosts", type=at_least(1), required=True, metavar="N", help="how many")
     run_.add_argument(
@@ -101,7 +103,9 @@ def run(args: argparse.Namespace) -> int:
         if why := unavailable():
             raise WrongRequestError(why)
         with lab:
-            return lab.run(command, on_failure=_say_failure)
+            return lab.run(
+                command, on_failure=_say_failure, passed_on=(signal.SIGINT, signal.SIGHUP)
+            )
 
 
 def _say_failure(rank: int, code: int) -> None:

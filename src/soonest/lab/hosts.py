@@ -7,7 +7,8 @@ they vanish with these, links and all, however this process ends: nothing is eve
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Collection, Mapping, Sequence
 from itertools import count
 
 from soonest.lab.launch import OnFailure, OnLine, run_ranks
@@ -97,13 +98,14 @@ class Lab:
         on_line: OnLine | None = None,
         on_failure: OnFailure | None = None,
         timeout_s: float | None = None,
+        passed_on: Collection[signal.Signals] = (),
     ) -> int:
         """Runs the command once per host, with the variables that torchrun sets.
 
         Args:
             command: program and arguments.
             env: variables to add to this process's environment.
-            preload, on_line, on_failure, timeout_s: as for ``run_ranks``.
+            preload, on_line, on_failure, timeout_s, passed_on: as for ``run_ranks``.
 
         Returns:
             0 if all ranks returned 0, otherwise the code of the one that failed first, upon which
@@ -112,6 +114,7 @@ class Lab:
         Raises:
             ValueError: there is no such command, or it cannot be preloaded.
             TimeoutError: the ranks did not end in time.
+            KeyboardInterrupt: as for ``run_ranks``.
         """
         namespaces = self._paths
         if self._entry:
@@ -139,6 +142,7 @@ class Lab:
             on_line=on_line,
             on_failure=on_failure,
             timeout_s=timeout_s,
+            passed_on=passed_on,
         )
 
     def set_link(self, host: int, bps: float) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -51,6 +51,7 @@ def run_ranks(
     on_failure: OnFailure | None = None,
     timeout_s: float | None = None,
     grace_s: float = GRACE_S,
+    passed_on: Collection[signal.Signals] = (),
 ) -> int:
     """Runs a command as all ranks at once until they end; when one fails, the others are ended.
 
@@ -70,6 +71,8 @@ def run_ranks(
         on_failure: gets the rank that failed first and its code, before the others are ended.
         timeout_s: end all ranks so many seconds after they were started.
         grace_s: seconds between SIGTERM and SIGKILL.
+        passed_on: signals that the ranks get when this process does, which goes on; only in the
+            main thread. Of SIGINT this holds once: the second one ends the ranks, too.
 
     Returns:
         0 if all ranks returned 0, otherwise the code of the rank that failed first; 128 + n if
@@ -78,6 +81,7 @@ def run_ranks(
     Raises:
         ValueError: there is no such command, or it cannot be preloaded.
         TimeoutError: the ranks did not end in time.
+        KeyboardInterrupt: a rank failed on a SIGINT that was passed on, or a second one came.
     """
     find_program(command, ranks[0].env)
     fork = should_preload(preload, command, ranks)
@@ -91,13 +95,39 @@ def run_ranks(
             for number, process in enumerate(processes):
                 group.add(number, process)
             deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-            while group.running and group.code == 0:
-                if deadline_s is not None and time.monotonic() > deadline_s:
-                    raise TimeoutError(f"the ranks did not end within {timeout_s:g} s")
-                group.pump(_TICK_S)
+            with _passing_on(passed_on, group):
+                while group.running and group.code == 0:
+                    if deadline_s is not None and time.monotonic() > deadline_s:
+                        raise TimeoutError(f"the ranks did not end within {timeout_s:g} s")
+                    group.pump(_TICK_S)
+            if group.interrupted and group.code:
+                raise KeyboardInterrupt
         finally:
             group.end(grace_s)
     return group.code
+
+
+@contextlib.contextmanager
+def _passing_on(numbers: Collection[signal.Signals], group: _Group) -> Iterator[None]:
+    """Passes signals on to the ranks while inside, but for those that this process ignores."""
+
+    def pass_on(number: int, _: object) -> None:
+        if number == signal.SIGINT and group.interrupted:
+            raise KeyboardInterrupt
+        group.pass_on(signal.Signals(number))
+
+    before = {
+        number: handler
+        for number in numbers
+        if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
+    }
+    for number in before:
+        signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -128,6 +158,7 @@ class _Group:
     running: list[_Running] = field(default_factory=list[_Running])
     code: int = 0
     ending: bool = False
+    interrupted: bool = False
 
     def add(self, number: int, process: Process) -> None:
         assert process.stdout is not None
@@ -152,8 +183,13 @@ class _Group:
             self._close(running)
             if code and not self.code and not self.ending:
                 self.code = code if code > 0 else 128 - code
-                if self.on_failure:
+                if self.on_failure and not self.interrupted:
                     self.on_failure(running.rank, self.code)
+
+    def pass_on(self, number: signal.Signals) -> None:
+        self.interrupted = self.interrupted or number == signal.SIGINT
+        for running in list(self.running):
+            _signal(running.process.pid, number)
 
     def end(self, grace_s: float) -> None:
         self.ending = True

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from soonest.lab.launch import OnFailure, OnLine, run_ranks
 from soonest.lab.rank import Rank, torchrun_env
@@ -40,13 +41,14 @@ class Loopback:
         on_line: OnLine | None = None,
         on_failure: OnFailure | None = None,
         timeout_s: float | None = None,
+        passed_on: Collection[signal.Signals] = (),
     ) -> int:
         """Runs the command once per rank, as ``Lab.run`` does.
 
         Args:
             command: program and arguments.
             env: variables to add to this process's environment.
-            preload, on_line, on_failure, timeout_s: as for ``run_ranks``.
+            preload, on_line, on_failure, timeout_s, passed_on: as for ``run_ranks``.
 
         Returns:
             0, or the code of the rank that failed first.
@@ -54,6 +56,7 @@ class Loopback:
         Raises:
             ValueError: there is no such command, or it cannot be preloaded.
             TimeoutError: the ranks did not end in time.
+            KeyboardInterrupt: as for ``run_ranks``.
         """
         port = _free_port()
         interface = "lo" if sys.platform == "linux" else "lo0"
@@ -78,6 +81,7 @@ class Loopback:
             on_line=on_line,
             on_failure=on_failure,
             timeout_s=timeout_s,
+            passed_on=passed_on,
         )
 
 

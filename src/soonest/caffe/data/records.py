@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from soonest.caffe.data.ahead import Ahead
 from soonest.caffe.layers.base import Layer, Shape
 from soonest.caffe.message import Message
 
@@ -27,7 +29,7 @@ class RecordLayer(Layer):
         super().__init__(spec, shapes, phase)
         self.batch_size = self.own().batch_size
         self._rank, self._ranks = 0, 1
-        self._stream: Iterator[Any] | None = None
+        self._batches: Ahead[list[Any]] | None = None
         self.random = np.random.default_rng(int(torch.randint(2**31, (), device="cpu")))
         if self.batch_size < 1:
             raise ValueError("give a batch_size above 0")
@@ -74,12 +76,18 @@ class RecordLayer(Layer):
         return [torch.empty(shape, device="meta") for shape in self.shapes()]
 
     def forward(self) -> list[Tensor]:
-        if self._stream is None:
-            self._stream = self._mine()
-        batch = [next(self._stream) for _ in range(self.batch_size)]
-        return [torch.from_numpy(np.ascontiguousarray(array)) for array in self.batch(batch)]
+        if self._batches is None:
+            # Of layers of every type that reads ahead this field says how far.
+            self._batches = Ahead(self._made(), self.spec.data_param.prefetch)
+        return [torch.from_numpy(np.ascontiguousarray(array)) for array in next(self._batches)]
 
-    def _mine(self) -> Iterator[Any]:
-        for number, record in enumerate(self.records()):
-            if number % self._ranks == self._rank:
-                yield record
+    def close(self) -> None:
+        """Stops reading ahead; the next pass reads from the first record again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _made(self) -> Iterator[list[Any]]:
+        mine = itertools.islice(self.records(), self._rank, None, self._ranks)
+        while True:
+            yield self.batch(list(itertools.islice(mine, self.batch_size)))

@@ -1,31 +1,22 @@
-"""Reads and writes messages as bytes: ``.caffemodel``, ``.solverstate`` and mean files.
-
-The encoding is protobuf's: https://protobuf.dev/programming-guides/encoding/
-"""
+"""Reads messages from bytes: ``.caffemodel``, ``.solverstate`` and mean files."""
 
 from __future__ import annotations
 
-import struct
 from typing import Any, NoReturn
 
 import numpy as np
 
 from soonest.caffe.message import REAL, Message
 from soonest.caffe.schema import MESSAGES, Field, MessageType
+from soonest.caffe.wire.types import CLOSE, FIXED32, FIXED64, LENGTH, OPEN, VARINT, type_of
 
 MOST_NESTED = 100
 """Messages within messages, as in protobuf."""
 MOST_VALUES = 1_000_000
 """Besides numbers with a fraction. No net has as many; a hostile file could fill memory with
 them."""
-MOST_BYTES = 2**31 - 1
-"""Of a message, as in protobuf: Caffe reads no longer ones."""
 
-_VARINT, _FIXED64, _LENGTH, _OPEN, _CLOSE, _FIXED32 = range(6)
-_WIRE = {"double": _FIXED64, "float": _FIXED32, "string": _LENGTH, "bytes": _LENGTH,
-         "message": _LENGTH}  # fmt: skip
-"""How values of a kind are written; all others as variable-length whole numbers."""
-_FIXED_BYTES = {_FIXED32: 4, _FIXED64: 8}
+_FIXED_BYTES = {FIXED32: 4, FIXED64: 8}
 
 
 class WireError(ValueError):
@@ -98,13 +89,13 @@ class _Decoder:
     def _tag(self, at: int, end: int) -> tuple[int, int, int]:
         key, after = self._varint(at, end)
         number, wire = key >> 3, key & 7
-        if not 0 < number < 2**29 or wire > _FIXED32:
+        if not 0 < number < 2**29 or wire > FIXED32:
             self._fail(at, f"no field can start with {key}: this is no such file, or damaged")
         return number, wire, after
 
     def _stretch(self, wire: int, at: int, end: int, what: str) -> tuple[int, int]:
         """Where a value of known length starts and stops."""
-        if wire == _LENGTH:
+        if wire == LENGTH:
             length, start = self._varint(at, end)
         else:
             length, start = _FIXED_BYTES[wire], at
@@ -121,7 +112,7 @@ class _Decoder:
         while at < end:
             number, wire, after = self._tag(at, end)
             field = type_.by_number.get(number)
-            if wire == _CLOSE:
+            if wire == CLOSE:
                 self._fail(at, "a group ends that did not start: the file is damaged")
             if field is None or not _fits(field, wire):
                 at = self._skip(number, wire, after, end, depth)
@@ -146,7 +137,7 @@ class _Decoder:
         pieces: dict[str, list[Any]],
     ) -> int:
         values = into.values
-        if wire == _VARINT:
+        if wire == VARINT:
             raw, after = self._varint(at, end)
             value = _whole(field, raw)
             if value is not None:
@@ -194,7 +185,7 @@ class _Decoder:
         count = (stop - start) // dtype.itemsize
         if not field.repeated:
             values[field.name] = float(np.frombuffer(self._data, dtype, count, start)[0])
-        elif wire == _LENGTH:
+        elif wire == LENGTH:
             if count:
                 pieces.setdefault(field.name, []).append(
                     np.frombuffer(self._data, dtype, count, start)
@@ -207,9 +198,9 @@ class _Decoder:
             parts[-1] += self._data[start:stop]
 
     def _skip(self, number: int, wire: int, at: int, end: int, depth: int) -> int:
-        if wire == _VARINT:
+        if wire == VARINT:
             return self._varint(at, end)[1]
-        if wire != _OPEN:
+        if wire != OPEN:
             return self._stretch(wire, at, end, f"unknown field {number}")[1]
         open_ = [number]
         begin = at
@@ -219,10 +210,10 @@ class _Decoder:
             if depth + len(open_) > MOST_NESTED:
                 self._fail(begin, f"more than {MOST_NESTED} messages within each other")
             inner, wire, after = self._tag(at, end)
-            if wire == _OPEN:
+            if wire == OPEN:
                 open_.append(inner)
                 at = after
-            elif wire == _CLOSE:
+            elif wire == CLOSE:
                 if inner != open_.pop():
                     self._fail(at, "a group ends that did not start: the file is damaged")
                 at = after
@@ -233,8 +224,8 @@ class _Decoder:
 
 def _fits(field: Field, wire: int) -> bool:
     """Whether a field may come in this way; repeated numbers do in two."""
-    own = _WIRE.get(field.kind, _VARINT)
-    return wire == own or (wire == _LENGTH and field.repeated and own != _LENGTH)
+    own = type_of(field.kind)
+    return wire == own or (wire == LENGTH and field.repeated and own != LENGTH)
 
 
 def _merge(into: Message, other: Message) -> None:
@@ -261,82 +252,3 @@ def _whole(field: Field, raw: int) -> Any:
     value = value - (1 << bits) if value >> (bits - 1) else value
     # A name that this version does not know is as if it were absent, as in protobuf.
     return field.enum.names.get(value) if field.kind == "enum" else value
-
-
-def encode(message: Message) -> bytes:
-    """A message as bytes, fields by number, as protobuf writes it.
-
-    Raises:
-        ValueError: it is longer than protobuf, and with it Caffe, can read.
-    """
-    pieces: list[bytes | memoryview] = []
-    size = _encode(message, pieces)
-    if size > MOST_BYTES:
-        raise ValueError(
-            f"{message.schema.name} has {size} bytes, more than the {MOST_BYTES} that the binary "
-            "format allows: write it as HDF5"
-        )
-    return b"".join(pieces)
-
-
-def _encode(message: Message, pieces: list[bytes | memoryview]) -> int:
-    """Appends the bytes of a message and says how many they are."""
-    size = 0
-    for field in message.schema.by_number.values():
-        if not message.has(field.name):
-            continue
-        value = message.values[field.name]
-        values = value if field.repeated else [value]
-        if field.packed:
-            own: list[bytes | memoryview] = [_packed(field, values)]
-            size += _delimited(field, own, len(own[0]), pieces)
-        elif field.kind == "message":
-            for one in values:
-                own = []
-                size += _delimited(field, own, _encode(one, own), pieces)
-        elif _WIRE.get(field.kind) == _LENGTH:
-            for one in values:
-                raw = one if isinstance(one, bytes) else one.encode("utf-8", "surrogateescape")
-                size += _delimited(field, [raw], len(raw), pieces)
-        else:
-            tag = _to_varint(field.number << 3 | _WIRE.get(field.kind, _VARINT))
-            for one in values:
-                piece = tag + _scalar(field, one)
-                pieces.append(piece)
-                size += len(piece)
-    return size
-
-
-def _delimited(
-    field: Field, own: list[bytes | memoryview], length: int, pieces: list[bytes | memoryview]
-) -> int:
-    head = _to_varint(field.number << 3 | _LENGTH) + _to_varint(length)
-    pieces.append(head)
-    pieces.extend(own)
-    return len(head) + length
-
-
-def _packed(field: Field, values: Any) -> bytes | memoryview:
-    if field.kind in REAL:
-        array = np.ascontiguousarray(values, dtype=REAL[field.kind])
-        return array.data.cast("B")
-    return b"".join(_scalar(field, one) for one in values)
-
-
-def _scalar(field: Field, value: Any) -> bytes:
-    if field.kind == "float":
-        return struct.pack("<f", value)
-    if field.kind == "double":
-        return struct.pack("<d", value)
-    if field.kind == "enum":
-        value = field.enum.values[value]
-    return _to_varint(int(value) & 0xFFFFFFFFFFFFFFFF)
-
-
-def _to_varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
