@@ -328,7 +328,9 @@ CASES: dict[str, Case] = {
         optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4, maximize=True)
     ),
     "AdamW fused": Case(optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True)),
-    "RMSprop": Case(optimizer=lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-2, momentum=0.5)),
+    "RMSprop": Case(
+        optimizer=lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-2, momentum=0.5, eps=1e-3)
+    ),
     "Adagrad": Case(optimizer=lambda m: torch.optim.Adagrad(m.parameters(), lr=1e-2)),
     **{
         name: Case(optimizer=lambda m, of=name: getattr(torch.optim, of)(m.parameters(), lr=1e-2))
