@@ -226,8 +226,10 @@ def start(
         if refused:
             raise refused
         return Handle(model, optimizer, parent)
-    device = next(p.device for _, _, p in trainable(model, without))
-    check_group(parent, device)
+    device = torch.device("cpu")
+    if not refused:
+        device = next(p.device for _, _, p in trainable(model, without))
+        check_group(parent, device)
     group = private_group(parent, timeout_s)
     peers = Peers(group)
     options = {
