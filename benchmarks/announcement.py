@@ -11,7 +11,11 @@ takes a/L. Nothing else is assumed or tuned: the trace of AlexNet says how the 1
 made up, and what each way of combining costs follows from the messages and bytes that it takes.
 
     python benchmarks/announcement.py --simulate --json benchmarks/records/announcement.json
-    sudo python benchmarks/announcement.py --lab --hosts 16 --json benchmarks/records/...
+    sudo python benchmarks/announcement.py --lab --hosts 16 --slow-motion 1500 --shrink 64 \\
+        --steps 3 --json benchmarks/records/announcement-lab-16.json
+    sudo python benchmarks/announcement.py --lab --hosts 64 --slow-motion 10000 --shrink 64 \\
+        --steps 3 --link 4.3tbit --arms sequential,ddp-tuned,soonest \\
+        --json benchmarks/records/announcement-lab-64.json
 
 `--lab` trains with real processes on emulated hosts. The rate of the links is sought at which
 `sequential` gets as far as the model says on the first number of hosts, within three percent. Then
