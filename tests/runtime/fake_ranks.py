@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -53,12 +54,11 @@ class FakeWork:
     """As of NCCL: to wait for it is to let the current stream wait, and until then it keeps what it
     uses."""
 
-    def __init__(self, streams: FakeStreams | None, event: FakeEvent | None, uses: Any) -> None:
+    def __init__(self, streams: FakeStreams, event: FakeEvent, uses: Any) -> None:
         self._streams, self._event, self._uses = streams, event, uses
 
     def wait(self, timeout: Any = None) -> bool:
-        if self._streams is not None:
-            self._streams.wait(self._streams.current(), self._event)
+        self._streams.wait(self._streams.current(), self._event)
         self._uses = None
         return True
 
@@ -66,8 +66,26 @@ class FakeWork:
         return True
 
 
+class HostWork:
+    """As of gloo: to wait for it is to wait."""
+
+    def __init__(self, running: Future[None]) -> None:
+        self._running = running
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        try:
+            self._running.result(None if timeout is None else timeout.total_seconds())
+        except TimeoutError as error:
+            raise RuntimeError("timed out") from error
+        return True
+
+    def is_completed(self) -> bool:
+        return self._running.done()
+
+
 class FakeGroup:
-    """A process group: its ops run on a stream of their own if there are streams, else at once.
+    """A process group: its ops run on a stream of their own if there are streams, else in a
+    thread of their own.
 
     Args:
         meeting: of all ranks.
@@ -79,6 +97,8 @@ class FakeGroup:
         self._meeting, self._rank, self._streams = meeting, rank, streams
         if streams is not None:
             self._stream = streams.detector.new_stream("network", private=True)
+        else:
+            self._thread = ThreadPoolExecutor(1)
 
     def size(self) -> int:
         return self._meeting.ranks
@@ -88,27 +108,30 @@ class FakeGroup:
 
     def _run(
         self, what: str, given: Tensor, out: Tensor, made: Callable[[list[Tensor]], Tensor]
-    ) -> FakeWork:
-        with no_watch(), torch.no_grad():
-            out.copy_(made(self._meeting.swap(self._rank, given)))
+    ) -> FakeWork | HostWork:
+        def meet() -> None:
+            with no_watch(), torch.no_grad():
+                out.copy_(made(self._meeting.swap(self._rank, given)))
+
         streams = self._streams
         if streams is None:
-            return FakeWork(None, None, None)
+            return HostWork(self._thread.submit(meet))
+        meet()
         streams.follow(self._stream, streams.current())
         streams.detector.run(self._stream, what, [given], [out])
         return FakeWork(streams, streams.record(self._stream), (given, out))
 
-    def allreduce(self, tensors: list[Tensor]) -> FakeWork:
+    def allreduce(self, tensors: list[Tensor]) -> FakeWork | HostWork:
         (tensor,) = tensors
         return self._run("allreduce", tensor, tensor, lambda every: _sum(every))
 
-    def broadcast(self, tensor: Tensor, root: int) -> FakeWork:
+    def broadcast(self, tensor: Tensor, root: int) -> FakeWork | HostWork:
         return self._run("broadcast", tensor, tensor, lambda every: every[root])
 
-    def _allgather_base(self, out: Tensor, given: Tensor) -> FakeWork:
+    def _allgather_base(self, out: Tensor, given: Tensor) -> FakeWork | HostWork:
         return self._run("allgather", given, out, torch.cat)
 
-    def _reduce_scatter_base(self, out: Tensor, given: Tensor, opts: Any) -> FakeWork:
+    def _reduce_scatter_base(self, out: Tensor, given: Tensor, opts: Any) -> FakeWork | HostWork:
         def mine(every: list[Tensor]) -> Tensor:
             return _sum(every).view(self.size(), -1)[self._rank]
 
@@ -116,13 +139,12 @@ class FakeGroup:
 
     def alltoall_base(
         self, out: Tensor, given: Tensor, out_sizes: Sequence[int], sizes: Sequence[int]
-    ) -> FakeWork:
-        # Each rank knows only its own sizes, and all have the same parts in mind.
-        with no_watch():
-            table = self._meeting.swap(self._rank, torch.tensor(list(sizes)))
+    ) -> FakeWork | HostWork:
         n, rank = self.size(), self._rank
 
         def mine(every: list[Tensor]) -> Tensor:
+            # Each rank knows only its own sizes, and all have the same parts in mind.
+            table = self._meeting.swap(rank, torch.tensor(list(sizes)))
             parts: list[Tensor] = []
             for theirs, split in zip(every, table, strict=True):
                 where = split.tolist() or [theirs.numel() // n] * n
