@@ -365,10 +365,10 @@ for how in sys.argv[2:]:
 else:
     sys.exit()
 
-for number, name in (1, "out"), (2, "err"):
-    os.dup2(os.open(f"{sys.argv[1]}/{how}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-torchruns = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+for number, name in (1, "out"), (2, "err"):
+    os.dup2(os.open(f"{sys.argv[1]}/{how}.{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
+torchruns = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 dist.init_process_group("gloo", store=dist.PrefixStore(how, torchruns), rank=rank, world_size=ranks)
 warnings.simplefilter("error")
 torch.manual_seed(0)
@@ -434,7 +434,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("how", ENDS)
 def test_a_script_may_end_in_the_middle_of_overlap(how: str, ended: Path) -> None:
-    codes, out, err = ((ended / f"{how}.{what}").read_text() for what in ("code", "out", "err"))
+    def left(what: str) -> str:
+        return "".join((ended / f"{how}.{name}").read_text() for name in what.split())
+
+    codes, out, err = left("code"), left("0.out 1.out"), left("0.err 1.err")
     assert codes == f"{ENDS[how]}\n" * 2, err
     assert err.count("Traceback") == err.count("KeyError: 'boom'") == 2 * (how == "raise"), err
     assert "Warning" not in err, err
