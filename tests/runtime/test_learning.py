@@ -245,7 +245,7 @@ def test_without_a_memory_three_ranks_try_nothing_that_changes_numbers(folder: s
 
 def drifts(factor: float, noise: float) -> dict[str, Any]:
     """Steps change some time after the plan has settled; those of each plan alike."""
-    drift._WINDOW, drift._FIRST, drift._LAST = 8, 32, 256  # it has its own tests
+    drift._WINDOW, drift._FIRST, drift._PAUSE = 8, 32, 64  # it has its own tests
     draw = torch.Generator().manual_seed(0)
     changed: list[int] = []
 

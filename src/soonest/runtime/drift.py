@@ -8,9 +8,11 @@ _WINDOWS = 2
 """So many of them, one after the other, must be off."""
 _FACTOR = 1.25
 """By this: single links and busy hosts make steps differ by less."""
-_FIRST, _LAST = 128, 1024
-"""Steps until the ranks first compare, and at most between two times. Comparing lets all that is in
-flight arrive, so it is to be rare. The pause doubles with each time."""
+_FIRST, _LATEST = 128, 1024
+"""Steps until the ranks first compare, without and at most with plans that were watched before."""
+_PAUSE = 256
+"""Steps between two comparisons. Each lets all that is in flight arrive, and so costs a part of a
+step."""
 
 
 class Drift:
@@ -20,13 +22,12 @@ class Drift:
     take, so all ranks compare after the same ones.
 
     Args:
-        plans: how many were watched before; each doubles the pause until the first comparison, so
+        plans: how many were watched before; each doubles the time until the first comparison, so
             that plans change ever more rarely where steps never settle.
     """
 
     def __init__(self, *, plans: int = 0) -> None:
-        self._pause = min(_FIRST << plans, _LAST)
-        self._due = self._pause
+        self._due = min(_FIRST << plans, _LATEST)
         self._steps = 0
         self._before_s: float | None = None
         self._window_s: list[float] = []
@@ -49,8 +50,7 @@ class Drift:
         self._steps += 1
         if self._steps < self._due:
             return False
-        self._pause = min(2 * self._pause, _LAST)
-        self._due += self._pause
+        self._due += _PAUSE
         return True
 
     def _look(self, step_s: float) -> None:
