@@ -502,7 +502,3 @@ def first_rank_object(group: Group, value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, group=group, group_src=0)
     return values[0]
-
-
-def barrier(group: Group) -> None:
-    group.barrier().wait()
