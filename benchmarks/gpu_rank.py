@@ -356,10 +356,10 @@ def traces(device: torch.device, folder: Path) -> None:
         for _ in range(5):
             step()
         assert handle.engine is not None
-        handle.engine.attention.learning = True
+        handle.engine.profiler.attention.learning = True
         for _ in range(12):
             step()
-        found = handle.engine.trace()
+        found = handle.engine.profiler.trace()
         assert found is not None
         info = {
             "device": torch.cuda.get_device_name(device),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -12,10 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from soonest.core.network import Network
 from soonest.core.plan import Plan
-from soonest.core.timeline import Timeline
-from soonest.core.trace import Trace
 from soonest.errors import SoonestError
 from soonest.runtime import checks, compiled, guard, modes, takeover
 from soonest.runtime.accumulation import AccumulationHooks
@@ -28,26 +24,13 @@ from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Layout, Member, changed
 from soonest.runtime.newcomers import Newcomers, admit
 from soonest.runtime.peers import Peers
-from soonest.runtime.profile import (
-    NEVER,
-    Attention,
-    Measured,
-    Record,
-    measured,
-    now_s,
-    timeline_of,
-    trace_of,
-    typical,
-    updating_s,
-)
+from soonest.runtime.profiler import Profiler
 from soonest.runtime.program import Program
 from soonest.runtime.state import OptimizerState
 from soonest.runtime.sweep import Sweep
 from soonest.runtime.update import Updater, raw_step
 
 _E = TypeVar("_E", bound=Exception)
-_REMEMBERED = 20
-"""Closely watched steps from which measured times are medians."""
 
 
 class Engine:
@@ -72,17 +55,14 @@ class Engine:
         siblings: engines of other parameters of the same model: a backward pass combines all.
         uneven: what to do when others have no more input, while that may be.
         everyone: all ranks took part in the last backward pass that was combined.
-        attention: which steps to watch closely.
+        profiler: keeps the records of steps.
         settled: the plan stays.
         history: how plans have changed so far, and why, one sentence each.
         inputs: shapes and dtypes of the tensors that the first forward pass was given.
         synchronizing: backward passes combine gradients, instead of only accumulating them here.
         latest: the last backward pass that was combined, or is being so.
         after_backward: called at the end of each one that does, with the members it gave nothing.
-        observed: the record of the first forward pass, once a backward pass has followed it.
     """
-
-    observed: Record
 
     def __init__(
         self,
@@ -120,21 +100,17 @@ class Engine:
         self.everyone = True
         self.synchronizing = True
         self.after_backward: Callable[[Engine, Sequence[Member]], None] = nobody
-        self._forward_ended = NEVER
         self._sweeps_begun = 0
-        self._unobserved = True
         self._open: Sweep | None = None
         self._ends_with_all = False
         self._hooks: list[Any] = []
-        self._last_complete: tuple[Record, Plan, list[Member]] | None = None
-        self._complete_records: deque[Record] = deque(maxlen=_REMEMBERED)
         self._entries = compiled.Entries(model)
         self._module_hooks = guard.ModuleHooks(self._entries.outside())
         self.settled = False
         self.history: list[str] = []
         self._aliases = Aliases()
         self.inputs: list[str] = []
-        self.attention = Attention(len(layout.members))
+        self.profiler = Profiler(type(model).__name__, len(layout.members), lane.clock)
         takeover.take_over(optimizer, self, self.state)
         self.bind(layout, plan)
         self._model_hooks = [
@@ -147,7 +123,6 @@ class Engine:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._complete_records.clear()
         self.latest: Sweep | None = None
         self.layout = layout
         self._updater = Updater(self.optimizer, self._cls, layout.members)
@@ -155,9 +130,8 @@ class Engine:
         self.program = Program(
             plan, layout, self.ranks, self._updater, state=self.state.parts, wire=self._wire
         )
-        self._landing = Landing(self.program, self.lane, self._module_hooks)
-        self.attention.refresh()
-        self.record = self._new_record()
+        self.profiler.bind(plan, layout.members)
+        self._landing = Landing(self.program, self.lane, self._module_hooks, self.profiler)
         self._divisor = 0
         self.divide_by(self.ranks.group.size())
         for member in layout.members:
@@ -195,15 +169,6 @@ class Engine:
         """Takes note of when each parameter is needed, though nothing is in flight."""
         self._landing.watch()
 
-    @property
-    def record(self) -> Record:
-        """Of the step that the next forward pass belongs to."""
-        return self._landing.record
-
-    @record.setter
-    def record(self, record: Record) -> None:
-        self._landing.record = record
-
     def divide_by(self, ranks: int) -> None:
         """From now on, combined gradients are sums over all ranks divided by this number."""
         if ranks == self._divisor:  # a device would be asked for nothing
@@ -219,14 +184,6 @@ class Engine:
             for grads in self.layout.grads
         ]
 
-    def _new_record(self, *, closely: bool = True) -> Record:
-        plan = self.program.plan
-        sizes = (len(self.layout.members), len(plan.ops), len(plan.buckets))
-        return Record(*sizes, closely=closely, clock=self.lane.clock)
-
-    def _now(self) -> float:
-        return now_s() if self.lane.clock is None else self.lane.clock.now()
-
     # In the forward pass
 
     def forward_begins(self, *inputs: Any) -> None:
@@ -234,9 +191,9 @@ class Engine:
         self._take_back()
         if self._buffers is not None:
             self._buffers.land()
-        if self._unobserved:  # what was read before it does not show the order of use
+        if self.profiler.observing:  # what was read before it does not show the order of use
             self.inputs = [f"{tuple(x.shape)} {x.dtype}" for x in guard.tensors_in(inputs)]
-            self.record = self._new_record()
+            self.profiler.record = self.profiler.new_record()
             self._landing.watch()
         if self._entries.outdated():
             self._look_at_modules()
@@ -244,9 +201,7 @@ class Engine:
             self._land_all()
 
     def forward_ends(self, inputs: Any = None, output: Any = None, *_: Any) -> None:
-        self._forward_ended = self._now()
-        if math.isnan(self.record.forward_ended):
-            self.record.forward_ended = self._forward_ended
+        self.profiler.forward_ended()
         if torch.is_grad_enabled() and modes.is_plain():
             for tensor in guard.tensors_in(output):
                 if tensor.grad_fn is not None:
@@ -305,17 +260,7 @@ class Engine:
         """
         self.lane.check()
         self.everyone = self.uneven is None or (active and self.uneven.all_are_active())
-        record = self._new_record(closely=self.attention.closely())
-        record.backward_began = self._forward_ended
-        if math.isnan(self._forward_ended):  # the user does not call the model itself
-            record.backward_began = self._now()
-        if self._unobserved:
-            self._unobserved = False
-            self.observed = self.record
-        self.record.ended = record.backward_began
-        if self.record.complete:
-            self._last_complete = (self.record, self.program.plan, self.layout.members)
-            self._complete_records.append(self.record)
+        record = self.profiler.backward_begins()
         sweep = Sweep(self._sweeps_begun, self.program, record)
         self._sweeps_begun += 1
         self._open = self.latest = sweep
@@ -418,7 +363,7 @@ class Engine:
         self._look_at_modules()
         if self._buffers is not None:
             self._buffers.look(self.model)
-        self._unobserved = True
+        self.profiler.observing = True
         self._anew(self, self.layout.grown())
         self.state.adopt()
 
@@ -462,7 +407,7 @@ class Engine:
                 self._landing.watch()
         else:
             loss = self._step_at_once(closure)
-        if self.everyone and self.latest is not None and self.record is self.latest.record:
+        if self.everyone and self.latest is not None and self.profiler.record is self.latest.record:
             self._after_step(self)
         return loss
 
@@ -489,7 +434,7 @@ class Engine:
                 self._peers.tell(f"optimizer.step() raised {error!r}")
             raise
         if self.latest is not None:
-            self.record = self.latest.record
+            self.profiler.record = self.latest.record
         self._landing.watch()
         return loss
 
@@ -500,7 +445,7 @@ class Engine:
                 loss = closure()
         sweep = self.latest
         if sweep is None or sweep.step is not None:  # no backward pass was combined since
-            sweep = Sweep(self._sweeps_begun, self.program, self._new_record(), local=True)
+            sweep = Sweep(self._sweeps_begun, self.program, self.profiler.new_record(), local=True)
             self.lane.begin(sweep)
         self._take_back()
         call = self._updater.call(self._gradients())
@@ -515,7 +460,7 @@ class Engine:
                 if member.order not in call.gradients:
                     member.sweep = sweep
                     self._landing.hold(member)
-        self.record = sweep.record
+        self.profiler.record = sweep.record
         self._landing.flying = True
         sweep.step = call
         self.lane.advance()
@@ -594,23 +539,6 @@ class Engine:
             return self.state.parts.clip(
                 self.program.parts_with_gradient(sweep), max_norm, norm_type, error
             )
-
-    def measured(self, network: Network) -> Measured:
-        """What ops took in the last steps that were watched closely."""
-        return measured(list(self._complete_records), self.program.plan, network)
-
-    def timeline(self) -> Timeline | None:
-        return timeline_of(*self._last_complete) if self._last_complete else None
-
-    def trace(self) -> Trace | None:
-        """The model as the steps showed it that were watched closely; None before there is one."""
-        records, model = self._complete_records, type(self.model).__name__
-        parts = self.program.plan.ranks if self.program.plan.sharded else 1
-        found = [
-            trace_of(r, r, self.layout.members, model=model, update_s=parts * updating_s(r))
-            for r in list(records)
-        ]
-        return typical(found) if found else None
 
     def detach(self) -> None:
         """Leaves the model and the optimizer as they would be without soonest."""

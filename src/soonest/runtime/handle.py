@@ -200,7 +200,7 @@ class Handle(Joinable):
         Once the plan has settled, only so many steps are measured that it costs a thousandth of
         the time.
         """
-        return self._engine.timeline() if self._engine else None
+        return self._engine.profiler.timeline() if self._engine else None
 
     def save_profile(self, path: str | Path) -> None:
         """Writes what was measured of model and network, for ``soonest predict --profile``.
@@ -214,7 +214,7 @@ class Handle(Joinable):
         Raises:
             ValueError: nothing has been measured, as in a group of one rank.
         """
-        trace = self._engine.trace() if self._engine else None
+        trace = self._engine.profiler.trace() if self._engine else None
         if not self._engine or trace is None:
             raise ValueError(
                 "no step has been measured that could be saved: train some more steps, on two "
@@ -235,7 +235,7 @@ class Handle(Joinable):
             return None
         assert self._choice
         calibrated, methods, given, notes = self._choice
-        measured_s, pace = self._engine.measured(calibrated)
+        measured_s, pace = self._engine.profiler.measured(calibrated)
         return explain(
             self._engine.program.plan,
             calibrated.slowed(pace),

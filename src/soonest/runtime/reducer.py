@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 
 from soonest.errors import SoonestError
 from soonest.runtime import api, ddp_log, groups
+from soonest.runtime.clock import now_s
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Handle
 from soonest.runtime.hooks import Hook, HookLane, whole_plan
 from soonest.runtime.layout import trainable
 from soonest.runtime.passes import Passes
-from soonest.runtime.profile import NEVER, now_s
+from soonest.runtime.record import NEVER
 from soonest.runtime.sweep import Sweep
 
 
