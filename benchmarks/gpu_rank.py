@@ -28,6 +28,7 @@ from soonest.core.planner import first_plan
 from soonest.core.trace import Trace
 from soonest.lab.messages import tell
 from soonest.runtime import api
+from soonest.runtime.backward import Backward
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Handle
 from soonest.runtime.landing import Landing
@@ -167,7 +168,8 @@ def races(device: torch.device, folder: Path) -> None:
 
 
 _TIMED = (
-    (Engine, ("_before", "_after", "_closed", "step", "forward_begins", "forward_ends")),
+    (Engine, ("step", "forward_begins", "forward_ends")),
+    (Backward, ("_before", "_after", "_closed")),
     (Landing, ("land",)),
 )
 

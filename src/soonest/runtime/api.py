@@ -171,9 +171,9 @@ def _start_several(
         for handle in handles:
             handle.detach()
         raise
-    engines = [handle.engine for handle in handles if handle.engine]
-    for engine in engines:
-        engine.siblings = [other for other in engines if other is not engine]
+    together = [handle.engine.backward for handle in handles if handle.engine]
+    for backward in together:
+        backward.siblings = [other for other in together if other is not backward]
     return tuple(handles)
 
 
@@ -345,7 +345,7 @@ def _together(peers: Peers, after_step: AfterStep) -> AfterStep:
     """The same, which says who is at fault where a rank does not take part."""
 
     def call(engine: Engine) -> None:
-        what = f"what follows step {engine.passes}, as planning or {consistency.VARIABLE},"
+        what = f"what follows step {engine.backward.passes}, as planning or {consistency.VARIABLE},"
         try:
             with peers.together(what):
                 after_step(engine)

@@ -143,7 +143,7 @@ class Handle(Joinable):
         As with ``DistributedDataParallel.no_sync``, the first backward pass outside combines what
         has been accumulated.
         """
-        return self._engine.no_sync() if self._engine else nullcontext()
+        return self._engine.backward.no_sync() if self._engine else nullcontext()
 
     def join(
         self,
@@ -177,7 +177,7 @@ class Handle(Joinable):
         """What ``Join`` calls on a rank without further input."""
         if not self._engine:
             return JoinHook()
-        if self.shards or self._engine.siblings:
+        if self.shards or self._engine.backward.siblings:
             raise ValueError(
                 "join() was called, but ranks that share out the optimizer's state, or train a "
                 "model with several optimizers, must all step equally often: give every rank as "
@@ -320,7 +320,7 @@ class Handle(Joinable):
             RuntimeError: the norm is not finite, and ``error_if_nonfinite`` is set.
         """
         engine = self._engine
-        if engine and engine.state.parts is not None and not engine.siblings:
+        if engine and engine.state.parts is not None and not engine.backward.siblings:
             return engine.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
         return torch.nn.utils.clip_grad_norm_(
             self._model.parameters(), max_norm, norm_type, error_if_nonfinite

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import Tensor
@@ -79,6 +79,25 @@ class Landing:
             hold = guard.Hold(gradient, partial(self.settle, member))
         self._held[order] = hold
         hold.take_off()
+
+    def expect(self, sweep: Sweep, gradients: Mapping[int, Tensor]) -> None:
+        """A step is to change parameters.
+
+        Args:
+            sweep: will do it.
+            gradients: that it uses, by order of the member.
+        """
+        for order, gradient in gradients.items():
+            member = self._members[order]
+            member.sweep = sweep
+            self.hold(member)
+            self.hold_gradient(member, gradient)
+        if sweep.plan.sharded:  # gathering writes to all parameters, if only what is there
+            for member in self._members:
+                if member.order not in gradients:
+                    member.sweep = sweep
+                    self.hold(member)
+        self.flying = True
 
     def _release_gradient(self, member: Member) -> None:
         held = self._held[member.order]
