@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,25 +21,10 @@ from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
 from soonest.runtime import checkpoint, pinned
+from soonest.runtime.choice import Choice
 from soonest.runtime.engine import Engine
 from soonest.runtime.learn import Learner
 from soonest.runtime.uneven import Uneven
-
-
-class Choice(NamedTuple):
-    """What a plan could choose from.
-
-    Args:
-        network: as calibrated.
-        methods: that it may use.
-        given: why it could not choose, if so.
-        notes: for the report.
-    """
-
-    network: Network
-    methods: tuple[str, ...]
-    given: str | None = None
-    notes: tuple[str, ...] = ()
 
 
 class Handle(Joinable):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from soonest.errors import SoonestError
-from soonest.runtime import api, ddp_log, groups
+from soonest.runtime import ddp_log, groups
 from soonest.runtime.clock import now_s
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Handle
@@ -21,6 +21,7 @@ from soonest.runtime.hooks import Hook, HookLane, whole_plan
 from soonest.runtime.layout import trainable
 from soonest.runtime.passes import Passes
 from soonest.runtime.record import NEVER
+from soonest.runtime.start import WINDOW, start
 from soonest.runtime.sweep import Sweep
 
 
@@ -128,9 +129,9 @@ class Reducer:
                 trainable(self._module, self._without),
                 ranks=self._group.size(),
                 caps_bytes=self._caps_bytes,
-                window=None if lane else api.WINDOW,
+                window=None if lane else WINDOW,
             )
-        self._kept.handle = api.start(
+        self._kept.handle = start(
             self._module,
             self._optimizer,
             **{"wire_dtype": self._wire, **options},
