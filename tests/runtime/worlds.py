@@ -16,9 +16,9 @@ from runtime.race import FakeStreams, watched
 from soonest.core.plan import METHODS, Plan, shards
 from soonest.runtime.collectives import EXACT, Ranks
 from soonest.runtime.engine import Engine
-from soonest.runtime.lanes import ThreadLane
 from soonest.runtime.layout import Layout
 from soonest.runtime.streamlane import StreamLane
+from soonest.runtime.threadlane import ThreadLane
 from strategies import any_cut
 
 RANKS = 2
