@@ -27,12 +27,13 @@ from soonest.core.network import Network
 from soonest.core.planner import first_plan
 from soonest.core.trace import Trace
 from soonest.lab.messages import tell
-from soonest.runtime import api
+from soonest.runtime.backward import Backward
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Handle
 from soonest.runtime.landing import Landing
 from soonest.runtime.layout import flats_for, trainable
 from soonest.runtime.peers import Peers
+from soonest.runtime.start import start
 from soonest.runtime.streamlane import StreamLane
 from soonest.runtime.streams import DeviceStreams
 
@@ -68,7 +69,7 @@ def alone(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.devi
     plan = first_plan(flats, _LIKELY, ranks=1, window=2, methods=("allreduce",))
     assert dist.group.WORLD is not None
     lane = StreamLane(DeviceStreams(device), timeout_s=60, peers=Peers(dist.group.WORLD))
-    return api.start(model, optimizer, plan=plan, own_lane=lane)
+    return start(model, optimizer, plan=plan, own_lane=lane)
 
 
 def prioritized(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Handle:
@@ -167,7 +168,8 @@ def races(device: torch.device, folder: Path) -> None:
 
 
 _TIMED = (
-    (Engine, ("_before", "_after", "_closed", "step", "forward_begins", "forward_ends")),
+    (Engine, ("step", "forward_begins", "forward_ends")),
+    (Backward, ("_before", "_after", "_closed")),
     (Landing, ("land",)),
 )
 
@@ -356,10 +358,10 @@ def traces(device: torch.device, folder: Path) -> None:
         for _ in range(5):
             step()
         assert handle.engine is not None
-        handle.engine.attention.learning = True
+        handle.engine.profiler.attention.learning = True
         for _ in range(12):
             step()
-        found = handle.engine.trace()
+        found = handle.engine.profiler.trace()
         assert found is not None
         info = {
             "device": torch.cuda.get_device_name(device),

@@ -17,7 +17,7 @@ from runtime import reads, writes
 from runtime.reads import Read, Zoo, flat
 from runtime.steering import keep_to_the_usual_plan
 from runtime.writes import Write
-from soonest.runtime import engine, guard, lanes, layout, program
+from soonest.runtime import engine, guard, layout, program, threadlane
 
 Found = dict[str, dict[str, bool]]
 
@@ -43,13 +43,13 @@ class Gate:
             self._open_at(name)
 
     def _open_at(self, name: str) -> None:
-        wait = getattr(lanes.ThreadLane, name)
+        wait = getattr(threadlane.ThreadLane, name)
 
         def waits(bound: Any, *args: Any, **options: Any) -> Any:
             self._open.set()
             return wait(bound, *args, **options)
 
-        setattr(lanes.ThreadLane, name, waits)
+        setattr(threadlane.ThreadLane, name, waits)
 
 
 class Flights:

@@ -20,7 +20,7 @@ from soonest.runtime.clock import DeviceClock, Moment
 from soonest.runtime.collectives import EXACT
 from soonest.runtime.engine import Engine
 from soonest.runtime.layout import Layout
-from soonest.runtime.profile import NEVER, Record
+from soonest.runtime.record import NEVER, Record
 from soonest.runtime.streamlane import StreamLane
 
 
@@ -51,11 +51,12 @@ def test_a_step_that_is_not_watched_closely_asks_the_device_for_nothing() -> Non
 
 def test_a_model_is_measured_on_its_device() -> None:
     def before_close(trainer: Soonest) -> None:
-        trainer.engine.attention.learning = True
+        trainer.engine.profiler.attention.learning = True
         for _ in range(4):
             trainer.model(torch.ones(2, 4)).sum().backward()
             trainer.optimizer.step()
-        trace, timeline = trainer.engine.trace(), trainer.engine.timeline()
+        profiler = trainer.engine.profiler
+        trace, timeline = profiler.trace(), profiler.timeline()
         assert trace is not None
         assert {layer.name for layer in trace.layers} == {"first", "middle", "spare", "last"}
         # Two events to the microsecond, at most a few dozen between two layers.
@@ -85,7 +86,7 @@ def test_nothing_is_learned_from_the_first_steps_of_a_device(
     records: list[Any] = []
     first = learner._first
     monkeypatch.setattr(
-        learner, "_first", lambda engine: (records.append(engine.record), first(engine))
+        learner, "_first", lambda engine: (records.append(engine.profiler.record), first(engine))
     )
     engine = Engine(
         model,

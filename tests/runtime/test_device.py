@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from soonest.runtime import device as devices
 from soonest.runtime import groups
-from soonest.runtime.lanes import ThreadLane
 from soonest.runtime.streams import DeviceStreams
+from soonest.runtime.threadlane import ThreadLane
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

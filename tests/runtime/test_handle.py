@@ -174,7 +174,7 @@ def hooked() -> list[int]:
     handle = soonest.prioritize(model, optimizer)
     while not handle.settled:
         steps(model, optimizer, 1)
-    handle._engine.attention.closely = lambda: False  # type: ignore[union-attr, method-assign]
+    handle._engine.profiler.attention.closely = lambda: False  # type: ignore[union-attr, method-assign]
     for _ in range(2):
         steps(model, optimizer, 1)
         found.append(now())

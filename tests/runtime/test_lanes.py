@@ -307,7 +307,7 @@ def test_a_scale_that_is_given_to_an_update_is_not_freed_too_early() -> None:
                 trainer.engine.program.update = update  # type: ignore[method-assign]
                 trainer.optimizer.step()
                 del trainer.optimizer.found_scale, scale  # type: ignore[attr-defined]
-                sweep: Any = trainer.engine.latest
+                sweep: Any = trainer.engine.backward.latest
                 sweep.step.attributes.clear()
                 torch.ones(3).add_(1)
                 del trainer.engine.program.update

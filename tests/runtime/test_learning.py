@@ -113,7 +113,7 @@ def waits(sharded: bool, fastest: bool) -> tuple[bool, int, bool]:
     engine = steered.handle._engine
     assert engine is not None
     assert engine.program.plan.sharded == sharded
-    engine.attention.closely = lambda: False  # type: ignore[method-assign]
+    engine.profiler.attention.closely = lambda: False  # type: ignore[method-assign]
     steered.train(3)
     parameters = list(steered.model.parameters())
     flying = any(guard.is_held(p) for p in parameters)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parity.cases import CASES, compare
 from ranks import run_ranks
-from soonest.runtime import api, groups
+from soonest.runtime import groups, start
 from soonest.runtime.streamlane import StreamLane
 
 
@@ -73,7 +73,7 @@ def on_streams(names: list[str]) -> tuple[dict[str, list[str]], int]:
         lanes.append(StreamLane(HostStreams(), timeout_s=60, peers=peers))
         return lanes[-1]
 
-    api.lane_for = lane_for
+    start.lane_for = lane_for
     groups.ranks_of = lambda group, **_: ranks_of(group, native=True)
     return compare(names), len(lanes)
 

@@ -57,8 +57,8 @@ def passes_of_a_checkpoint() -> int:
         model(torch.randn(6, 4, requires_grad=True)).square().sum().backward()
         optimizer.step()
     assert handle.engine
-    assert handle.engine.latest
-    return handle.engine.latest.number + 1
+    assert handle.engine.backward.latest
+    return handle.engine.backward.latest.number + 1
 
 
 def test_a_backward_pass_with_others_inside_combines_once() -> None:

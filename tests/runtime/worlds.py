@@ -16,9 +16,9 @@ from runtime.race import FakeStreams, watched
 from soonest.core.plan import METHODS, Plan, shards
 from soonest.runtime.collectives import EXACT, Ranks
 from soonest.runtime.engine import Engine
-from soonest.runtime.lanes import ThreadLane
 from soonest.runtime.layout import Layout
 from soonest.runtime.streamlane import StreamLane
+from soonest.runtime.threadlane import ThreadLane
 from strategies import any_cut
 
 RANKS = 2
@@ -226,7 +226,7 @@ class Soonest:
     def combine(self) -> None: ...
 
     def no_sync(self) -> Any:
-        return self.engine.no_sync()
+        return self.engine.backward.no_sync()
 
     def clip(self) -> None:
         if self.sharded:
@@ -248,6 +248,9 @@ class FakePeers:
         return "rank 1 did not take part" if failed else None
 
     def tell(self, fault: str) -> None: ...
+
+    def at_fault(self, error: Exception) -> Exception:
+        return error
 
     @contextmanager
     def together(self, what: str, advice: str = "") -> Iterator[None]:

@@ -114,6 +114,16 @@ def check_options(method: str | None, wire: Wire, *, shard_optimizer: bool) -> N
         )
 
 
+def check_real(model: nn.Module, without: Collection[str]) -> None:
+    """Raises ValueError if the state of a parameter could not be shared out over the ranks."""
+    for name, _, parameter in trainable(model, without):
+        if parameter.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}, and states of complex parameters are "
+                "not shared out over the ranks: leave out shard_optimizer=True"
+            )
+
+
 def _check_wrapping(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f"module {name!r}" if name else "the model"

@@ -68,8 +68,8 @@ class Comparison:
         """
         self._steps += 1
         # By backward passes: no rank can be ahead in these without waiting for the others.
-        if engine.passes >= self._due:
-            self._due = engine.passes + self._every
+        if engine.backward.passes >= self._due:
+            self._due = engine.backward.passes + self._every
             self._compare_progress(engine)
             engine.flush()
             self._compare(list(_checksums(engine)))
@@ -78,7 +78,7 @@ class Comparison:
 
     def _compare_progress(self, engine: Engine) -> None:
         """Before anything is waited for: what one rank has left out, others would wait for."""
-        mine = f"{engine.passes} backward passes, {self._steps} steps"
+        mine = f"{engine.backward.passes} backward passes, {self._steps} steps"
         every = collectives.gather_objects(self._group, mine)
         if len(set(every)) > 1:
             raise SoonestError(

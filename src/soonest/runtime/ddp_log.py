@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from soonest.core.plan import SHARED_PARAMETERS, Plan
-from soonest.runtime.profile import Record
+from soonest.runtime.record import Record
 
 _FIRST = 10
 """So many iterations have all their times taken; then one in so many as the sample rate says."""

@@ -7,10 +7,11 @@ import torch.distributed as dist
 
 from soonest.runtime import groups
 from soonest.runtime.collectives import Group
-from soonest.runtime.lanes import Lane, ThreadLane
+from soonest.runtime.lanes import Lane
 from soonest.runtime.peers import Peers
 from soonest.runtime.streamlane import StreamLane
 from soonest.runtime.streams import DeviceStreams
+from soonest.runtime.threadlane import ThreadLane
 
 
 def lane_for(group: Group, device: torch.device, peers: Peers) -> Lane:

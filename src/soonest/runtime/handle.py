@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,25 +21,10 @@ from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
 from soonest.runtime import checkpoint, pinned
+from soonest.runtime.choice import Choice
 from soonest.runtime.engine import Engine
 from soonest.runtime.learn import Learner
 from soonest.runtime.uneven import Uneven
-
-
-class Choice(NamedTuple):
-    """What a plan could choose from.
-
-    Args:
-        network: as calibrated.
-        methods: that it may use.
-        given: why it could not choose, if so.
-        notes: for the report.
-    """
-
-    network: Network
-    methods: tuple[str, ...]
-    given: str | None = None
-    notes: tuple[str, ...] = ()
 
 
 class Handle(Joinable):
@@ -143,7 +128,7 @@ class Handle(Joinable):
         As with ``DistributedDataParallel.no_sync``, the first backward pass outside combines what
         has been accumulated.
         """
-        return self._engine.no_sync() if self._engine else nullcontext()
+        return self._engine.backward.no_sync() if self._engine else nullcontext()
 
     def join(
         self,
@@ -177,7 +162,7 @@ class Handle(Joinable):
         """What ``Join`` calls on a rank without further input."""
         if not self._engine:
             return JoinHook()
-        if self.shards or self._engine.siblings:
+        if self.shards or self._engine.backward.siblings:
             raise ValueError(
                 "join() was called, but ranks that share out the optimizer's state, or train a "
                 "model with several optimizers, must all step equally often: give every rank as "
@@ -200,7 +185,7 @@ class Handle(Joinable):
         Once the plan has settled, only so many steps are measured that it costs a thousandth of
         the time.
         """
-        return self._engine.timeline() if self._engine else None
+        return self._engine.profiler.timeline() if self._engine else None
 
     def save_profile(self, path: str | Path) -> None:
         """Writes what was measured of model and network, for ``soonest predict --profile``.
@@ -214,7 +199,7 @@ class Handle(Joinable):
         Raises:
             ValueError: nothing has been measured, as in a group of one rank.
         """
-        trace = self._engine.trace() if self._engine else None
+        trace = self._engine.profiler.trace() if self._engine else None
         if not self._engine or trace is None:
             raise ValueError(
                 "no step has been measured that could be saved: train some more steps, on two "
@@ -235,7 +220,7 @@ class Handle(Joinable):
             return None
         assert self._choice
         calibrated, methods, given, notes = self._choice
-        measured_s, pace = self._engine.measured(calibrated)
+        measured_s, pace = self._engine.profiler.measured(calibrated)
         return explain(
             self._engine.program.plan,
             calibrated.slowed(pace),
@@ -320,7 +305,7 @@ class Handle(Joinable):
             RuntimeError: the norm is not finite, and ``error_if_nonfinite`` is set.
         """
         engine = self._engine
-        if engine and engine.state.parts is not None and not engine.siblings:
+        if engine and engine.state.parts is not None and not engine.backward.siblings:
             return engine.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
         return torch.nn.utils.clip_grad_norm_(
             self._model.parameters(), max_norm, norm_type, error_if_nonfinite

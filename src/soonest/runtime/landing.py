@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from soonest.errors import SoonestError
 from soonest.runtime import guard
 from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Member
-from soonest.runtime.profile import Record
+from soonest.runtime.profiler import Profiler
 from soonest.runtime.program import Program
 from soonest.runtime.sweep import Sweep
 
@@ -24,20 +24,21 @@ class Landing:
         program: whose members.
         lane: what brings them.
         hooks: needed while parameters are held.
+        profiler: notes when each parameter is needed and when it is there.
 
     Attributes:
-        record: where to note when each parameter is needed and when it is there.
         flying: whether anything may be in flight.
         unknown: members that got no gradient on this rank, as long as it is not known whether
             another rank had one, and with it whether ``parameter.grad`` is None.
     """
 
-    record: Record
-
-    def __init__(self, program: Program, lane: Lane, hooks: guard.ModuleHooks) -> None:
+    def __init__(
+        self, program: Program, lane: Lane, hooks: guard.ModuleHooks, profiler: Profiler
+    ) -> None:
         self._program = program
         self._lane = lane
         self._hooks = hooks
+        self._profiler = profiler
         self._members = program.layout.members
         self._parameters = [guard.Hold(m.parameter, partial(self.land, m)) for m in self._members]
         self._gradients = [
@@ -52,7 +53,7 @@ class Landing:
 
     def watch(self) -> None:
         """Nothing is in flight, but note when each parameter is needed."""
-        if self.record.closely:
+        if self._profiler.record.closely:
             for member in self._members:
                 self.hold(member)
 
@@ -78,6 +79,25 @@ class Landing:
             hold = guard.Hold(gradient, partial(self.settle, member))
         self._held[order] = hold
         hold.take_off()
+
+    def expect(self, sweep: Sweep, gradients: Mapping[int, Tensor]) -> None:
+        """A step is to change parameters.
+
+        Args:
+            sweep: will do it.
+            gradients: that it uses, by order of the member.
+        """
+        for order, gradient in gradients.items():
+            member = self._members[order]
+            member.sweep = sweep
+            self.hold(member)
+            self.hold_gradient(member, gradient)
+        if sweep.plan.sharded:  # gathering writes to all parameters, if only what is there
+            for member in self._members:
+                if member.order not in gradients:
+                    member.sweep = sweep
+                    self.hold(member)
+        self.flying = True
 
     def _release_gradient(self, member: Member) -> None:
         held = self._held[member.order]
@@ -132,19 +152,19 @@ class Landing:
 
     def land(self, member: Member) -> None:
         """Waits until the parameter has the value that the last ``step()`` gave it."""
-        needed = self.record.now()
-        sweep = member.sweep
+        record, sweep = self._profiler.record, member.sweep
+        needed = record.now()
         if self.flying:
             self._wait(member)
             if sweep and not sweep.step and member.order in self.unknown and self._partial(member):
                 self._complete(member)
-        if self.record.closely or sweep is None or sweep.step is None:
+        if record.closely or sweep is None or sweep.step is None:
             self._landed(member)
         else:
             self._land_bucket(sweep, self._program.last_of[member.order])
-        if math.isnan(self.record.needed[member.order]):
-            self.record.needed[member.order] = needed
-            self.record.landed[member.order] = self.record.now()
+        if math.isnan(record.needed[member.order]):
+            record.needed[member.order] = needed
+            record.landed[member.order] = record.now()
 
     def _land_bucket(self, sweep: Sweep, bucket: int) -> None:
         """What was updated together lands together: one look at a time costs more."""

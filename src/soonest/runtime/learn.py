@@ -27,11 +27,13 @@ from soonest.runtime.candidates import (
     told,
     with_searched,
 )
+from soonest.runtime.clock import now_s
 from soonest.runtime.drift import Drift
 from soonest.runtime.engine import Engine
 from soonest.runtime.layout import Layout
 from soonest.runtime.memory import Choice, Memory
-from soonest.runtime.profile import Record, now_s, pace_of, trace_of, typical
+from soonest.runtime.profile import pace_of, trace_of, typical
+from soonest.runtime.record import Record
 
 _EXACT_RANKS = 2
 """So many ranks add up alike under any cut."""
@@ -125,7 +127,7 @@ class Learner:
             stays: that plan does.
         """
         self.start_with(engine.layout)
-        engine.attention.learning = False
+        engine.profiler.attention.learning = False
         engine.settled = stays
         self._note_switch(engine, "other parameters are trained from now on, so plan anew")
 
@@ -134,8 +136,8 @@ class Learner:
         if engine.lane.clock is not None and self._warming and not engine.settled:
             # A device's first steps are those in which memory is found and kernels are chosen.
             self._warming -= 1
-            self._before = engine.record
-            engine.attention.learning = True
+            self._before = engine.profiler.record
+            engine.profiler.attention.learning = True
             return
         self._steps += 1
         if engine.settled:
@@ -169,7 +171,7 @@ class Learner:
         engine.complete()
         layout, plan = self._layout(engine, chosen.order), Plan.from_json(chosen.plan)
         agree_on_plan(engine.ranks.group, plan)
-        engine.attention.learning = False
+        engine.profiler.attention.learning = False
         engine.bind(layout, plan)
         self._stays(engine, plan, "as it stayed before, since training is resumed")
 
@@ -192,16 +194,17 @@ class Learner:
         self._note_switch(engine, f"plan {name}{beside}: {why}")
 
     def _first(self, engine: Engine) -> None:
-        engine.attention.learning = True
-        forward = self._before or engine.observed
+        profiler = engine.profiler
+        profiler.attention.learning = True
+        forward = self._before or profiler.observed
         self._trace = self._trace_of(
-            engine, engine.record, forward if forward.complete else engine.observed
+            engine, profiler.record, forward if forward.complete else profiler.observed
         )
         self._before = None
         engine.complete()
-        self._note_pace(engine, engine.record)
+        self._note_pace(engine, profiler.record)
         members = engine.layout.members
-        mine = [members[index].name for index in engine.observed.first_use()]
+        mine = [members[index].name for index in profiler.observed.first_use()]
         layout = self._layout(engine, self._first_rank(engine, mine))
         if engine.ranks.group.rank() == 0:
             self._choose_candidates(engine, layout)
@@ -213,7 +216,7 @@ class Learner:
         ended_s = self._ended_s if clock is None else clock.seconds(self._ended_s)
         taken = tuple(end - start for start, end in pairwise(ended_s))
         self._ended_s = []
-        engine.attention.learning = False
+        engine.profiler.attention.learning = False
         why, stays = "", False
         if engine.ranks.group.rank() == 0:
             if not self._observing:
@@ -257,7 +260,7 @@ class Learner:
         self._memory.forget_turns()
         self._turns, self._traces, self._paces = [], [], []
         self._before = None
-        self._observing = engine.attention.learning = True
+        self._observing = engine.profiler.attention.learning = True
         engine.settled = False
 
     def _choose_candidates(self, engine: Engine, layout: Layout) -> None:
@@ -342,7 +345,7 @@ class Learner:
         if self._before is not None and self._before.complete:
             self._traces.append(self._trace_of(engine, self._before, self._before))
             self._note_pace(engine, self._before)
-        self._before = engine.record
+        self._before = engine.profiler.record
 
     def _note_pace(self, engine: Engine, record: Record) -> None:
         pace = pace_of(record, engine.program.plan, self._network)

@@ -45,11 +45,11 @@ class Passes:
     def expect(self, *_: Any) -> None:
         """A backward pass that follows is to be combined."""
         if self.engine is not None:
-            self.engine.synchronizing = True
+            self.engine.backward.synchronizing = True
 
     def ended(self, engine: Engine, late: Sequence[Member]) -> None:
         """A backward pass has been combined; these got no gradient in it."""
-        engine.synchronizing = False
+        engine.backward.synchronizing = False
         self.missing = sorted(self._index_of[member.name] for member in late)
         if self.first_missing is None:
             self.first_missing = self.missing

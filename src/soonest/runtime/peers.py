@@ -15,12 +15,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime import collectives, groups
 
+_E = TypeVar("_E", bound=Exception)
 _GRACE_S = 5.0
 _FAULT = "!"
 """Begins a note that says what is wrong with the rank that left it."""
@@ -95,6 +97,11 @@ class Peers:
                 self._note(_FAULT + fault)
 
         _in_time(note)
+
+    def at_fault(self, error: _E) -> _E:
+        """As ``tell``, of an error that is to be raised on this rank."""
+        self.tell(str(error))
+        return error
 
     def _note(self, text: str) -> None:
         mine = f"failed/{self.rank}"

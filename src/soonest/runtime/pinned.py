@@ -32,7 +32,16 @@ def save(plan: Plan, path: str | Path) -> None:
     write_whole(Path(path), json.dumps(plan.to_json(), indent=1) + "\n")
 
 
-def misfit(plan: Plan, layout: Layout, ranks: int) -> str | None:
+def check(plan: Plan, layout: Layout, ranks: int) -> None:
+    """Raises ValueError if a plan is not for this model and group."""
+    if wrong := _misfit(plan, layout, ranks):
+        raise ValueError(
+            f"the plan is not for this model and group: {wrong}. Leave out plan=, or give one "
+            "that was saved with this model on as many ranks"
+        )
+
+
+def _misfit(plan: Plan, layout: Layout, ranks: int) -> str | None:
     """The first thing in which a plan differs from model and group, in words."""
     if plan.ranks != ranks:
         return f"it is for {plan.ranks} ranks, and here are {ranks}"

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from soonest.errors import SoonestError
-from soonest.runtime import api, ddp_log, groups
+from soonest.runtime import ddp_log, groups
+from soonest.runtime.clock import now_s
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Handle
 from soonest.runtime.hooks import Hook, HookLane, whole_plan
 from soonest.runtime.layout import trainable
 from soonest.runtime.passes import Passes
-from soonest.runtime.profile import NEVER, now_s
+from soonest.runtime.record import NEVER
+from soonest.runtime.start import WINDOW, start
 from soonest.runtime.sweep import Sweep
 
 
@@ -127,9 +129,9 @@ class Reducer:
                 trainable(self._module, self._without),
                 ranks=self._group.size(),
                 caps_bytes=self._caps_bytes,
-                window=None if lane else api.WINDOW,
+                window=None if lane else WINDOW,
             )
-        self._kept.handle = api.start(
+        self._kept.handle = start(
             self._module,
             self._optimizer,
             **{"wire_dtype": self._wire, **options},
@@ -142,10 +144,10 @@ class Reducer:
         )
         engine = self._passes.engine = self._kept.handle.engine
         if engine is not None:
-            engine.synchronizing = False
+            engine.backward.synchronizing = False
             engine.after_backward = self._passes.ended
             if lane is not None:
-                engine.divide_by(1)
+                engine.gradients.divide_by(1)
             self._first_plan = engine.program.plan.fingerprint
         self._note_plan()
 
@@ -209,15 +211,15 @@ class Reducer:
         self._check_reducer_finalized()
         engine = self.engine
         times = None
-        if engine is not None and engine.latest is not None:
-            times = ddp_log.Times.of(self._forward_began, engine.latest.record)
-            self._note_order(engine)
+        if engine is not None and (latest := engine.backward.latest) is not None:
+            times = ddp_log.Times.of(self._forward_began, latest.record)
+            self._note_order(latest)
         self._log.forward_begins(times)
         self._forward_began = now_s()
         self._forwards += 1
         self._synchronous, self._everyone = True, True
         if engine is not None:
-            engine.divide_by(1 if self._hook else self._group.size())
+            engine.gradients.divide_by(1 if self._hook else self._group.size())
 
     def _set_forward_pass_work_handle(self, work: Any, use_initial: bool) -> None:
         """Some ranks may have no more input; the work counts those that have."""
@@ -228,7 +230,7 @@ class Reducer:
         active = round(float(work.result()[0].item()))
         self._everyone = active == self._group.size()
         if self.engine is not None and not use_initial and not self._hook:
-            self.engine.divide_by(active)
+            self.engine.gradients.divide_by(active)
 
     def _rebuild_buckets(self) -> bool:
         """Between two steps: the place to start, and to learn from the one before."""
@@ -239,9 +241,9 @@ class Reducer:
         self._synchronous = False
         self.start()
         engine, passes = self.engine, self._passes
-        if engine is None or engine.latest is self._seen:
+        if engine is None or engine.backward.latest is self._seen:
             return False
-        self._seen = engine.latest
+        self._seen = engine.backward.latest
         if isinstance(self._optimizer, Nothing):
             engine.step(None)
         if self._skip_unused and self._drop_unused(engine):
@@ -272,7 +274,7 @@ class Reducer:
         """A forward pass begins whose backward pass is not to be combined."""
         leader = self._led_by() or self
         if leader.engine is not None:
-            leader.engine.synchronizing = False
+            leader.engine.backward.synchronizing = False
 
     # Uneven inputs
 
@@ -351,10 +353,9 @@ class Reducer:
             rebuilt = plan.fingerprint != self._first_plan
             self._log.note(ddp_log.of_plan(plan, self._index_of, rebuilt=rebuilt))
 
-    def _note_order(self, engine: Engine) -> None:
-        assert engine.latest is not None
-        ready = engine.latest.record.ready
-        order = sorted(engine.layout.members, key=lambda member: ready[member.order])
+    def _note_order(self, sweep: Sweep) -> None:
+        ready = sweep.record.ready
+        order = sorted(sweep.program.layout.members, key=lambda member: ready[member.order])
         indices = ", ".join(str(self._index_of[member.name]) for member in order)
         self._log.note({"prev_iteration_grad_ready_order_indices": indices})
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from soonest.core.plan import SHARED_PARAMETERS, Plan
 
 if TYPE_CHECKING:
-    from soonest.runtime.profile import Record
     from soonest.runtime.program import Program
+    from soonest.runtime.record import Record
 
 
 class Sweep:

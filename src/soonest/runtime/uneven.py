@@ -28,7 +28,7 @@ class Uneven(JoinHook):
         self._joinable = joinable
         self._divide_by_all = divide_by_all
         self._ranks = engine.ranks.group.size()
-        engine.uneven = self
+        engine.backward.uneven = self
 
     @property
     def enabled(self) -> bool:
@@ -40,7 +40,7 @@ class Uneven(JoinHook):
             return True
         Join.notify_join_context(self._joinable)
         active = self._count(1.0)
-        self._engine.divide_by(self._ranks if self._divide_by_all else active)
+        self._engine.gradients.divide_by(self._ranks if self._divide_by_all else active)
         return active == self._ranks
 
     def _count(self, mine: float) -> int:
@@ -60,5 +60,5 @@ class Uneven(JoinHook):
         with guard.DisableGuard():
             tensors = [*self._model.parameters(), *self._model.buffers()]
             collectives.broadcast_of(engine.ranks.group, tensors, mine=is_last_joiner)
-        engine.uneven = None
-        engine.divide_by(self._ranks)
+        engine.backward.uneven = None
+        engine.gradients.divide_by(self._ranks)

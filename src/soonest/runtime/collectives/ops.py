@@ -1,21 +1,19 @@
-"""What goes over the network; the only file that names torch's collectives."""
+"""The ops of the methods by which buckets are combined."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from soonest.core.plan import METHODS, borders
-
-Group = dist.ProcessGroup
+from soonest.runtime.collectives.piece import Piece, Wire
+from soonest.runtime.collectives.ranks import Group, Ranks, check_method
 
 
 class Work(Protocol):
@@ -23,84 +21,6 @@ class Work(Protocol):
 
     def wait(self, timeout: datetime.timedelta = ...) -> bool: ...
     def is_completed(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The ranks that combine, and how they can talk.
-
-    Args:
-        group: all of them.
-        second: the same once more, for what follows inside an op: on ``group`` it would come before
-            the next op on one rank and behind it on another.
-        inside: those that share this rank's host; None if no two share one, if all do, or if hosts
-            have different numbers of ranks.
-        across: on each host the one with this rank's place there; None along with ``inside``.
-        native: the backend has a true reduce-scatter, and single messages are not to be sent.
-    """
-
-    group: Group
-    second: Group
-    inside: Group | None = None
-    across: Group | None = None
-    native: bool = False
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Those that these ranks can carry out."""
-        return tuple(name for name in METHODS if name != "hierarchical" or self.inside)
-
-
-@dataclass(frozen=True)
-class Wire:
-    """The dtypes in which things are sent; None stands for their own.
-
-    Args:
-        gradients: sums are rounded to it in between where the backend makes them, and accumulate
-            in float32 where this rank does.
-        parameters: that ranks share out.
-    """
-
-    gradients: torch.dtype | None = None
-    parameters: torch.dtype | None = None
-
-    def of(self, itemsize: int) -> Wire:
-        """For elements of so many bytes: dtypes that are no narrower are left out."""
-
-        def narrower(dtype: torch.dtype | None) -> torch.dtype | None:
-            return dtype if dtype and dtype.itemsize < itemsize else None
-
-        return Wire(narrower(self.gradients), narrower(self.parameters))
-
-
-EXACT = Wire()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One bucket's part of the buffers of this rank.
-
-    Args:
-        gradients: contiguous, of any floating dtype, ``numel`` elements.
-        parameters: the same part of the buffer of parameters.
-        wire: how they are sent.
-        itemsize: bytes of an element by which the ranks' parts are aligned, if not its own.
-    """
-
-    gradients: Tensor
-    parameters: Tensor
-    wire: Wire = EXACT
-    itemsize: int | None = None
-
-    def packed(self, part: slice = slice(None)) -> Tensor:
-        """Gradients as they are sent."""
-        wire = self.wire.gradients
-        return self.gradients[part].to(wire) if wire else self.gradients[part]
-
-    def unpack(self, received: Tensor, part: slice = slice(None)) -> None:
-        """Takes over what was sent; equal on every rank, as the sender takes it over as well."""
-        if self.wire.gradients:
-            self.gradients[part].copy_(received)
 
 
 Op = Iterator[Work]
@@ -287,17 +207,6 @@ def combine(method: str, ranks: Ranks, tensor: Tensor, *, wire: torch.dtype | No
         tensor.copy_(flat.view(tensor.shape))
 
 
-def check_method(method: str, ranks: Ranks) -> None:
-    """Raises ValueError if there is no such method, or not on these ranks."""
-    if method not in METHODS:
-        raise ValueError(f"no method {method!r}: there are {', '.join(METHODS)}")
-    if method not in ranks.methods:
-        raise ValueError(
-            f"method {method!r} needs several hosts with the same number of ranks, two or more, on "
-            "each: take another method, or start the ranks so"
-        )
-
-
 def _sum_in_order(every: Tensor, n: int, out: Tensor) -> None:
     """Sums ``n`` tensors that lie one behind the other: so the bits are the same on every rank."""
     exact = torch.promote_types(out.dtype, torch.float32)
@@ -378,131 +287,3 @@ def _receive(group: Group, part: Tensor, source: int, tag: int) -> list[Work]:
 
 def _send(group: Group, part: Tensor, target: int, tag: int) -> list[Work]:
     return [_Message(group.send([part], target, tag))] if part.numel() else []
-
-
-_keeping_versions: Any = torch.autograd._unsafe_preserve_version_counter  # pyright: ignore[reportPrivateImportUsage]
-
-
-class Sent:
-    """Tensors of one dtype on their way from one rank to all.
-
-    Args:
-        group: all ranks.
-        tensors: what the source has is sent as it is now; the others' are overwritten.
-        source: the rank from which.
-        apart: they may be written to meanwhile.
-
-    Attributes:
-        on_device: to wait for the work is then no matter of the host.
-    """
-
-    def __init__(
-        self, group: Group, tensors: Sequence[Tensor], source: int, *, apart: bool = False
-    ) -> None:
-        self._tensors = None if group.rank() == source else tuple(tensors)
-        joined = _flatten_dense_tensors(tensors)
-        self._joined = _sendable(group, joined)
-        if apart and len(tensors) == 1 and self._joined is joined:
-            self._joined = joined.clone()
-        self.on_device = self._joined.device.type != "cpu"
-        self.work: Work = group.broadcast(self._joined.view(torch.uint8), source)
-
-    def unpack(self) -> None:
-        """Overwrites the tensors, once the work is done."""
-        if self._tensors is not None:
-            values = _unflatten_dense_tensors(self._joined, self._tensors)
-            # As with DistributedDataParallel, a backward pass that has saved one goes on.
-            with _keeping_versions(self._tensors):
-                for tensor, value in zip(self._tensors, values, strict=True):
-                    tensor.copy_(value)
-
-
-def broadcast(group: Group, tensors: Sequence[Tensor], source: int = 0) -> None:
-    """Overwrites tensors by those of one rank of the group; a collective call."""
-    for batch in _batches(tensors):
-        sent = Sent(group, batch, source)
-        sent.work.wait()
-        sent.unpack()
-
-
-def broadcast_of(group: Group, tensors: Sequence[Tensor], *, mine: bool) -> None:
-    """As ``broadcast``, from the last rank that has what counts."""
-    broadcast(group, tensors, last_of(group, mine=mine))
-
-
-def last_of(group: Group, *, mine: bool) -> int:
-    """The last rank for which something is so; a collective call.
-
-    Args:
-        group: all ranks.
-        mine: for this one it is.
-    """
-    return round(max(gather_numbers(group, group.rank() if mine else -1)))
-
-
-def start_broadcast(group: Group, tensors: Sequence[Tensor], source: int) -> list[Sent]:
-    """As ``broadcast``, but what it returns is to be waited for and then unpacked."""
-    return [Sent(group, batch, source, apart=True) for batch in _batches(tensors)]
-
-
-def _batches(tensors: Sequence[Tensor], limit_bytes: int = 64 << 20) -> list[list[Tensor]]:
-    """Tensors of one dtype on one device, so many that a batch needs not much extra memory."""
-    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
-    batches: list[list[Tensor]] = []
-    for some in alike.values():
-        room = -1
-        for tensor in some:
-            if tensor.nbytes > room:
-                batches.append([])
-                room = limit_bytes
-            batches[-1].append(tensor)
-            room -= tensor.nbytes
-    return batches
-
-
-def sum_small(group: Group, tensor: Tensor) -> None:
-    """Sums a small tensor over the ranks, in place, and waits for it; a collective call."""
-    sent = _sendable(group, tensor)
-    group.allreduce([sent]).wait()
-    if sent is not tensor:
-        tensor.copy_(sent)
-
-
-def _sendable(group: Group, tensor: Tensor) -> Tensor:
-    """A tensor, or a copy of it on a device that the group's backend sends from."""
-    if any(device.type == tensor.device.type for device in group._device_types):
-        return tensor
-    return tensor.to(dist.distributed_c10d._get_object_coll_device(group))
-
-
-def gather_objects(group: Group, value: Any) -> list[Any]:
-    """Every rank's value, by rank."""
-    values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def gather_numbers(group: Group, value: float) -> list[float]:
-    """Every rank's value, by rank; cheaper than ``gather_objects``."""
-    mine = _sendable(group, torch.tensor(value, dtype=torch.float64))
-    return gather_scalars(group, mine).tolist()
-
-
-def gather_scalars(group: Group, value: Tensor) -> Tensor:
-    """Every rank's number, in the order of ranks; on a device the host does not wait for it."""
-    every = value.new_empty(group.size())
-    group._allgather_base(every, value.view(1)).wait()
-    return every
-
-
-def first_rank_object(group: Group, value: Any) -> Any:
-    """The value of the group's first rank."""
-    values = [value]
-    dist.broadcast_object_list(values, group=group, group_src=0)
-    return values[0]
-
-
-def barrier(group: Group) -> None:
-    group.barrier().wait()

@@ -1,0 +1,282 @@
+"""Backward passes as sweeps of the plan: each gradient is shared as soon as it is ready."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from soonest.errors import SoonestError
+from soonest.runtime import guard
+from soonest.runtime.accumulation import AccumulationHooks
+from soonest.runtime.calls import weakly
+from soonest.runtime.gradients import Gradients
+from soonest.runtime.landing import Landing
+from soonest.runtime.lanes import Lane
+from soonest.runtime.layout import Member
+from soonest.runtime.peers import Peers
+from soonest.runtime.profiler import Profiler
+from soonest.runtime.program import Program
+from soonest.runtime.sweep import Sweep
+
+
+class Backward:
+    """The backward passes of one prioritized model.
+
+    Args:
+        lane: executes the sweeps.
+        peers: who the ranks are.
+        profiler: keeps their records.
+        ended: called at the end of each that was combined, with the members it gave nothing.
+
+    Attributes:
+        siblings: the same of other parameters of the same model: a pass combines all.
+        uneven: what to do when others have no more input, while that may be.
+        everyone: all ranks took part in the last one that was combined.
+        synchronizing: gradients are combined, instead of only being accumulated here.
+        passes: how many have been combined, or are being so.
+        latest: the last of those.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        peers: Peers,
+        profiler: Profiler,
+        ended: Callable[[Sequence[Member]], None],
+    ) -> None:
+        self._lane = lane
+        self._peers = peers
+        self._profiler = profiler
+        self._ended = ended
+        self.siblings: list[Backward] = []
+        self.uneven: Uneven | None = None
+        self.everyone = True
+        self.synchronizing = True
+        self.passes = 0
+        self.latest: Sweep | None = None
+        self._open: Sweep | None = None
+        self._ends_with_all = False
+        self._hooks: list[AccumulationHooks] = []
+
+    def bind(
+        self,
+        program: Program,
+        landing: Landing,
+        gradients: Gradients,
+        newcomers: Sequence[nn.Parameter],
+    ) -> None:
+        """From now on, passes share the gradients of this program's members.
+
+        Args:
+            program: to sweep.
+            landing: holds what is in flight.
+            gradients: of the members.
+            newcomers: other parameters that may come to be trained.
+        """
+        self._program, self._landing, self._gradients = program, landing, gradients
+        self._members = program.layout.members
+        self.latest = None
+        self._remove_hooks()
+        for member in self._members:
+            member.sweep = None
+            self._hooks.append(self._hooks_of(member))
+        for parameter in newcomers:
+            self._hooks.append(AccumulationHooks(parameter, after=weakly(self._newcomer)))
+
+    def _hooks_of(self, member: Member) -> AccumulationHooks:
+        # Not the member itself, which may lead here.
+        before, after = weakly(self._before, member.order), weakly(self._after, member.order)
+        return AccumulationHooks(member.parameter, before=before, after=after)
+
+    def renew_hooks(self, member: Member) -> None:
+        """The parameter may be another to autograd than it was."""
+        if self._hooks[member.order].is_outdated:
+            self._hooks[member.order].remove()
+            self._hooks[member.order] = self._hooks_of(member)
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @property
+    def under_way(self) -> bool:
+        """Whether one has begun and not ended."""
+        return self._open is not None
+
+    def check(self) -> None:
+        """Raises SoonestError if one has begun and not ended: then it never will."""
+        if self._open is not None:
+            raise self._unfinished(self._open)
+
+    def _unfinished(self, sweep: Sweep) -> SoonestError:
+        missing = [m.name for m in self._members if math.isnan(sweep.record.ready[m.order])]
+        names = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
+        error = SoonestError(
+            f"backward pass {sweep.number} did not finish (did backward() raise?): this rank has "
+            f"not shared the gradients of {names or 'any parameter twice'}, and the others wait "
+            "for them; restart from a checkpoint"
+        )
+        return self._peers.at_fault(error)
+
+    # From begin to end
+
+    def forward_begins(self) -> None:
+        """A new graph is made; an earlier pass through the whole model may have raised."""
+        self._ends_with_all = False
+
+    def expect(self, output: Any) -> None:
+        """A pass through the whole model may begin at this output of it."""
+        for tensor in guard.tensors_in(output):
+            if tensor.grad_fn is not None:
+                tensor.register_hook(weakly(self._begins_with_all))
+
+    def _begins_with_all(self, _: Tensor) -> None:
+        """Its end is that of the whole pass, not of a checkpoint's inside it."""
+        if not self._ends_with_all:
+            self._ends_with_all = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._ends)
+
+    def _ends(self) -> None:
+        self._ends_with_all = False
+        for backward in (self, *self.siblings):
+            if backward._open is not None:
+                backward._close(backward._open)
+
+    def _before(self, order: int, _: Any) -> None:
+        """A gradient is about to be written where another may still be in flight."""
+        member = self._members[order]
+        if self._open is not None and not math.isnan(self._open.record.ready[order]):
+            raise self._unfinished(self._open)
+        if order in self._landing.unknown:
+            guard.land(member.parameter)  # what is added to must be known
+        self._landing.make_room(member)
+
+    def _after(self, order: int, *_: Any) -> None:
+        """A gradient has been written to ``parameter.grad``."""
+        member = self._members[order]
+        sweep = self._sweep_of_this_pass()
+        # No gradient: the graph led here, but with an undefined one.
+        if sweep is not None and member.parameter.grad is not None:
+            self._contribute(sweep, member)
+
+    def _newcomer(self, *_: Any) -> None:
+        """A parameter has a gradient that is not a member yet: the end of this pass shows it."""
+        self._sweep_of_this_pass()
+
+    def _sweep_of_this_pass(self) -> Sweep | None:
+        """What combines the gradients of this pass, if they are to be."""
+        if not self.synchronizing:
+            return None
+        if self._open is None:
+            self._begin()
+            if not self._ends_with_all:
+                torch.autograd.Variable._execution_engine.queue_callback(self._ends)
+        return self._open
+
+    def _begin(self, *, active: bool = True) -> Sweep:
+        """The first gradient of a pass that is to be combined.
+
+        Args:
+            active: it is one of this rank.
+        """
+        self._lane.check()
+        self.everyone = self.uneven is None or (active and self.uneven.all_are_active())
+        sweep = Sweep(self.passes, self._program, self._profiler.backward_begins())
+        self.passes += 1
+        self._open = self.latest = sweep
+        self._landing.flying = True
+        self._lane.begin(sweep)
+        for sibling in self.siblings:
+            if sibling._open is None:
+                sibling._begin()
+        return sweep
+
+    def _contribute(self, sweep: Sweep, member: Member) -> None:
+        self._gradients.take(member)
+        self._arrived(sweep, member)
+
+    def _lack(self, sweep: Sweep, member: Member) -> None:
+        """Contributes zeros in the place of a gradient."""
+        member.raw_grad.zero_()
+        sweep.unused.add(member.order)
+        self._arrived(sweep, member)
+
+    def _arrived(self, sweep: Sweep, member: Member) -> None:
+        member.sweep = sweep
+        self._landing.hold_gradient(member, member.grad)
+        sweep.record.ready[member.order] = sweep.record.now()
+        buckets = self._program.buckets_of[member.order]
+        self._lane.ready(sweep, buckets)
+        if sweep.arrived(buckets):
+            self._lane.advance()
+
+    def _close(self, sweep: Sweep) -> None:
+        """The pass is over: who got no gradient contributes what it has, or zeros."""
+        ready = sweep.record.ready
+        late = [member for member in self._members if math.isnan(ready[member.order])]
+        for member in late:
+            self._landing.make_room(member)
+            if member.parameter.grad is not None:
+                sweep.kept.add(member.order)
+                self._contribute(sweep, member)
+                continue
+            self._landing.unknown.add(member.order)
+            self._lack(sweep, member)
+            self._landing.hold(member)
+        self._closed(sweep)
+        self._ended(late)
+
+    def _closed(self, sweep: Sweep) -> None:
+        sweep.record.backward_ended = sweep.record.now()
+        sweep.closed = True
+        self._open = None
+        self._lane.advance()
+
+    def contribute_nothing(self) -> None:
+        """Takes part in a pass that only others have: no gradient changes here."""
+        sweep = self._begin(active=False)
+        for member in self._members:
+            guard.land(member.parameter)
+            self._landing.make_room(member)
+            if member.parameter.grad is member.grad:
+                member.parameter.grad = member.raw_grad.clone()
+            self._lack(sweep, member)
+        self._closed(sweep)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within this context, passes only accumulate gradients here."""
+        before = self.synchronizing
+        together = (self, *self.siblings)
+        for backward in together:
+            backward.synchronizing = False
+        try:
+            yield
+        finally:
+            for backward in together:
+                backward.synchronizing = before
+
+    def detach(self) -> None:
+        """Passes are the user's own again."""
+        self._remove_hooks()
+        for sibling in self.siblings:
+            sibling.siblings.remove(self)
+
+
+class Uneven(Protocol):
+    """What is to be known while ranks may run out of input."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether that may be now."""
+        ...
+
+    def all_are_active(self) -> bool:
+        """Called by a rank that has input: whether all have; a collective call."""
+        ...

@@ -1,0 +1,36 @@
+"""What goes over the network; nothing else names torch's collectives."""
+
+from soonest.runtime.collectives.broadcasts import Sent, broadcast, broadcast_of, start_broadcast
+from soonest.runtime.collectives.ops import Running, Work, combine, run, start
+from soonest.runtime.collectives.piece import EXACT, Piece, Wire
+from soonest.runtime.collectives.ranks import Group, Ranks, check_method
+from soonest.runtime.collectives.values import (
+    first_rank_object,
+    gather_objects,
+    gather_scalars,
+    last_of,
+    sum_small,
+)
+
+__all__ = [
+    "EXACT",
+    "Group",
+    "Piece",
+    "Ranks",
+    "Running",
+    "Sent",
+    "Wire",
+    "Work",
+    "broadcast",
+    "broadcast_of",
+    "check_method",
+    "combine",
+    "first_rank_object",
+    "gather_objects",
+    "gather_scalars",
+    "last_of",
+    "run",
+    "start",
+    "start_broadcast",
+    "sum_small",
+]

@@ -1,0 +1,48 @@
+"""Over which ranks things are combined, and by which methods that can be done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from soonest.core.plan import METHODS
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that combine, and how they can talk.
+
+    Args:
+        group: all of them.
+        second: the same once more, for what follows inside an op: on ``group`` it would come before
+            the next op on one rank and behind it on another.
+        inside: those that share this rank's host; None if no two share one, if all do, or if hosts
+            have different numbers of ranks.
+        across: on each host the one with this rank's place there; None along with ``inside``.
+        native: the backend has a true reduce-scatter, and single messages are not to be sent.
+    """
+
+    group: Group
+    second: Group
+    inside: Group | None = None
+    across: Group | None = None
+    native: bool = False
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those that these ranks can carry out."""
+        return tuple(name for name in METHODS if name != "hierarchical" or self.inside)
+
+
+def check_method(method: str, ranks: Ranks) -> None:
+    """Raises ValueError if there is no such method, or not on these ranks."""
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r}: there are {', '.join(METHODS)}")
+    if method not in ranks.methods:
+        raise ValueError(
+            f"method {method!r} needs several hosts with the same number of ranks, two or more, on "
+            "each: take another method, or start the ranks so"
+        )

@@ -1,0 +1,290 @@
+"""The lane for CPUs, on threads."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from soonest.errors import PeerLostError, SoonestError
+from soonest.runtime import modes
+from soonest.runtime.collectives import Running
+from soonest.runtime.lanes import LOOK_S, ended, read_too_early
+from soonest.runtime.peers import Peers, reason_of
+from soonest.runtime.sweep import Sweep, Sweeps
+
+if TYPE_CHECKING:
+    from soonest.runtime.layout import Member
+
+
+class ThreadLane:
+    """One thread starts gloo's asynchronous ops, another waits for their ends.
+
+    Updates run in the thread that waits for them, or in the starting one where that one cannot.
+
+    Args:
+        timeout_s: how long to wait without any progress; an op's own timeout comes before.
+        peers: the other ranks.
+    """
+
+    clock = None
+
+    def __init__(self, *, timeout_s: float, peers: Peers) -> None:
+        self._timeout_s = timeout_s
+        self._peers = peers
+        self._sweeps = Sweeps()
+        self._news: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: no more
+        # In the order in which they were started.
+        self._running: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._issuing = threading.Lock()
+        self._updating = threading.Lock()
+        self._delegated = 0
+        self._progressed_at = time.monotonic()
+        self._error: SoonestError | None = None
+        self._threads = [
+            threading.Thread(target=self._run, args=(run,), name=f"soonest {name}", daemon=True)
+            for name, run in (("start", self._start_ops), ("end", self._end_ops))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def error(self) -> SoonestError | None:
+        return self._error
+
+    def begin(self, sweep: Sweep) -> None:
+        with self._changed:
+            self._sweeps.add(sweep)
+
+    def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None: ...
+
+    def advance(self) -> None:
+        with self._changed:
+            self._sweeps.note_owing()
+        self._news.put(True)
+
+    def zero(self, sweep: Sweep, member: Member) -> Callable[[], None] | None:
+        with self._changed:
+            if sweep.step is None or sweep.updated[sweep.program.last_of[member.order]]:
+                return None
+            sweep.step.zeroed.add(member.order)
+            return _nothing
+
+    def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
+        done = sweep.updated if updated else sweep.reduced
+        if done[bucket]:
+            return
+        if not sweep.closed:
+            raise read_too_early(sweep, bucket)
+        began_at = time.monotonic()
+        with self._updates_here() as here:
+            here = here and updated
+            while not done[bucket]:
+                self.check()
+                if not (here and self._update()):
+                    self._wait_for_news_until(lambda: bool(done[bucket]), here=here)
+                # The lane's own waits end first; this is the last resort.
+                idle_s = time.monotonic() - max(began_at, self._progressed_at)
+                if idle_s > self._timeout_s + 10 * LOOK_S:
+                    raise PeerLostError(
+                        f"step {sweep.number}: waited more than {self._timeout_s:.0f} s for "
+                        f"{sweep.plan.describe(bucket)} without progress"
+                    )
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise type(self._error)(*self._error.args)
+        if not all(thread.is_alive() for thread in self._threads):
+            raise SoonestError("a thread that communicates has ended, so nothing can arrive")
+
+    def wait_all(self) -> None:
+        with self._updates_here() as here:
+            while not self._all_settled():
+                self.check()
+                if not (here and self._update()):
+                    self._wait_for_news_until(self._all_settled, here=here)
+        if self._error is not None:  # then there is nothing left to wait for
+            self.check()
+
+    @contextmanager
+    def _updates_here(self) -> Iterator[bool]:
+        """Whether the calling thread may run updates itself; if not, the lane's own does so.
+
+        A caller would only wait, and another thread would take the interpreter from it, and a core.
+        """
+        if modes.is_plain():
+            yield True
+            return
+        with self._changed:
+            self._delegated += 1
+        self._news.put(True)
+        try:
+            yield False
+        finally:
+            with self._changed:
+                self._delegated -= 1
+
+    def _wait_for_news_until(self, over: Callable[[], bool], *, here: bool) -> None:
+        """Waits, unless it is over by now or there is something to update here."""
+        with self._changed:
+            if not over() and not (here and self._next_update()):
+                self._changed.wait(LOOK_S)
+
+    def _all_settled(self) -> bool:
+        return all(self._settled(sweep) for sweep in self._sweeps)
+
+    @staticmethod
+    def _settled(sweep: Sweep) -> bool:
+        if sweep.step is None and sweep.combined >= sweep.plan.combining:
+            return True
+        return sweep.finished or not sweep.closed
+
+    def close(self) -> None:
+        self._news.put(False)
+        self._running.put(None)
+        for thread in self._threads:
+            if threading.current_thread() is not thread:
+                thread.join(timeout=LOOK_S)
+
+    def _run(self, run: Callable[[], None]) -> None:
+        # Held tensors belong to the main thread; what passes here is always taken as it is.
+        with torch._C.DisableTorchFunctionSubclass():
+            try:
+                run()
+            except Exception as error:
+                self.fail(error)
+
+    def _start_ops(self) -> None:
+        while self._news.get() and self._error is None:
+            while self._issue() or (self._updates_in_lane() and self._update()):
+                pass
+
+    def _updates_in_lane(self) -> bool:
+        """Whether not to wait until somebody needs what is updated: others may wait for it, too."""
+        return self._delegated > 0 or any(sweep.plan.sharded for sweep in self._sweeps)
+
+    def _end_ops(self) -> None:
+        while (running := self._running.get()) is not None:
+            while not self._complete(running):
+                if self._error is not None:
+                    return
+                self._look_around()
+            self._issue()
+            if self._updates_in_lane():
+                self._news.put(True)
+
+    def _complete(self, running: Running) -> bool:
+        """Waits for the oldest op in flight; False if it is still so after a while."""
+        sweep = next((r for r in self._sweeps if r.in_flight), None)
+        if sweep is None:  # all was taken away from here: something failed
+            return False
+        op = sweep.combined
+        try:
+            while running.work is not None:
+                if not ended(running.work):
+                    return False
+                running.go_on()
+        except RuntimeError as error:
+            raise self._stopped(sweep, op, error) from error
+        sweep.record.op_ended(op)
+        with self._changed:
+            sweep.complete_op()
+            self._sweeps.note_owing()
+            self._changed.notify_all()
+        self._progressed_at = time.monotonic()
+        return True
+
+    def _look_around(self) -> None:
+        """Ends the lane if another rank has found out that somebody is lost."""
+        sweep = next((r for r in self._sweeps if r.in_flight), None)
+        what = self._waited_for(sweep, sweep.combined) if sweep else "what is in flight"
+        who = self._peers.blame(what, False)
+        if who is not None:
+            raise PeerLostError(f"{what} will not be combined over the ranks: {who}")
+
+    def _stopped(self, sweep: Sweep, op: int, error: Exception) -> PeerLostError:
+        what = self._waited_for(sweep, op)
+        who = self._peers.blame(what, True) or "no rank is known to be missing"
+        return PeerLostError(
+            f"{what} could not be combined over the ranks: {who} ({reason_of(error)})"
+        )
+
+    @staticmethod
+    def _waited_for(sweep: Sweep, op: int) -> str:
+        return f"step {sweep.number}: {sweep.plan.describe(sweep.plan.ops[op].bucket)}"
+
+    def _issue(self) -> bool:
+        """Starts the next op; False if that cannot be yet."""
+        with self._issuing:
+            found = self._next_op()
+            if found is None:
+                return False
+            sweep, op = found
+            sweep.record.op_started(op)
+            try:
+                running = sweep.program.issue(sweep, op)
+            except RuntimeError as error:
+                raise self._stopped(sweep, op, error) from error
+            sweep.issued += 1
+            self._running.put(running)
+            return True
+
+    def _next_op(self) -> tuple[Sweep, int] | None:
+        sweep = next((r for r in self._sweeps if r.issued < r.ops), None)
+        op = sweep.next_op() if sweep is not None else None
+        return None if sweep is None or op is None else (sweep, op)
+
+    def _update(self) -> bool:
+        """Updates the parameters needed first among those that can be; False if there are none."""
+        with self._updating, torch._C.DisableTorchFunctionSubclass(), modes.usual():
+            found = self._next_update()
+            if found is None:
+                return False
+            sweep, bucket = found
+            sweep.record.update_started(bucket)
+            try:
+                sweep.program.update(sweep, bucket)
+            except Exception as error:
+                self.fail(error)
+                self.check()
+            sweep.record.update_ended(bucket)
+            with self._changed:
+                sweep.complete_update(bucket)
+                self._changed.notify_all()
+        if sweep.plan.sharded:  # what is updated can be shared now
+            self._news.put(True)
+        self._progressed_at = time.monotonic()
+        return True
+
+    def _next_update(self) -> tuple[Sweep, int] | None:
+        with self._changed:
+            sweep = self._sweeps.first()
+            bucket = sweep.next_update() if sweep is not None else None
+            return None if sweep is None or bucket is None else (sweep, bucket)
+
+    def fail(self, error: Exception) -> None:
+        known = (
+            error
+            if isinstance(error, SoonestError)
+            else SoonestError(f"an update failed: {error!r}")
+        )
+        with self._changed:
+            # What follows in the other thread, whose work is taken away here, is not the cause.
+            # Without what a traceback would keep alive.
+            self._error = self._error or type(known)(*known.args)
+            self._sweeps.clear()
+            self._changed.notify_all()
+        self._news.put(False)
+        self._running.put(None)
+        if not isinstance(known, PeerLostError):
+            self._peers.tell(str(known))
+
+
+def _nothing() -> None:
+    """What has been updated has been zeroed, too."""
