@@ -88,7 +88,9 @@ class Options:
         self._timeout = timedelta(minutes=10)
 
 
-def test_nccl_is_given_streams_of_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_is_given_streams_of_high_priority(
+    group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: dict[str, Any] = {}
     fake: Any = dist.ProcessGroup.__new__(dist.ProcessGroup)
     monkeypatch.setattr(dist, "get_backend", lambda group: "cuda:nccl")
@@ -99,6 +101,33 @@ def test_nccl_is_given_streams_of_high_priority(monkeypatch: pytest.MonkeyPatch)
     groups.private_group(fake, 5.0)
     assert given["pg_options"].is_high_priority_stream
     assert given["pg_options"]._timeout == given["timeout"] == timedelta(seconds=5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_some_ranks_do_not_wait_for_all(
+    ranks: int, group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A default group that is bound to a device would split theirs off its own, with all ranks."""
+    some: Any = SimpleNamespace(size=lambda: ranks)
+    bound: list[Any] = []
+
+    def new_group(members: Any, **options: Any) -> Any:
+        bound.append(group.bound_device_id)
+        return dist.ProcessGroup.__new__(dist.ProcessGroup)
+
+    for name in ("get_backend", "get_backend_config"):
+        monkeypatch.setattr(dist, name, lambda group: "gloo")
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0])
+    monkeypatch.setattr(groups, "timeout_of", lambda group: 5.0)
+    monkeypatch.setattr(dist, "new_group", new_group)
+    group.bound_device_id = CUDA
+    try:
+        groups.private_group(some, 5.0)
+        groups.again(some)
+        assert bound == [CUDA if ranks == group.size() else None] * 2
+        assert group.bound_device_id == CUDA
+    finally:
+        group.bound_device_id = None
 
 
 def _like(real: Callable[..., Any], *, skip: int = 0) -> Callable[..., Any]:
