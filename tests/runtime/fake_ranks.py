@@ -100,6 +100,10 @@ class FakeGroup:
         else:
             self._thread = ThreadPoolExecutor(1)
 
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
     def size(self) -> int:
         return self._meeting.ranks
 

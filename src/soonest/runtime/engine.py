@@ -230,6 +230,7 @@ class Engine:
     # In the forward pass
 
     def forward_begins(self, *inputs: Any) -> None:
+        self.lane.enter()
         self._ends_with_all = False
         self._take_back()
         if self._buffers is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from soonest.errors import PeerLostError, ReadTooEarlyError, SoonestError
 from soonest.runtime import modes
@@ -39,6 +40,14 @@ class Lane(Protocol):
         """A backward pass has begun; its ops follow those of all sweeps begun before."""
         ...
 
+    def enter(self) -> None:
+        """The model's forward pass begins.
+
+        Raises:
+            SoonestError: it must not run as it is about to.
+        """
+        ...
+
     def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None:
         """A gradient that these buckets carry has just been written."""
         ...
@@ -65,6 +74,14 @@ class Lane(Protocol):
 
     def wait_all(self) -> None:
         """Returns when all ops are done, and the updates of all sweeps that were stepped."""
+        ...
+
+    def spread(self, used: Iterable[Tensor] = ()) -> None:
+        """What was done just now, outside of the lane, has happened for all who read it.
+
+        Args:
+            used: by it, and perhaps freed right away.
+        """
         ...
 
     def check(self) -> None:
@@ -133,6 +150,8 @@ class ThreadLane:
         with self._changed:
             self._sweeps.add(sweep)
 
+    def enter(self) -> None: ...
+
     def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None: ...
 
     def advance(self) -> None:
@@ -167,6 +186,8 @@ class ThreadLane:
                         f"step {sweep.number}: waited more than {self._timeout_s:.0f} s for "
                         f"{sweep.plan.describe(bucket)} without progress"
                     )
+
+    def spread(self, used: Iterable[Tensor] = ()) -> None: ...
 
     def check(self) -> None:
         if self._error is not None:
