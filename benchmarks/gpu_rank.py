@@ -7,8 +7,10 @@ import gc
 import json
 import os
 import statistics
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -26,6 +28,7 @@ from gpu_trace import overlap_of
 from soonest.core.network import Network
 from soonest.core.planner import first_plan
 from soonest.core.trace import Trace
+from soonest.errors import SoonestError
 from soonest.lab.messages import tell
 from soonest.runtime import api
 from soonest.runtime.engine import Engine
@@ -51,9 +54,12 @@ def run(what: str, backend: str, folder: str, *words: str) -> None:
     dist.init_process_group(backend)
     try:
         PARTS[what](device, Path(folder), *words)
-    finally:
         torch.cuda.synchronize()
-    dist.barrier()
+        dist.barrier()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # what is stuck on the device would hold up a usual end
     dist.destroy_process_group()
 
 
@@ -68,7 +74,7 @@ def alone(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.devi
     plan = first_plan(flats, _LIKELY, ranks=1, window=2, methods=("allreduce",))
     assert dist.group.WORLD is not None
     lane = StreamLane(DeviceStreams(device), timeout_s=60, peers=Peers(dist.group.WORLD))
-    return api.start(model, optimizer, plan=plan, own_lane=lane)
+    return api.start(model, optimizer, plan=plan, own_lane=lane, broadcast_buffers=True)
 
 
 def prioritized(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Handle:
@@ -87,6 +93,7 @@ def parity(device: torch.device, folder: Path) -> None:
     exact = dist.get_world_size() <= 2
     different: dict[str, str] = {}
     for name, case in gpu_parity.CASES.items():
+        print(name, flush=True)  # so that it is known where a rank has come to a stop
         try:
             theirs = gpu_parity.train(case, device, None)
             mine = gpu_parity.train(case, device, prioritized)
@@ -110,34 +117,44 @@ def parity(device: torch.device, folder: Path) -> None:
 
 def _mlp(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     layers = [layer for _ in range(6) for layer in (nn.Linear(512, 512), nn.ReLU())]
+    layers.insert(1, nn.BatchNorm1d(512))  # has buffers, which are sent, too
     x = torch.randn(64, 512, device=device)
     return nn.Sequential(*layers).to(device), lambda model: model(x).square().mean()
 
 
 def _stepper(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[nn.Module], Tensor]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[nn.Module], Tensor],
+    *,
+    scaled: bool = False,
 ) -> Callable[[], None]:
+    scaler = torch.amp.GradScaler("cuda", enabled=scaled)
+
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.float16 if scaled else torch.bfloat16):
             loss = loss_of(model)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
     return step
 
 
 def quiet(device: torch.device, folder: Path) -> None:
     """Any operation that lets the host wait for the device is an error here."""
-    for make in (
-        lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
-        lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
-        lambda p: torch.optim.AdamW(p, lr=1e-3),
-    ):
+    ways: tuple[tuple[Callable[..., torch.optim.Optimizer], bool], ...] = (
+        (lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9), False),
+        (lambda p: torch.optim.AdamW(p, lr=1e-3), False),
+        (lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True), False),
+        (lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True), True),
+    )
+    for make, scaled in ways:
         model, loss_of = _mlp(device)
         optimizer = make(model.parameters())
         handle = alone(model, optimizer, device)
-        step = _stepper(model, optimizer, loss_of)
+        step = _stepper(model, optimizer, loss_of, scaled=scaled)
         for _ in range(5):
             step()
         torch.cuda.synchronize()
@@ -148,7 +165,27 @@ def quiet(device: torch.device, folder: Path) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         handle.detach()
-    say(True, "10 steps each with 3 optimizers, waiting being an error")
+    say(True, f"10 steps each in {len(ways)} ways of training, waiting being an error")
+
+
+def graphs(device: torch.device, folder: Path) -> None:
+    """Capturing a graph of a forward pass is refused, and training goes on."""
+    model, loss_of = _mlp(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    handle = alone(model, optimizer, device)
+    step = _stepper(model, optimizer, loss_of)
+    step()
+    refused: list[str] = []
+    for _ in range(2):  # with updates in flight, and without
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                loss_of(model)
+        except SoonestError as error:
+            refused.append(str(error))
+        handle.flush()
+    step()
+    handle.detach()
+    say(len(refused) == 2, refused[0] if len(refused) == 2 else "a forward pass was captured")
 
 
 def races(device: torch.device, folder: Path) -> None:
@@ -381,5 +418,5 @@ def traces(device: torch.device, folder: Path) -> None:
 
 
 PARTS: dict[str, Callable[..., None]] = {
-    part.__name__: part for part in (parity, quiet, races, host, overhead, overlap, traces)
+    part.__name__: part for part in (parity, quiet, races, graphs, host, overhead, overlap, traces)
 }

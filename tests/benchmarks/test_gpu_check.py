@@ -89,6 +89,7 @@ def test_differences_are_named() -> None:
     one, other = [torch.ones(2)], [torch.ones(2) + 1e-5]
     assert difference(one, one, exact=True) is None
     assert difference(one, other, exact=False) is None
-    assert difference(one, other, exact=True) == "value 0 is off by 1e-05"
+    assert difference(one, other, exact=True) == "value 0 is off by 1e-05, as by rounding"
+    assert difference(one, [torch.ones(2) + 1e-3], exact=True) == "value 0 is off by 0.001"
     assert difference(one, [], exact=True) == "1 values instead of 0"
     assert difference([one[0] / 0], one, exact=True) == "value 0 is not finite"
