@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from soonest.errors import PeerLostError
 from soonest.runtime import device as devices
-from soonest.runtime import groups
+from soonest.runtime import groups, peers
 from soonest.runtime.lanes import ThreadLane
 from soonest.runtime.streams import DeviceStreams
 
@@ -128,6 +129,26 @@ def test_some_ranks_do_not_wait_for_all(
         assert group.bound_device_id == CUDA
     finally:
         group.bound_device_id = None
+
+
+@pytest.mark.parametrize("came", [["0"], ["0", "1"]])
+def test_ranks_that_do_not_come_are_named_before_a_device_waits(
+    came: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, made = dist.HashStore(), object()
+    parent: Any = SimpleNamespace(group_name=f"with {len(came)}", rank=lambda: 0)
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [4, 6])
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(groups, "private_group", lambda parent, timeout_s: made)
+    call = dist.PrefixStore(f"soonest/prioritize/{parent.group_name}/1", store)
+    for rank in came:
+        call.set(rank, "here")
+    if len(came) == 2:
+        assert peers.private_group(parent, 0.1) is made
+        return
+    with pytest.raises(PeerLostError, match=r"rank 1 did not call it \(waited 0 s"):
+        peers.private_group(parent, 0.1)
 
 
 def _like(real: Callable[..., Any], *, skip: int = 0) -> Callable[..., Any]:

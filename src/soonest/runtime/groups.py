@@ -103,23 +103,25 @@ def private_group(parent: Group | None, timeout_s: float | None) -> Group:
     """
     parent = parent if parent is not None else dist.group.WORLD
     assert parent is not None
-    backend = dist.get_backend(parent)
-    timeout = (
-        dist.distributed_c10d._get_default_timeout(backend)
-        if timeout_s is None
-        else datetime.timedelta(seconds=timeout_s)
-    )
+    timeout = timeout_for(parent, timeout_s)
     with _by_these_alone(parent):
         group = dist.new_group(
             dist.get_process_group_ranks(parent),
             timeout=timeout,
-            backend=backend,
+            backend=dist.get_backend(parent),
             pg_options=_options(parent, timeout),
             use_local_synchronization=parent is not dist.group.WORLD,
             group_desc="soonest",
         )
     assert isinstance(group, Group)
     return group
+
+
+def timeout_for(parent: Group, timeout_s: float | None) -> datetime.timedelta:
+    """That of collectives in a communicator made of ``parent``; None stands for torch's default."""
+    if timeout_s is not None:
+        return datetime.timedelta(seconds=timeout_s)
+    return dist.distributed_c10d._get_default_timeout(dist.get_backend(parent))
 
 
 def timeout_of(group: Group) -> float:
