@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 STEPS = 24
 """More than the first few, so that several plans have their turns."""
 
-Prioritize = Callable[[nn.Module, Optimizer, torch.device], Any]
+Prioritize = Callable[..., Any]
+"""Called with model, optimizer, device and options; gives a handle."""
 
 
 class Net(nn.Module):
@@ -93,6 +94,7 @@ class Case:
         average: parameters are averaged on a side stream after each step.
         unused: parameters may get no gradient.
         offloaded: what the backward pass needs waits in pinned memory of the host.
+        options: further ones of ``prioritize``.
     """
 
     model: Callable[[], nn.Module] = Net
@@ -105,6 +107,7 @@ class Case:
     average: bool = False
     unused: bool = False
     offloaded: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 CASES = {
@@ -126,6 +129,11 @@ CASES = {
     "offloaded": Case(offloaded=True),
     "a block compiled": Case(_compiled),
     "a branch by rank": Case(lambda: Net(branch=True), unused=True),
+    "all by gather": Case(options={"method": "gather"}),
+    "all by exchange": Case(options={"method": "exchange"}),
+    "all by split": Case(options={"method": "split"}),
+    "sharded": Case(options={"shard_optimizer": True}),
+    "sharded directly": Case(options={"shard_optimizer": True, "method": "shard_direct"}),
 }
 
 
@@ -150,7 +158,7 @@ def train(case: Case, device: torch.device, prioritize: Prioritize | None) -> li
             find_unused_parameters=case.unused,
         )
     else:
-        handle = prioritize(model, optimizer, device)
+        handle = prioritize(model, optimizer, device, **case.options)
     no_sync: Any = called.no_sync if handle is None else handle.no_sync
     scaler = torch.amp.GradScaler("cuda", enabled=case.scaled)
     side = torch.cuda.Stream(device)
@@ -185,7 +193,8 @@ def train(case: Case, device: torch.device, prioritize: Prioritize | None) -> li
                 for average, parameter in zip(averages, model.parameters(), strict=True):
                     average.lerp_(parameter.detach(), 0.1)
             here.wait_stream(side)
-    state = [v for p in model.parameters() for v in optimizer.state[p].values()]
+    states = (optimizer.state_dict() if handle is None else handle.optimizer_state_dict())["state"]
+    state = [value for _, of in sorted(states.items()) for _, value in sorted(of.items())]
     values = [*losses, *averages, *model.parameters(), *state]
     found = [v.detach().float().cpu() for v in values if isinstance(v, Tensor)]
     if handle is not None:

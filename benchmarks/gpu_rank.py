@@ -25,7 +25,8 @@ import gpu_parity
 import soonest
 from gpu_models import WORKS, Work
 from gpu_trace import overlap_of
-from soonest.core.network import Network
+from soonest.core.network import Cost, Network
+from soonest.core.plan import METHODS
 from soonest.core.planner import first_plan
 from soonest.core.trace import Trace
 from soonest.errors import SoonestError
@@ -42,7 +43,7 @@ from soonest.runtime.streams import DeviceStreams
 GOAL = 1.01
 _ROUNDS = 6
 _TURN_S = 1.0
-_LIKELY = Network.linear(2e-5, 2e10)
+_LIKELY = Cost.linear(2e-5, 2e10)
 """About what lets a plan have as many buckets as it would have between machines."""
 
 
@@ -68,19 +69,35 @@ def say(ok: bool | None, found: str, **figures: Any) -> None:
         tell("found", ok=ok, found=found, figures=figures)
 
 
-def alone(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Handle:
+def alone(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    *,
+    method: str = "allreduce",
+) -> Handle:
     """All of soonest on one rank, where it would otherwise do nothing."""
     flats = flats_for(trainable(model))
-    plan = first_plan(flats, _LIKELY, ranks=1, window=2, methods=("allreduce",))
+    network = Network(dict.fromkeys(("all_reduce", *METHODS[method]), _LIKELY))
+    plan = first_plan(flats, network, ranks=1, window=2, methods=(method,))
     assert dist.group.WORLD is not None
     lane = StreamLane(DeviceStreams(device), timeout_s=60, peers=Peers(dist.group.WORLD))
     return api.start(model, optimizer, plan=plan, own_lane=lane, broadcast_buffers=True)
 
 
-def prioritized(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Handle:
-    if dist.get_world_size() == 1:
+def prioritized(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    *,
+    method: str | None = None,
+    shard_optimizer: bool = False,
+) -> Handle:
+    if dist.get_world_size() > 1:
+        return soonest.prioritize(model, optimizer, method=method, shard_optimizer=shard_optimizer)
+    if method is None or shard_optimizer:  # there is nobody to share with
         return alone(model, optimizer, device)
-    return soonest.prioritize(model, optimizer)
+    return alone(model, optimizer, device, method=method)
 
 
 # Results
@@ -116,8 +133,8 @@ def parity(device: torch.device, folder: Path) -> None:
 
 
 def _mlp(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
-    layers = [layer for _ in range(6) for layer in (nn.Linear(512, 512), nn.ReLU())]
-    layers.insert(1, nn.BatchNorm1d(512))  # has buffers, which are sent, too
+    layers: list[nn.Module] = [nn.Linear(512, 512), nn.BatchNorm1d(512)]  # with buffers to send
+    layers += [layer for _ in range(5) for layer in (nn.Linear(512, 512), nn.ReLU())]
     x = torch.randn(64, 512, device=device)
     return nn.Sequential(*layers).to(device), lambda model: model(x).square().mean()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 _TESTS = Path(__file__).parents[1]
 BENCHMARKS = _TESTS.parent / "benchmarks"
-_CASES = ("SGD", "AdamW fused", "averaged on a side stream", "BatchNorm", "a branch by rank")
+_CASES = ("AdamW fused", "BatchNorm", "a branch by rank", "all by split", "sharded")
 """Those ways of training that a rank of its own tries; each takes a while."""
 
 

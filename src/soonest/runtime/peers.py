@@ -175,7 +175,7 @@ def private_group(parent: collectives.Group, timeout_s: float | None) -> collect
         ) from error
 
 
-def _meet(store: dist.Store, ranks: int, timeout_s: float) -> None:
+def _meet(store: dist.distributed_c10d.PrefixStore, ranks: int, timeout_s: float) -> None:
     """Returns when all ranks have come.
 
     Raises:
