@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,7 @@ from soonest.runtime.peers import Peers
 from soonest.runtime.streamlane import StreamLane
 from soonest.runtime.streams import DeviceStreams
 
+_T = TypeVar("_T")
 GOAL = 1.01
 _ROUNDS = 6
 _TURN_S = 1.0
@@ -293,13 +294,7 @@ def overhead(device: torch.device, folder: Path, name: str) -> None:
     """Three ways of training take turns in one process."""
     torch.backends.cudnn.benchmark = True
     work = WORKS[name]
-    batch, step_ms = work.batch, None
-    while step_ms is None:
-        step_ms = _turns_if_they_fit(work, batch, device)
-        if step_ms is None:
-            batch //= 2
-            gc.collect()  # models and engines refer to each other
-            torch.cuda.empty_cache()
+    batch, step_ms = _if_it_fits(work.batch, lambda batch: _turns(work, batch, device))
     plain, ddp = (
         statistics.median(a / b for a, b in zip(step_ms["soonest"], step_ms[arm], strict=True))
         for arm in ("plain", "ddp")
@@ -314,15 +309,17 @@ def overhead(device: torch.device, folder: Path, name: str) -> None:
     )
 
 
-def _turns_if_they_fit(
-    work: Work, batch: int, device: torch.device
-) -> dict[str, list[float]] | None:
-    try:
-        return _turns(work, batch, device)
-    except torch.OutOfMemoryError:
-        if batch == 1:
-            raise
-    return None
+def _if_it_fits(batch: int, run: Callable[[int], _T]) -> tuple[int, _T]:
+    """Runs something with a batch of this size, or half of it, and so on; which one, and what."""
+    while True:
+        try:
+            return batch, run(batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        batch //= 2
+        gc.collect()  # models and engines refer to each other
+        torch.cuda.empty_cache()
 
 
 def _turns(work: Work, batch: int, device: torch.device) -> dict[str, list[float]]:
@@ -401,20 +398,7 @@ def traces(device: torch.device, folder: Path) -> None:
     """Per-layer times of well-known models, as ``soonest predict --trace FILE`` reads them."""
     recorded: dict[str, Any] = {}
     for name, work in WORKS.items():
-        model = work.make().to(device)
-        batch = work.batch
-        loss_of = work.loss_of(batch, device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-        handle = alone(model, optimizer, device)
-        step = _stepper(model, optimizer, loss_of)
-        for _ in range(5):
-            step()
-        assert handle.engine is not None
-        handle.engine.attention.learning = True
-        for _ in range(12):
-            step()
-        found = handle.engine.trace()
-        assert found is not None
+        batch, found = _if_it_fits(work.batch, lambda batch, work=work: _trace(work, batch, device))
         info = {
             "device": torch.cuda.get_device_name(device),
             "batch": batch,
@@ -424,14 +408,31 @@ def traces(device: torch.device, folder: Path) -> None:
         trace = Trace(name, found.layers, found.update_us, info)
         recorded[name] = trace.to_json()
         (folder / f"{name}.json").write_text(json.dumps(recorded[name], indent=1) + "\n")
-        handle.detach()
-        del model, optimizer, handle, step
+        gc.collect()
         torch.cuda.empty_cache()
     told = ", ".join(
         f"{name} {sum(la['fwd_us'] + la['bwd_us'] for la in data['layers']) / 1e3:.1f} ms"
         for name, data in recorded.items()
     )
     say(None, told, traces=recorded)
+
+
+def _trace(work: Work, batch: int, device: torch.device) -> Trace:
+    model = work.make().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    loss_of = work.loss_of(batch, device)
+    handle = alone(model, optimizer, device)
+    step = _stepper(model, optimizer, loss_of)
+    for _ in range(5):
+        step()
+    assert handle.engine is not None
+    handle.engine.attention.learning = True
+    for _ in range(12):
+        step()
+    found = handle.engine.trace()
+    assert found is not None
+    handle.detach()
+    return found
 
 
 PARTS: dict[str, Callable[..., None]] = {
