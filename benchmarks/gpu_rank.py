@@ -7,12 +7,14 @@ import gc
 import json
 import os
 import statistics
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,9 +25,11 @@ import gpu_parity
 import soonest
 from gpu_models import WORKS, Work
 from gpu_trace import overlap_of
-from soonest.core.network import Network
+from soonest.core.network import Cost, Network
+from soonest.core.plan import METHODS
 from soonest.core.planner import first_plan
 from soonest.core.trace import Trace
+from soonest.errors import SoonestError
 from soonest.lab.messages import tell
 from soonest.runtime.backward import Backward
 from soonest.runtime.engine import Engine
@@ -37,10 +41,11 @@ from soonest.runtime.start import start
 from soonest.runtime.streamlane import StreamLane
 from soonest.runtime.streams import DeviceStreams
 
+_T = TypeVar("_T")
 GOAL = 1.01
 _ROUNDS = 6
 _TURN_S = 1.0
-_LIKELY = Network.linear(2e-5, 2e10)
+_LIKELY = Cost.linear(2e-5, 2e10)
 """About what lets a plan have as many buckets as it would have between machines."""
 
 
@@ -52,9 +57,12 @@ def run(what: str, backend: str, folder: str, *words: str) -> None:
     dist.init_process_group(backend)
     try:
         PARTS[what](device, Path(folder), *words)
-    finally:
         torch.cuda.synchronize()
-    dist.barrier()
+        dist.barrier()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # what is stuck on the device would hold up a usual end
     dist.destroy_process_group()
 
 
@@ -63,19 +71,35 @@ def say(ok: bool | None, found: str, **figures: Any) -> None:
         tell("found", ok=ok, found=found, figures=figures)
 
 
-def alone(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Handle:
+def alone(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    *,
+    method: str = "allreduce",
+) -> Handle:
     """All of soonest on one rank, where it would otherwise do nothing."""
     flats = flats_for(trainable(model))
-    plan = first_plan(flats, _LIKELY, ranks=1, window=2, methods=("allreduce",))
+    network = Network(dict.fromkeys(("all_reduce", *METHODS[method]), _LIKELY))
+    plan = first_plan(flats, network, ranks=1, window=2, methods=(method,))
     assert dist.group.WORLD is not None
     lane = StreamLane(DeviceStreams(device), timeout_s=60, peers=Peers(dist.group.WORLD))
-    return start(model, optimizer, plan=plan, own_lane=lane)
+    return start(model, optimizer, plan=plan, own_lane=lane, broadcast_buffers=True)
 
 
-def prioritized(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Handle:
-    if dist.get_world_size() == 1:
+def prioritized(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    *,
+    method: str | None = None,
+    shard_optimizer: bool = False,
+) -> Handle:
+    if dist.get_world_size() > 1:
+        return soonest.prioritize(model, optimizer, method=method, shard_optimizer=shard_optimizer)
+    if method is None or shard_optimizer:  # there is nobody to share with
         return alone(model, optimizer, device)
-    return soonest.prioritize(model, optimizer)
+    return alone(model, optimizer, device, method=method)
 
 
 # Results
@@ -88,6 +112,7 @@ def parity(device: torch.device, folder: Path) -> None:
     exact = dist.get_world_size() <= 2
     different: dict[str, str] = {}
     for name, case in gpu_parity.CASES.items():
+        print(name, flush=True)  # so that it is known where a rank has come to a stop
         try:
             theirs = gpu_parity.train(case, device, None)
             mine = gpu_parity.train(case, device, prioritized)
@@ -110,35 +135,45 @@ def parity(device: torch.device, folder: Path) -> None:
 
 
 def _mlp(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
-    layers = [layer for _ in range(6) for layer in (nn.Linear(512, 512), nn.ReLU())]
+    layers: list[nn.Module] = [nn.Linear(512, 512), nn.BatchNorm1d(512)]  # with buffers to send
+    layers += [layer for _ in range(5) for layer in (nn.Linear(512, 512), nn.ReLU())]
     x = torch.randn(64, 512, device=device)
     return nn.Sequential(*layers).to(device), lambda model: model(x).square().mean()
 
 
 def _stepper(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[nn.Module], Tensor]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[nn.Module], Tensor],
+    *,
+    scaled: bool = False,
 ) -> Callable[[], None]:
+    scaler = torch.amp.GradScaler("cuda", enabled=scaled)
+
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.float16 if scaled else torch.bfloat16):
             loss = loss_of(model)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
     return step
 
 
 def quiet(device: torch.device, folder: Path) -> None:
     """Any operation that lets the host wait for the device is an error here."""
-    for make in (
-        lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
-        lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
-        lambda p: torch.optim.AdamW(p, lr=1e-3),
-    ):
+    ways: tuple[tuple[Callable[..., torch.optim.Optimizer], bool], ...] = (
+        (lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9), False),
+        (lambda p: torch.optim.AdamW(p, lr=1e-3), False),
+        (lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True), False),
+        (lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True), True),
+    )
+    for make, scaled in ways:
         model, loss_of = _mlp(device)
         optimizer = make(model.parameters())
         handle = alone(model, optimizer, device)
-        step = _stepper(model, optimizer, loss_of)
+        step = _stepper(model, optimizer, loss_of, scaled=scaled)
         for _ in range(5):
             step()
         torch.cuda.synchronize()
@@ -149,7 +184,27 @@ def quiet(device: torch.device, folder: Path) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         handle.detach()
-    say(True, "10 steps each with 3 optimizers, waiting being an error")
+    say(True, f"10 steps each in {len(ways)} ways of training, waiting being an error")
+
+
+def graphs(device: torch.device, folder: Path) -> None:
+    """Capturing a graph of a forward pass is refused, and training goes on."""
+    model, loss_of = _mlp(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    handle = alone(model, optimizer, device)
+    step = _stepper(model, optimizer, loss_of)
+    step()
+    refused: list[str] = []
+    for _ in range(2):  # with updates in flight, and without
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                loss_of(model)
+        except SoonestError as error:
+            refused.append(str(error))
+        handle.flush()
+    step()
+    handle.detach()
+    say(len(refused) == 2, refused[0] if len(refused) == 2 else "a forward pass was captured")
 
 
 def races(device: torch.device, folder: Path) -> None:
@@ -241,13 +296,7 @@ def overhead(device: torch.device, folder: Path, name: str) -> None:
     """Three ways of training take turns in one process."""
     torch.backends.cudnn.benchmark = True
     work = WORKS[name]
-    batch, step_ms = work.batch, None
-    while step_ms is None:
-        step_ms = _turns_if_they_fit(work, batch, device)
-        if step_ms is None:
-            batch //= 2
-            gc.collect()  # models and engines refer to each other
-            torch.cuda.empty_cache()
+    batch, step_ms = _if_it_fits(work.batch, lambda batch: _turns(work, batch, device))
     plain, ddp = (
         statistics.median(a / b for a, b in zip(step_ms["soonest"], step_ms[arm], strict=True))
         for arm in ("plain", "ddp")
@@ -262,15 +311,17 @@ def overhead(device: torch.device, folder: Path, name: str) -> None:
     )
 
 
-def _turns_if_they_fit(
-    work: Work, batch: int, device: torch.device
-) -> dict[str, list[float]] | None:
-    try:
-        return _turns(work, batch, device)
-    except torch.OutOfMemoryError:
-        if batch == 1:
-            raise
-    return None
+def _if_it_fits(batch: int, run: Callable[[int], _T]) -> tuple[int, _T]:
+    """Runs something with a batch of this size, or half of it, and so on; which one, and what."""
+    while True:
+        try:
+            return batch, run(batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        batch //= 2
+        gc.collect()  # models and engines refer to each other
+        torch.cuda.empty_cache()
 
 
 def _turns(work: Work, batch: int, device: torch.device) -> dict[str, list[float]]:
@@ -349,20 +400,7 @@ def traces(device: torch.device, folder: Path) -> None:
     """Per-layer times of well-known models, as ``soonest predict --trace FILE`` reads them."""
     recorded: dict[str, Any] = {}
     for name, work in WORKS.items():
-        model = work.make().to(device)
-        batch = work.batch
-        loss_of = work.loss_of(batch, device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-        handle = alone(model, optimizer, device)
-        step = _stepper(model, optimizer, loss_of)
-        for _ in range(5):
-            step()
-        assert handle.engine is not None
-        handle.engine.profiler.attention.learning = True
-        for _ in range(12):
-            step()
-        found = handle.engine.profiler.trace()
-        assert found is not None
+        batch, found = _if_it_fits(work.batch, lambda batch, work=work: _trace(work, batch, device))
         info = {
             "device": torch.cuda.get_device_name(device),
             "batch": batch,
@@ -372,8 +410,7 @@ def traces(device: torch.device, folder: Path) -> None:
         trace = Trace(name, found.layers, found.update_us, info)
         recorded[name] = trace.to_json()
         (folder / f"{name}.json").write_text(json.dumps(recorded[name], indent=1) + "\n")
-        handle.detach()
-        del model, optimizer, handle, step
+        gc.collect()
         torch.cuda.empty_cache()
     told = ", ".join(
         f"{name} {sum(la['fwd_us'] + la['bwd_us'] for la in data['layers']) / 1e3:.1f} ms"
@@ -382,6 +419,24 @@ def traces(device: torch.device, folder: Path) -> None:
     say(None, told, traces=recorded)
 
 
+def _trace(work: Work, batch: int, device: torch.device) -> Trace:
+    model = work.make().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    loss_of = work.loss_of(batch, device)
+    handle = alone(model, optimizer, device)
+    step = _stepper(model, optimizer, loss_of)
+    for _ in range(5):
+        step()
+    assert handle.engine is not None
+    handle.engine.profiler.attention.learning = True
+    for _ in range(12):
+        step()
+    found = handle.engine.profiler.trace()
+    assert found is not None
+    handle.detach()
+    return found
+
+
 PARTS: dict[str, Callable[..., None]] = {
-    part.__name__: part for part in (parity, quiet, races, host, overhead, overlap, traces)
+    part.__name__: part for part in (parity, quiet, races, graphs, host, overhead, overlap, traces)
 }

@@ -89,6 +89,21 @@ def test_differences_are_named() -> None:
     one, other = [torch.ones(2)], [torch.ones(2) + 1e-5]
     assert difference(one, one, exact=True) is None
     assert difference(one, other, exact=False) is None
-    assert difference(one, other, exact=True) == "value 0 is off by 1e-05"
+    assert difference(one, other, exact=True) == "value 0 is off by 1e-05, as by rounding"
+    assert difference(one, [torch.ones(2) + 1e-3], exact=True) == "value 0 is off by 0.001"
     assert difference(one, [], exact=True) == "1 values instead of 0"
     assert difference([one[0] / 0], one, exact=True) == "value 0 is not finite"
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_rank
+
+    def run(batch: int) -> str:
+        if batch > 3:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return f"fits with {batch}"
+
+    monkeypatch.setattr(gpu_rank.torch.cuda, "empty_cache", lambda: None)
+    assert gpu_rank._if_it_fits(10, run) == (2, "fits with 2")
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_rank._if_it_fits(10, lambda batch: run(10))

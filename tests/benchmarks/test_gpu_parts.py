@@ -2,70 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import sys
 import tempfile
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from parity.on_cpu import stand_in, without_device_ids
+from benchmarks import stand_in
 from ranks import run_ranks
-from runtime.test_stream_ranks import HostStreams
 from soonest.core.trace import Trace
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PARTS = ("parity", "quiet", "overhead", "host", "traces")
-
-
-class _Stream(contextlib.AbstractContextManager[None]):
-    def __exit__(self, *_: object) -> None: ...
-
-    def wait_stream(self, other: Any) -> None: ...
-
-
-def _cuda() -> Any:
-    fake: Any = types.ModuleType("torch.cuda")
-    for name in ("synchronize", "set_sync_debug_mode", "empty_cache"):
-        setattr(fake, name, lambda *_: None)
-    fake.Stream = lambda device: _Stream()
-    fake.current_stream = _Stream
-    fake.stream = lambda stream: stream
-    fake.get_device_name = lambda device: "a CPU"
-    return fake
+PARTS = ("parity", "quiet", "races", "graphs", "overhead", "host", "overlap", "traces")
 
 
 def parts(names: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
     """What each part tells."""
-    sys.path.insert(0, str(BENCHMARKS))
-    import gpu_models
-    import gpu_parity
-    import gpu_rank
-
-    stand_in([gpu_models, gpu_parity, gpu_rank], gpus=1)
-    for module in (gpu_parity, gpu_rank):
-        module.torch.cuda = _cuda()
-    without_device_ids(DistributedDataParallel)
-    gpu_rank.DeviceStreams = lambda device: HostStreams()
-    gpu_rank._TURN_S = 0.01
-    gpu_parity.STEPS = 3
-    del gpu_parity.CASES["a block compiled"]  # takes seconds
-    del gpu_parity.CASES["Adam capturable, rate on the device"]  # which a CPU is not
-    small = gpu_models.Work(
-        lambda: gpu_models.Gpt2(layers=2, width=64, vocabulary=50, context=16),
-        1,
-        vocabulary=50,
-        length=16,
-    )
-    images = gpu_models.Work(
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 7, 8), nn.Flatten(), nn.Linear(8 * 28 * 28, 1000)), 1
-    )
-    gpu_rank.WORKS = {"resnet50": images, "gpt2-small": small}
+    gpu_rank = stand_in.rehearse()
     told: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
@@ -85,7 +40,7 @@ def told() -> dict[str, list[dict[str, Any]]]:
 def test_every_part_tells_one_thing(name: str, told: dict[str, list[dict[str, Any]]]) -> None:
     (message,) = told[name]
     assert message["found"]
-    if name in ("parity", "quiet"):
+    if name in ("parity", "quiet", "races", "graphs"):
         assert message["ok"] is True, message["found"]
 
 
@@ -98,3 +53,55 @@ def test_traces_can_be_read(told: dict[str, list[dict[str, Any]]]) -> None:
     assert trace.forward_s > 0
     assert trace.backward_s > 0
     assert trace.update_us > 0
+
+
+def test_a_part_that_fails_or_hangs_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(stand_in.BENCHMARKS))
+    import gpu_check
+    from gpu_check import Part
+
+    monkeypatch.setattr(gpu_check, "RANK", (sys.executable, stand_in.__file__))
+    monkeypatch.setenv("SOONEST_CACHE", "")  # both are set for the ranks
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    written: list[int] = []
+    write = Path.write_text
+
+    def note(path: Path, text: str, **options: Any) -> int:
+        written.append(len(json.loads(text)["rows"]))
+        return write(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", note)
+    names = ("name", "torch", "cuda", "nccl")
+    rows = gpu_check.check_all(
+        [
+            Part("no such part", "one that fails", 100),
+            Part("stuck", "one that hangs", 8),
+            Part("parity", "as DDP", 200, 2, "gloo"),
+        ],
+        {"count": 1, **dict.fromkeys(names, "none")},
+        record=tmp_path / "record.json",
+        traces=tmp_path / "traces",
+    )
+    assert [row.ok for row in rows] == [False, False, True], capsys.readouterr()
+    failed, hung, equal = rows
+    assert "KeyError: 'no such part'" in failed.found
+    assert "did not end within 8 s" in hung.found
+    assert equal.found == "5 ways of training, bit by bit"
+    assert written == [1, 2, 3]
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [row["ok"] for row in record["rows"]] == [False, False, True]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "1", "one", "one", "as",
+    ]  # fmt: skip
+
+
+def test_no_part_is_begun_without_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(stand_in.BENCHMARKS))
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check, "LIMIT_S", 0.0)
+    rows = list(gpu_check._rows(gpu_check.parts_for(1), tmp_path))
+    assert {row.found for row in rows} == {"left out: no time was left"}
+    assert {row.ok for row in rows} == {None}

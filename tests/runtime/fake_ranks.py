@@ -100,6 +100,10 @@ class FakeGroup:
         else:
             self._thread = ThreadPoolExecutor(1)
 
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
     def size(self) -> int:
         return self._meeting.ranks
 
@@ -128,16 +132,16 @@ class FakeGroup:
     def broadcast(self, tensor: Tensor, root: int) -> FakeWork | HostWork:
         return self._run("broadcast", tensor, tensor, lambda every: every[root])
 
-    def _allgather_base(self, out: Tensor, given: Tensor) -> FakeWork | HostWork:
+    def all_gather_single(self, out: Tensor, given: Tensor) -> FakeWork | HostWork:
         return self._run("allgather", given, out, torch.cat)
 
-    def _reduce_scatter_base(self, out: Tensor, given: Tensor, opts: Any) -> FakeWork | HostWork:
+    def reduce_scatter_single(self, out: Tensor, given: Tensor, opts: Any) -> FakeWork | HostWork:
         def mine(every: list[Tensor]) -> Tensor:
             return _sum(every).view(self.size(), -1)[self._rank]
 
         return self._run("reduce_scatter", given, out, mine)
 
-    def alltoall_base(
+    def all_to_all_single(
         self, out: Tensor, given: Tensor, out_sizes: Sequence[int], sizes: Sequence[int]
     ) -> FakeWork | HostWork:
         n, rank = self.size(), self._rank

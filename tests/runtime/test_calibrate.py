@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,28 @@ def test_what_gets_ever_dearer_is_given_up() -> None:
     for measured, chosen in run_ranks(hopeless, 2):
         assert measured == [32 << 10, 64 << 10], "by now twice as dear as the exchange"
         assert chosen == ["gather", "exchange", "exchange"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_a_device_makes_first_is_no_cost(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, made = 0.0, set[str]()
+
+    def run(kind: str, ranks: Any, piece: Any) -> None:
+        nonlocal now_s
+        now_s += 1e-3 if kind in made else 5.0
+        made.add(kind)
+
+    piece = calibrate._piece(1024, CPU, collectives.EXACT)
+    monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: now_s))
+    monkeypatch.setattr(calibrate, "_now_s", lambda piece: now_s)
+    monkeypatch.setattr(calibrate, "_piece", lambda *_: piece)
+    monkeypatch.setattr(calibrate, "_stream", lambda *_: calibrate._Stream(6, 6e-3))
+    monkeypatch.setattr(collectives, "run", run)
+    monkeypatch.setattr(collectives, "first_rank_object", lambda group, mine: mine)
+    seen: list[int] = []
+    nobody: Any = SimpleNamespace(group=None)
+    calibrate.measure(nobody, methods=["exchange"], device=torch.device(device), watch=seen.append)
+    assert (seen == list(calibrate.SIZES)) == (device != "cpu")
 
 
 def remembers(folder: str, change: float | None, garble: bool = False) -> int:

@@ -16,7 +16,7 @@ from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.planner import first_plan
 from soonest.runtime import learn
-from soonest.runtime.clock import DeviceClock, Moment
+from soonest.runtime.clock import DeviceClock, Ends, Moment
 from soonest.runtime.collectives import EXACT
 from soonest.runtime.engine import Engine
 from soonest.runtime.layout import Layout
@@ -49,6 +49,22 @@ def test_a_step_that_is_not_watched_closely_asks_the_device_for_nothing() -> Non
     assert record.ready == [NEVER] or math.isnan(record.ready[0])
 
 
+def test_ends_of_steps_are_told_when_the_device_has_got_there() -> None:
+    streams = FakeStreams(patience=1)
+    asked = streams.seconds
+
+    def seconds(first: Any, last: Any) -> float:
+        assert streams._asked[last.number] > 1, "it would wait"
+        return asked(first, last)
+
+    streams.seconds = seconds  # type: ignore[method-assign]
+    ends = Ends(DeviceClock(streams))
+    told = [ends.step() for _ in range(6)]
+    assert [len(some) for some in told] == [0, 1, 1, 1, 1, 1], "the device is a step behind"
+    # Each step is one event.
+    assert [at for some in told for at in some] == pytest.approx([0, 1e-6, 2e-6, 3e-6, 4e-6])
+
+
 def test_a_model_is_measured_on_its_device() -> None:
     def before_close(trainer: Soonest) -> None:
         trainer.engine.profiler.attention.learning = True
@@ -74,7 +90,7 @@ def test_nothing_is_learned_from_the_first_steps_of_a_device(
     monkeypatch.setattr(learn.collectives, "first_rank_object", lambda group, mine: mine)
     monkeypatch.setattr(learn, "agree_on_plan", lambda group, plan: None)
     monkeypatch.setenv("SOONEST_CACHE", "")
-    streams = FakeStreams()
+    streams = FakeStreams(patience=0)
     model = Net()
     layout, network = Layout(model), Network.linear(1e-4, 1e8)
     methods = ("allreduce",)
@@ -112,4 +128,11 @@ def test_nothing_is_learned_from_the_first_steps_of_a_device(
     (learned_from,) = records
     assert learned_from.closely
     assert " ms a step" in engine.history[-1]
+    # From then on, too, it is the device whose steps are watched.
+    monkeypatch.setattr(learn, "now_s", lambda: pytest.fail("the host's clock was asked"))
+    for _ in range(40):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    assert learner._drift._usual_s is not None
+    assert 0 < learner._drift._usual_s < 1e-3, "some events, a microsecond each"
     engine.detach()

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from soonest.errors import PeerLostError
 from soonest.runtime import device as devices
-from soonest.runtime import groups
+from soonest.runtime import groups, peers
 from soonest.runtime.streams import DeviceStreams
 from soonest.runtime.threadlane import ThreadLane
 
@@ -88,7 +89,9 @@ class Options:
         self._timeout = timedelta(minutes=10)
 
 
-def test_nccl_is_given_streams_of_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_is_given_streams_of_high_priority(
+    group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: dict[str, Any] = {}
     fake: Any = dist.ProcessGroup.__new__(dist.ProcessGroup)
     monkeypatch.setattr(dist, "get_backend", lambda group: "cuda:nccl")
@@ -99,6 +102,53 @@ def test_nccl_is_given_streams_of_high_priority(monkeypatch: pytest.MonkeyPatch)
     groups.private_group(fake, 5.0)
     assert given["pg_options"].is_high_priority_stream
     assert given["pg_options"]._timeout == given["timeout"] == timedelta(seconds=5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_some_ranks_do_not_wait_for_all(
+    ranks: int, group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A default group that is bound to a device would split theirs off its own, with all ranks."""
+    some: Any = SimpleNamespace(size=lambda: ranks)
+    bound: list[Any] = []
+
+    def new_group(members: Any, **options: Any) -> Any:
+        bound.append(group.bound_device_id)
+        return dist.ProcessGroup.__new__(dist.ProcessGroup)
+
+    for name in ("get_backend", "get_backend_config"):
+        monkeypatch.setattr(dist, name, lambda group: "gloo")
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0])
+    monkeypatch.setattr(groups, "timeout_of", lambda group: 5.0)
+    monkeypatch.setattr(dist, "new_group", new_group)
+    group.bound_device_id = CUDA
+    try:
+        groups.private_group(some, 5.0)
+        groups.again(some)
+        assert bound == [CUDA if ranks == group.size() else None] * 2
+        assert group.bound_device_id == CUDA
+    finally:
+        group.bound_device_id = None
+
+
+@pytest.mark.parametrize("came", [["0"], ["0", "1"]])
+def test_ranks_that_do_not_come_are_named_before_a_device_waits(
+    came: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, made = dist.HashStore(), object()
+    parent: Any = SimpleNamespace(group_name=f"with {len(came)}", rank=lambda: 0)
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [4, 6])
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(groups, "private_group", lambda parent, timeout_s: made)
+    call = dist.PrefixStore(f"soonest/prioritize/{parent.group_name}/1", store)
+    for rank in came:
+        call.set(rank, "here")
+    if len(came) == 2:
+        assert peers.private_group(parent, 0.1) is made
+        return
+    with pytest.raises(PeerLostError, match=r"rank 1 did not call it \(waited 0 s"):
+        peers.private_group(parent, 0.1)
 
 
 def _like(real: Callable[..., Any], *, skip: int = 0) -> Callable[..., Any]:

@@ -13,11 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from runtime import worlds
-from runtime.race import FakeStreams
+from runtime.fake_ranks import FakeGroup, Meeting, as_threads
+from runtime.race import FakeStreams, watched
 from runtime.worlds import LANES, Loop, Soonest, adamw, fused, plainly, same, with_lane
 from soonest.errors import PeerLostError, ReadTooEarlyError, SoonestError
+from soonest.runtime.buffers import Buffers
+from soonest.runtime.streamlane import StreamLane
 
 LOOPS: dict[str, Loop] = {
     "plain": Loop(),
@@ -251,6 +255,57 @@ def test_graphs_are_refused() -> None:
     check_on(use)
 
 
+def test_graphs_are_refused_also_when_nothing_is_in_flight() -> None:
+    """The graph would run again when something is."""
+
+    def use(trainer: Soonest, streams: FakeStreams) -> None:
+        trainer.engine.flush()
+        streams.in_graph = True
+        with (
+            torch.no_grad(),
+            pytest.raises(SoonestError, match=r"train without graphs, or detach\(\)"),
+        ):
+            trainer.model(torch.ones(2, 4))
+        streams.in_graph = False
+        trainer.model(torch.ones(2, 4))
+
+    check_on(use)
+
+
+def test_memory_that_runs_out_is_no_other_ranks_fault() -> None:
+    def use(trainer: Soonest, streams: FakeStreams) -> None:
+        def issue(*_: Any) -> None:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+        trainer.engine.program.issue = issue  # type: ignore[method-assign]
+        with pytest.raises(
+            SoonestError, match=r"step 1: bucket .* was not sent: tried to"
+        ) as found:
+            trainer.model(torch.ones(2, 4)).sum().backward()
+        assert not isinstance(found.value, PeerLostError)
+
+    check_on(use)
+
+
+def test_updates_come_in_the_order_of_need() -> None:
+    """An op may end at once, and that of the first layer is often the last in the plan."""
+
+    def use(trainer: Soonest, streams: FakeStreams) -> None:
+        program, updated = trainer.engine.program, list[int]()
+        update = program.update
+
+        def note(sweep: Any, bucket: int) -> None:
+            updated.append(bucket)
+            update(sweep, bucket)
+
+        program.update = note  # type: ignore[method-assign]
+        step(trainer)
+        assert updated == program.by_need
+        assert updated != list(dict.fromkeys(op.bucket for op in program.plan.ops))
+
+    check_on(use)
+
+
 def test_what_does_not_end_is_named() -> None:
     def use(trainer: Soonest, streams: FakeStreams) -> None:
         streams._patience = 10**9
@@ -280,6 +335,40 @@ def test_what_the_backend_knows_to_have_failed_is_named() -> None:
             trainer.engine.flush()
 
     check_on(use)
+
+
+@pytest.mark.parametrize("spreads", [True, False])
+def test_buffers_that_land_on_one_stream_are_there_for_all(spreads: bool) -> None:
+    meeting, ranks = Meeting(2), [nn.BatchNorm1d(4), nn.BatchNorm1d(4)]
+
+    def each(rank: int) -> list[str]:
+        streams, model = FakeStreams(), ranks[rank]
+        streams.detector.private.add(streams.main)  # what is sent is not the user's
+        side = streams.stream("side")
+        lane = StreamLane(streams, timeout_s=30, peers=worlds.PEERS)
+        if not spreads:
+            lane.spread = lambda used=(): None  # type: ignore[method-assign]
+        group: Any = FakeGroup(meeting, rank, streams)
+        buffers = Buffers(model, lambda: group, lane, worlds.PEERS)
+        assert model.running_mean is not None
+        model.running_mean.fill_(rank)
+        with watched(streams, *model.buffers()):
+            lane.wait_all()
+            lane.enter()
+            lane._see_user()
+            buffers.share()
+            streams.follow(side, streams.main)
+            with streams.use(side):
+                assert model.running_mean.sum() == 0
+            streams.detector.host_waits.clear()
+            model.running_mean.clone()
+            torch.ones(3).add_(1)
+        return streams.detector.races
+
+    first, second = as_threads(each, 2)
+    assert first == []
+    assert (second == []) == spreads
+    assert spreads or any("is freed" in race for race in second)
 
 
 def test_a_scale_that_is_given_to_an_update_is_not_freed_too_early() -> None:

@@ -61,6 +61,7 @@ NAMES = (
     "cnn with BatchNorm", "tied transformer", "branch by rank, AdamW", "several backward passes",
     "accumulation with no_sync", "zero_grad to zero, after the step", "foreign optimizer",
     "clipping, sharded", "branch by rank, momentum, sharded", "several dtypes, sharded",
+    "checkpoint, reentrant", "compiled by block", "autocast", "AdamW fused", "GradScaler, fused",
 )  # fmt: skip
 
 

@@ -45,7 +45,8 @@ def listen(
         place: where to run it.
         command: program and arguments.
         take: gets the messages.
-        say: if a rank fails, gets what the ranks wrote last besides messages, line by line.
+        say: if a rank fails or they do not end in time, gets what the ranks wrote last besides
+            messages, line by line.
         timeout_s, preload: as for ``Lab.run``.
 
     Raises:
@@ -63,6 +64,8 @@ def listen(
     try:
         code = place.run(command, on_line=on_line, timeout_s=timeout_s, preload=preload)
     except TimeoutError as error:
+        for line in said:
+            say(line)
         raise SoonestError(f"this came to a stop: {error}") from None
     if code:
         for line in said:

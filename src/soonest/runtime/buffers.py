@@ -10,7 +10,7 @@ from torch import nn
 
 from soonest.runtime import collectives, guard, modes
 from soonest.runtime.collectives import Group, Sent
-from soonest.runtime.lanes import ended
+from soonest.runtime.lanes import Lane, ended
 from soonest.runtime.peers import Peers
 
 
@@ -24,7 +24,7 @@ class Buffers:
     Args:
         model: whose.
         group: makes one of all ranks, for nothing else; a collective call.
-        check: raises if something else has failed.
+        lane: knows if something else has failed, and who is to see them.
         peers: who the ranks are.
     """
 
@@ -32,12 +32,12 @@ class Buffers:
         self,
         model: nn.Module,
         group: Callable[[], Group],
-        check: Callable[[], None],
+        lane: Lane,
         peers: Peers,
     ) -> None:
         self._make_group = group
         self._group: Group | None = None
-        self._check = check
+        self._lane = lane
         self._peers = peers
         self._sent: list[Sent] = []
         self._holds: list[guard.Hold] = []
@@ -87,8 +87,9 @@ class Buffers:
                     part.work.wait()  # lets the current stream wait, and not the host
                 else:
                     while not ended(part.work):
-                        self._check()
+                        self._lane.check()
                 part.unpack()
+            self._lane.spread(part.memory for part in sent)
         self.drop()
 
     @contextmanager
@@ -98,7 +99,7 @@ class Buffers:
             try:
                 yield
             except RuntimeError:
-                self._check()
+                self._lane.check()
                 raise
 
     def drop(self) -> None:

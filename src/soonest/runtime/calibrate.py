@@ -100,6 +100,8 @@ def measure(
     Returns:
         The first rank's fit, on every rank.
     """
+    if device.type != "cpu":
+        _warm_up(ranks, methods, _piece(sizes[0], device, wire))
     end_s = time.perf_counter() + budget_s
     samples: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
     streams: defaultdict[str, dict[int, _Stream]] = defaultdict(dict)
@@ -215,6 +217,14 @@ def _dearer(methods: Sequence[str], op_s: Mapping[str, float]) -> dict[str, floa
 def _piece(size_bytes: int, device: torch.device, wire: Wire) -> Piece:
     buffer = torch.zeros(max(1, size_bytes // 4), device=device)
     return Piece(buffer, buffer.clone(), wire.of(buffer.element_size()))
+
+
+def _warm_up(ranks: Ranks, methods: Sequence[str], piece: Piece) -> None:
+    """Devices make communicators and load kernels when they first need them, which takes seconds
+    that are no cost of an op."""
+    for kind in dict.fromkeys(kind for m in ("allreduce", *methods) for kind in METHODS[m]):
+        collectives.run(kind, ranks, piece)
+    _now_s(piece)
 
 
 def _time(kind: str, ranks: Ranks, piece: Piece, times: int) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,3 +53,37 @@ class DeviceClock:
             else moment
             for moment in found
         ]
+
+    def seconds_between(self, first: Moment, last: Moment) -> float:
+        """How long the device took from one to the other; waits until it has got there."""
+        return self._streams.seconds(first.event, last.event)
+
+
+class Ends:
+    """When steps end on a device, told as soon as that is known, as the host does not wait for it.
+
+    Args:
+        clock: of the device.
+    """
+
+    def __init__(self, clock: DeviceClock) -> None:
+        self._clock = clock
+        self._coming: deque[Moment] = deque()
+        self._last: Moment | None = None
+        self._at_s = 0.0
+
+    def step(self) -> list[float]:
+        """A step ends here.
+
+        Returns:
+            When those ended of which that was not known before, seconds since the first.
+        """
+        self._coming.append(self._clock.now())
+        known: list[float] = []
+        while self._coming and self._coming[0].event.query():
+            moment = self._coming.popleft()
+            if self._last is not None:
+                self._at_s += self._clock.seconds_between(self._last, moment)
+            self._last = moment
+            known.append(self._at_s)
+        return known

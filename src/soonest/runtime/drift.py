@@ -35,23 +35,31 @@ class Drift:
         self._factor = 1.0
         self._off = 0
 
-    def ended(self, at_s: float) -> bool:
-        """Takes note of the end of a step.
+    def ended(self, *at_s: float) -> bool:
+        """A step has ended.
+
+        Args:
+            at_s: when it did; or, of a device that is behind, when earlier ones did, one after the
+                other, as far as that is known by now.
 
         Returns:
             Whether the ranks are to compare now.
         """
-        if self._before_s is not None:
-            self._window_s.append(at_s - self._before_s)
-        self._before_s = at_s
-        if len(self._window_s) == _WINDOW:
-            self._look(sorted(self._window_s)[_WINDOW // 4])
-            self._window_s.clear()
+        for end_s in at_s:
+            self._note(end_s)
         self._steps += 1
         if self._steps < self._due:
             return False
         self._due += _PAUSE
         return True
+
+    def _note(self, end_s: float) -> None:
+        if self._before_s is not None:
+            self._window_s.append(end_s - self._before_s)
+        self._before_s = end_s
+        if len(self._window_s) == _WINDOW:
+            self._look(sorted(self._window_s)[_WINDOW // 4])
+            self._window_s.clear()
 
     def _look(self, step_s: float) -> None:
         """Compares the steps of one window: their lower quartile, which no evaluation lengthens."""

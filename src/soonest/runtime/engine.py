@@ -127,6 +127,7 @@ class Engine:
     # In the forward pass
 
     def forward_begins(self, *inputs: Any) -> None:
+        self.lane.enter()
         self.backward.forward_begins()
         self._take_back()
         if self._buffers is not None:

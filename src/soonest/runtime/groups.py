@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,16 +52,37 @@ def again(group: Group) -> Group:
 
 
 def _subgroup(group: Group, members: list[int]) -> Group:
-    made = dist.new_group(
-        members,
-        timeout=datetime.timedelta(seconds=timeout_of(group)),
-        backend=dist.get_backend(group),
-        pg_options=_options(group, datetime.timedelta(seconds=timeout_of(group))),
-        use_local_synchronization=True,
-        group_desc="soonest",
-    )
+    timeout = datetime.timedelta(seconds=timeout_of(group))
+    with _by_these_alone(group):
+        made = dist.new_group(
+            members,
+            timeout=timeout,
+            backend=dist.get_backend(group),
+            pg_options=_options(group, timeout),
+            use_local_synchronization=True,
+            group_desc="soonest",
+        )
     assert isinstance(made, Group)
     return made
+
+
+@contextmanager
+def _by_these_alone(callers: Group) -> Iterator[None]:
+    """What is made inside needs no rank but the callers.
+
+    If the default group is bound to a device, torch splits all others off that one, and so waits
+    for all of its ranks. These connect by themselves then, when they first combine something.
+    """
+    default: Any = dist.group.WORLD
+    bound = default.bound_device_id
+    if bound is None or callers.size() == default.size():
+        yield
+        return
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = bound
 
 
 def _options(parent: Group, timeout: datetime.timedelta) -> Any:
@@ -81,22 +103,25 @@ def private_group(parent: Group | None, timeout_s: float | None) -> Group:
     """
     parent = parent if parent is not None else dist.group.WORLD
     assert parent is not None
-    backend = dist.get_backend(parent)
-    timeout = (
-        dist.distributed_c10d._get_default_timeout(backend)
-        if timeout_s is None
-        else datetime.timedelta(seconds=timeout_s)
-    )
-    group = dist.new_group(
-        dist.get_process_group_ranks(parent),
-        timeout=timeout,
-        backend=backend,
-        pg_options=_options(parent, timeout),
-        use_local_synchronization=parent is not dist.group.WORLD,
-        group_desc="soonest",
-    )
+    timeout = timeout_for(parent, timeout_s)
+    with _by_these_alone(parent):
+        group = dist.new_group(
+            dist.get_process_group_ranks(parent),
+            timeout=timeout,
+            backend=dist.get_backend(parent),
+            pg_options=_options(parent, timeout),
+            use_local_synchronization=parent is not dist.group.WORLD,
+            group_desc="soonest",
+        )
     assert isinstance(group, Group)
     return group
+
+
+def timeout_for(parent: Group, timeout_s: float | None) -> datetime.timedelta:
+    """That of collectives in a communicator made of ``parent``; None stands for torch's default."""
+    if timeout_s is not None:
+        return datetime.timedelta(seconds=timeout_s)
+    return dist.distributed_c10d._get_default_timeout(dist.get_backend(parent))
 
 
 def timeout_of(group: Group) -> float:

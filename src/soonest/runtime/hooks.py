@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +100,8 @@ class HookLane:
         self._sweep = sweep
         self._called = []
 
+    def enter(self) -> None: ...
+
     def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None: ...
 
     def zero(self, sweep: Sweep, member: Member) -> None:
@@ -140,6 +142,8 @@ class HookLane:
             )
 
     def wait_all(self) -> None: ...
+
+    def spread(self, used: Iterable[Tensor] = ()) -> None: ...
 
     def check(self) -> None:
         if self.error is not None:

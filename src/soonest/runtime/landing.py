@@ -149,6 +149,7 @@ class Landing:
         for bucket in range(len(self._program.plan.buckets)):
             self._lane.wait(sweep, bucket, updated=False)
         self._program.gather_gradients(sweep)
+        self._lane.spread()
 
     def land(self, member: Member) -> None:
         """Waits until the parameter has the value that the last ``step()`` gave it."""

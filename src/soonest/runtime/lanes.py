@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
 
 from soonest.errors import ReadTooEarlyError, SoonestError
 from soonest.runtime.clock import DeviceClock
@@ -28,6 +30,14 @@ class Lane(Protocol):
 
     def begin(self, sweep: Sweep) -> None:
         """A backward pass has begun; its ops follow those of all sweeps begun before."""
+        ...
+
+    def enter(self) -> None:
+        """The model's forward pass begins.
+
+        Raises:
+            SoonestError: it must not run as it is about to.
+        """
         ...
 
     def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None:
@@ -56,6 +66,14 @@ class Lane(Protocol):
 
     def wait_all(self) -> None:
         """Returns when all ops are done, and the updates of all sweeps that were stepped."""
+        ...
+
+    def spread(self, used: Iterable[Tensor] = ()) -> None:
+        """What was done just now, outside of the lane, has happened for all who read it.
+
+        Args:
+            used: by it, and perhaps freed right away.
+        """
         ...
 
     def check(self) -> None:

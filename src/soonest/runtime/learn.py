@@ -27,7 +27,7 @@ from soonest.runtime.candidates import (
     told,
     with_searched,
 )
-from soonest.runtime.clock import now_s
+from soonest.runtime.clock import Ends, now_s
 from soonest.runtime.drift import Drift
 from soonest.runtime.engine import Engine
 from soonest.runtime.layout import Layout
@@ -110,7 +110,7 @@ class Learner:
         self._warming = _WARM_UP
         self._observing = True
         self._ended_s: list[float] = []
-        self._drift = Drift()
+        self._drift, self._ends = Drift(), None
         # Of these only the first rank knows.
         self._trace: Trace | None = None
         self._to_try: tuple[Candidate, ...] = CANDIDATES
@@ -141,7 +141,7 @@ class Learner:
             return
         self._steps += 1
         if engine.settled:
-            if self._drift.ended(now_s()):
+            if self._drift.ended(*self._known_ends(engine)):
                 self._compare(engine)
             return
         if self._steps == self._first_step:
@@ -152,6 +152,15 @@ class Learner:
         self._ended_s.append(now_s() if engine.lane.clock is None else engine.lane.clock.now())
         if len(self._ended_s) == STEPS:
             self._turn_ends(engine)
+
+    def _known_ends(self, engine: Engine) -> Sequence[float]:
+        """When steps ended, the last one or, of a device, those that it has got through."""
+        clock = engine.lane.clock
+        if clock is None:
+            return (now_s(),)
+        if self._ends is None:
+            self._ends = Ends(clock)
+        return self._ends.step()
 
     def resume(self, engine: Engine, *, resumed: bool = True) -> None:
         """Goes on with what stayed in an earlier run; a collective call.
@@ -184,7 +193,7 @@ class Learner:
         """The plan in use is the last one for now."""
         self._name(engine, plan, why)
         engine.settled = True
-        self._drift = Drift(plans=self._plans)
+        self._drift, self._ends = Drift(plans=self._plans), None
         self._plans += 1
 
     def _name(self, engine: Engine, plan: Plan, why: str) -> None:

@@ -24,6 +24,7 @@ from soonest.runtime import collectives, groups
 
 _E = TypeVar("_E", bound=Exception)
 _GRACE_S = 5.0
+_MEET_S = 0.05
 _FAULT = "!"
 """Begins a note that says what is wrong with the rank that left it."""
 
@@ -165,6 +166,9 @@ def private_group(parent: collectives.Group, timeout_s: float | None) -> collect
     )
     store.set(str(parent.rank()), "here")
     try:
+        if dist.get_backend(parent) != "gloo":  # which connects at once; others would wait later
+            timeout = groups.timeout_for(parent, timeout_s)
+            _meet(store, len(members), timeout.total_seconds())
         return groups.private_group(parent, timeout_s)
     except RuntimeError as error:
         try:
@@ -176,6 +180,20 @@ def private_group(parent: collectives.Group, timeout_s: float | None) -> collect
             f"prioritize() could not connect the ranks: {who}{' did not call it' * bool(missing)} "
             f"({reason_of(error)})"
         ) from error
+
+
+def _meet(store: dist.distributed_c10d.PrefixStore, ranks: int, timeout_s: float) -> None:
+    """Returns when all ranks have come.
+
+    Raises:
+        RuntimeError: not all of them have in time.
+    """
+    keys = [str(rank) for rank in range(ranks)]
+    deadline_s = time.monotonic() + timeout_s
+    while not store.check(keys):
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"waited {timeout_s:.0f} s for all to come")
+        time.sleep(_MEET_S)
 
 
 _calls: Counter[str] = Counter()

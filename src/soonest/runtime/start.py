@@ -153,9 +153,7 @@ def start(
                 learner.start_over(engine, stays=given is not None)
 
         with peers.together("prioritize()"):
-            buffers = Buffers(
-                model, lambda: groups.private_group(group, timeout_s), lane.check, peers
-            )
+            buffers = Buffers(model, lambda: groups.private_group(group, timeout_s), lane, peers)
         engine = Engine(
             model,
             optimizer,

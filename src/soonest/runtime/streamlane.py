@@ -1,9 +1,10 @@
 """The lane for devices with streams: no thread, and the host never waits.
 
 Everything is enqueued by the training loop itself: ops by its hooks, in plan order, as gradients
-are produced, and all updates by ``optimizer.step()``. Two streams run them side by side, for when
-updates come, all ops of the backward pass are enqueued already, and the first update must not wait
-for the last op. Events order the two, and the streams on which the user computes:
+are produced, and all updates by ``optimizer.step()``, what the forward pass needs first in front.
+Two streams run them side by side, for when updates come, all ops of the backward pass are enqueued
+already, and the first update must not wait for the last op. Events order the two, and the streams
+on which the user computes:
 
 - an op waits for the streams that produced its gradients;
 - an update waits for its bucket's op, and for all that the user had enqueued before ``step()``;
@@ -21,7 +22,7 @@ gradients of the user's own, the scale of a ``GradScaler``, a learning rate, a l
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -125,6 +126,9 @@ class StreamLane:
         self._sweep = weakref.ref(sweep)
         self._flights[sweep] = _Flight(len(sweep.plan.buckets))
 
+    def enter(self) -> None:
+        self._refuse_graphs()
+
     def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None:
         producer = self._see_user()
         flight = self._flights[sweep]
@@ -173,6 +177,10 @@ class StreamLane:
                 while running.work is not None:
                     running.work.wait()
                     running.go_on()
+            except torch.OutOfMemoryError as error:  # no other rank is at fault
+                raise self._enqueued.fail(
+                    SoonestError(f"{what()} was not sent: {error}")
+                ) from error
             except RuntimeError as error:
                 raise self._enqueued.stopped(what(), error) from error
             sweep.record.op_ended(op)
@@ -185,13 +193,12 @@ class StreamLane:
     # Updates
 
     def _enqueue_updates(self, sweep: Sweep, flight: _Flight) -> None:
-        """In the order in which ops end, which is the plan's."""
+        """What is needed first comes first: in the plan's order that would often be the last."""
         self._wait_for_now(self._updates)
         self._keep(sweep)
-        last = {op.bucket: index for index, op in enumerate(sweep.plan.ops)}
         marks = flight.shared if sweep.plan.sharded else flight.updated
         with self._streams.use(self._updates), modes.usual():
-            for bucket in sorted(last, key=last.__getitem__):
+            for bucket in sweep.program.by_need:
                 if (reduced := flight.reduced[bucket]) is not None:
                     self._follow(self._updates, reduced)
                 sweep.record.update_started(bucket)
@@ -245,6 +252,17 @@ class StreamLane:
         for mark in self._last.values():
             self._land(mark)
 
+    def spread(self, used: Iterable[Tensor] = ()) -> None:
+        current = self._see_user()
+        others = [stream for stream in self._users if stream != current]
+        if others:
+            self._refuse_graphs()
+            now = self._streams.record(current)
+            for stream in others:
+                self._streams.wait(stream, now)
+        for tensor in used:
+            self._streams.keep(tensor, current)
+
     def _land(self, mark: _Mark) -> None:
         self._see_user()
         for stream in self._users:
@@ -292,8 +310,8 @@ class StreamLane:
         if self._streams.capturing():
             raise SoonestError(
                 "a graph of the device's operations is being captured, and when it runs again "
-                "nothing in it would wait for parameters that are still on their way: capture "
-                "before prioritize(), or detach() the handle first"
+                "nothing in it would wait for parameters that are still on their way: train "
+                "without graphs, or detach() the handle before"
             )
 
     # The end

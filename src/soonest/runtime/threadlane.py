@@ -5,11 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime import modes
@@ -62,6 +63,8 @@ class ThreadLane:
         with self._changed:
             self._sweeps.add(sweep)
 
+    def enter(self) -> None: ...
+
     def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None: ...
 
     def advance(self) -> None:
@@ -96,6 +99,8 @@ class ThreadLane:
                         f"step {sweep.number}: waited more than {self._timeout_s:.0f} s for "
                         f"{sweep.plan.describe(bucket)} without progress"
                     )
+
+    def spread(self, used: Iterable[Tensor] = ()) -> None: ...
 
     def check(self) -> None:
         if self._error is not None:

@@ -40,6 +40,11 @@ class Sent:
         self.on_device = self._joined.device.type != "cpu"
         self.work: Work = group.broadcast(self._joined.view(torch.uint8), source)
 
+    @property
+    def memory(self) -> Tensor:
+        """What they are sent in."""
+        return self._joined
+
     def unpack(self) -> None:
         """Overwrites the tensors, once the work is done."""
         if self._tensors is not None:

@@ -42,7 +42,7 @@ def all_gather(ranks: Ranks, piece: Piece) -> Op:
     """All ranks get everything and sum it in the order of ranks."""
     sent = piece.packed()
     every = sent.new_empty(ranks.group.size() * sent.numel())
-    yield ranks.group._allgather_base(every, sent)
+    yield ranks.group.all_gather_single(every, sent)
     _sum_in_order(every, ranks.group.size(), piece.gradients)
 
 
@@ -54,7 +54,7 @@ def exchange(ranks: Ranks, piece: Piece) -> Op:
     """
     sent = piece.packed().repeat(ranks.group.size())
     every = torch.empty_like(sent)
-    yield ranks.group.alltoall_base(every, sent, [], [])
+    yield ranks.group.all_to_all_single(every, sent, [], [])
     _sum_in_order(every, ranks.group.size(), piece.gradients)
 
 
@@ -111,7 +111,7 @@ def all_gather_parameters(ranks: Ranks, piece: Piece) -> Op:
     sent = torch.empty(size, dtype=narrow or whole.dtype, device=whole.device)
     sent[: mine.numel()] = mine
     every = whole if even and not narrow else sent.new_empty(size * group.size())
-    yield group._allgather_base(every, sent)
+    yield group.all_gather_single(every, sent)
     if every is not whole:
         whole.copy_(every[: whole.numel()])
 
@@ -243,7 +243,7 @@ def _scatter_sum(group: Group, piece: Piece) -> Op:
     sizes, mine = _sizes(piece.gradients, group)
     sent = piece.packed()
     every = sent.new_empty(group.size() * mine)
-    yield group.alltoall_base(every, sent, [mine] * group.size(), sizes)
+    yield group.all_to_all_single(every, sent, [mine] * group.size(), sizes)
     _sum_in_order(every, group.size(), piece.gradients[_own(piece.gradients, group)])
 
 
@@ -255,7 +255,7 @@ def _native_reduce_scatter(group: Group, whole: Tensor) -> Op:
         sent = whole.new_zeros(part * group.size())
         sent[: whole.numel()] = whole
     mine = whole.new_empty(part)
-    yield group._reduce_scatter_base(mine, sent, dist.ReduceScatterOptions())
+    yield group.reduce_scatter_single(mine, sent, dist.ReduceScatterOptions())
     own = whole[_own(whole, group)]
     own.copy_(mine[: own.numel()])
 
@@ -264,7 +264,7 @@ def _share_parts(group: Group, piece: Piece) -> Op:
     sizes, mine = _sizes(piece.gradients, group)
     sent = piece.packed(_own(piece.gradients, group)).repeat(group.size())
     every = sent.new_empty(piece.gradients.numel()) if piece.wire.gradients else piece.gradients
-    yield group.alltoall_base(every, sent, sizes, [mine] * group.size())
+    yield group.all_to_all_single(every, sent, sizes, [mine] * group.size())
     piece.unpack(every)
 
 

@@ -35,7 +35,7 @@ def gather_numbers(group: Group, value: float) -> list[float]:
 def gather_scalars(group: Group, value: Tensor) -> Tensor:
     """Every rank's number, in the order of ranks; on a device the host does not wait for it."""
     every = value.new_empty(group.size())
-    group._allgather_base(every, value.view(1)).wait()
+    group.all_gather_single(every, value.view(1)).wait()
     return every
 
 
