@@ -143,6 +143,43 @@ def test_nets_that_cannot_learn_are_refused(layer: str, why: str):
         Trainer(parse(source, "SolverParameter"), say=lambda line: None)
 
 
+TINY = """
+base_lr: 0.1 lr_policy: "fixed" momentum: 0.9 weight_decay: 0.5 max_iter: 3
+snapshot_after_train: false MORE net_param {
+  layer { name: "d" type: "DummyData" top: "x" top: "y"
+    dummy_data_param { shape { dim: 4 dim: 6 } shape { dim: 4 dim: 2 } } }
+  layer { name: "a" type: "InnerProduct" bottom: "x" top: "a"
+    inner_product_param { num_output: 2 weight_filler { type: "xavier" } } }
+  layer { name: "b" type: "InnerProduct" bottom: "a" top: "b"
+    inner_product_param { num_output: 2 weight_filler { type: "xavier" } } }
+  layer { name: "s" type: "Silence" bottom: "b" }
+  layer { name: "l" type: "EuclideanLoss" bottom: "a" bottom: "y" top: "l" } }
+"""
+
+
+def tiny(more: str = "") -> Trainer:
+    return Trainer(parse(TINY.replace("MORE", more), "SolverParameter"), say=lambda line: None)
+
+
+def test_blobs_that_the_loss_does_not_reach_decay():
+    trainer = tiny("random_seed: 1")
+    weight = trainer.net.layers["b"].weight
+    expected, history = weight.detach().clone(), torch.zeros_like(weight)
+    trainer.solve()
+    for _ in range(3):
+        history = 0.9 * history + 0.1 * 0.5 * expected
+        expected = expected - history
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_without_a_seed_every_run_starts_elsewhere():
+    def started(more: str) -> torch.Tensor:
+        return tiny(more).net.layers["a"].weight.detach()
+
+    assert torch.equal(started("random_seed: 1"), started("random_seed: 1"))
+    assert not torch.equal(started(""), started(""))
+
+
 def test_momentum_is_refused_where_there_is_none():
     from soonest.caffe.solvers import AdaGrad
 

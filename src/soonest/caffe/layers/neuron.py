@@ -130,8 +130,8 @@ class Dropout(Layer):
     def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
         super().__init__(spec, shapes, phase)
         self.ratio = spec.dropout_param.dropout_ratio
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"its dropout_ratio is {self.ratio:g}: give one between 0 and 1")
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"its dropout_ratio is {self.ratio:g}: give 0 or more, below 1")
 
     def forward(self, bottom: Tensor) -> Tensor:
         return functional.dropout(bottom, self.ratio, training=self.phase == "TRAIN")
