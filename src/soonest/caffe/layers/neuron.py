@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -84,7 +85,7 @@ class Power(Layer):
     def forward(self, bottom: Tensor) -> Tensor:
         own = self.spec.power_param
         if own.power * own.scale == 0:
-            return torch.full_like(bottom, 1.0 if own.power == 0 else own.shift**own.power)
+            return torch.full_like(bottom, own.shift) ** own.power
         inner = bottom * own.scale + own.shift
         return inner if own.power == 1 else inner**own.power
 
@@ -111,7 +112,9 @@ class Exp(_WithBase):
 
     def forward(self, bottom: Tensor) -> Tensor:
         inner = bottom * (self.own.scale * self.log_base)
-        return torch.exp(inner) * math.exp(self.own.shift * self.log_base)
+        with np.errstate(over="ignore"):  # Then it is infinite, as in Caffe.
+            outer = float(np.exp(self.own.shift * self.log_base))
+        return torch.exp(inner) * outer
 
 
 class Log(_WithBase):
