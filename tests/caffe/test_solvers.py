@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 
 import golden_caffe as golden
 from soonest.caffe import definition
+from soonest.caffe.rates import Rate
+from soonest.caffe.solvers import AdaGrad, make
 from soonest.caffe.text import parse
 from soonest.caffe.training import Trainer
 
@@ -181,7 +184,22 @@ def test_without_a_seed_every_run_starts_elsewhere():
 
 
 def test_momentum_is_refused_where_there_is_none():
-    from soonest.caffe.solvers import AdaGrad
-
     with pytest.raises(ValueError, match="AdaGrad has no momentum"):
         AdaGrad([torch.nn.Parameter(torch.zeros(1))], 0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ('type: "Adam" momentum2: 1', "momentum2 is 1: Adam needs 0 or more"),
+        ('type: "RMSProp" rms_decay: -0.5', "rms_decay is -0.5: RMSProp needs"),
+    ],
+)
+def test_settings_out_of_range_are_refused(more: str, why: str):
+    with pytest.raises(ValueError, match=why):
+        make(parse(more, "SolverParameter"), [{"params": [torch.zeros(1)]}])
+
+
+def test_a_rate_beyond_float32_is_infinite():
+    solver = parse('base_lr: 1 lr_policy: "exp" gamma: 2', "SolverParameter")
+    assert [Rate(solver).at(iteration) for iteration in (3, 200, 9999)] == [8, math.inf, math.inf]
