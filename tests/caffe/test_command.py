@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import golden_caffe as golden
 from soonest.caffe import state
 from soonest.cli import main
 
@@ -57,6 +58,7 @@ def test_train_says_what_caffe_says_and_goes_on_from_a_state(capsys: pytest.Capt
     lines = said(capsys)
     shapes = [re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "N", line) for line in lines]
     assert shapes == [
+        "Use CPU. GPUs are not supported: --gpu is not used.",
         "Starting Optimization", "Solving tiny", "Learning Rate Policy: fixed",
         *(["Iteration N, Testing net (#N)", "    Test net output #N: hit = N",
            "    Test net output #N: l = N (* N = N loss)",
@@ -70,11 +72,11 @@ def test_train_says_what_caffe_says_and_goes_on_from_a_state(capsys: pytest.Capt
     assert state.read("run_iter_4.solverstate").iteration == 4
     assert main(["caffe", "train", "-solver", "solver.prototxt", "-snapshot",
                  "run_iter_4.solverstate"]) == 0  # fmt: skip
-    assert said(capsys)[0] == "Resuming from run_iter_4.solverstate"
+    assert said(capsys)[:2] == ["Use CPU.", "Resuming from run_iter_4.solverstate"]
     weights = ["--weights=run_iter_4.caffemodel", "--iterations=3"]
     assert main(["caffe", "test", "--model=net.prototxt", *weights]) == 0
     lines = said(capsys)
-    assert lines[0] == "Running for 3 iterations."
+    assert lines[:2] == ["Use CPU.", "Running for 3 iterations."]
     assert lines[-2].startswith("hit = ")
     assert re.fullmatch(r"l = \S+ \(\* 1 = \S+ loss\)", lines[-1])
     assert sum(line.startswith("Batch ") for line in lines) == 6
@@ -84,9 +86,39 @@ def test_train_says_what_caffe_says_and_goes_on_from_a_state(capsys: pytest.Capt
 def test_time_measures_each_layer(capsys: pytest.CaptureFixture[str]):
     assert main(["caffe", "time", "--model=net.prototxt", "--iterations=2"]) == 0
     lines = said(capsys)
+    assert re.fullmatch(r"Initial loss: \d\S+", lines[2])
     assert sum("\tforward: " in line for line in lines) == 5
     assert sum("\tbackward: " in line for line in lines) == 5
     assert any(line.startswith("Average Forward-Backward: ") for line in lines)
+
+
+@pytest.mark.usefixtures("folder")
+def test_stages_of_the_command_are_added_to_those_of_the_solver(
+    capsys: pytest.CaptureFixture[str],
+):
+    rules = 'include { min_level: 2 stage: "a" stage: "b" stage: "c" }'
+    Path("net.prototxt").write_text(NET.replace('"l" type: "Soft', f'"l" {rules} type: "Soft'))
+    with Path("solver.prototxt").open("a") as file:
+        file.write('train_state { stage: "a" level: 2 }')
+    for stages, code in (("b,c", 0), ("b", 2)):
+        assert main(["caffe", "train", "--solver=solver.prototxt", f"--stage={stages}"]) == code
+    assert "the net has no loss" in capsys.readouterr().err
+    for level, code in (("2", 0), ("1", 2)):
+        words = ["--solver=solver.prototxt", "--stage=b,c", f"--level={level}"]
+        assert main(["caffe", "train", *words]) == code
+
+
+@pytest.mark.parametrize(("prefix", "stem"), [("", "solver"), ("saved", "saved/solver")])
+@pytest.mark.usefixtures("folder")
+def test_what_is_saved_is_named_like_the_solver_if_nothing_else_is_said(prefix: str, stem: str):
+    Path("saved").mkdir()
+    text = Path("solver.prototxt").read_text()
+    said_so = f'snapshot_prefix: "{prefix}"' if prefix else ""
+    Path("solver.prototxt").write_text(text.replace('snapshot_prefix: "run"', said_so))
+    assert main(["caffe", "train", "--solver=solver.prototxt"]) == 0
+    saved = f"{stem}_iter_4.caffemodel"
+    again = ["--solver=solver.prototxt", f"--weights={saved}, {saved}"]
+    assert main(["caffe", "train", *again]) == 0
 
 
 @pytest.mark.parametrize(("number", "stops"), [(signal.SIGHUP, False), (signal.SIGINT, True)])
@@ -139,3 +171,25 @@ def test_a_wrong_request_is_one_line_and_code_2(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("soonest: ")
     assert WRONG[words] in line
+
+
+ERRORS = golden.index("snapshots/errors.json")
+IN_NETS = {
+    "unknown_layer_type", "unknown_bottom", "duplicate_top", "unclosed_brace", "unknown_field",
+    "bad_enum", "string_for_number", "missing_kernel", "missing_num_output",
+    "group_does_not_divide", "kernel_larger_than_input", "label_count", "concat_mismatch",
+    "shared_param_shape", "loss_weight_count", "missing_lmdb", "crop_too_large",
+}  # fmt: skip
+
+
+@golden.needed
+@pytest.mark.parametrize("name", [name for name, one in ERRORS.items() if not one["accepted"]])
+def test_what_caffe_refuses_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("lmdb")
+    monkeypatch.chdir(golden.FOLDER / "snapshots")
+    assert main(ERRORS[name]["command"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("soonest: ")
+    assert bool(re.search(r"[\w.]+\.net\.prototxt:\d+:", line)) == (name in IN_NETS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import os
 import runpy
 import sys
 import time
@@ -171,6 +172,8 @@ def test_data_bases_that_cannot_be_read_are_refused(tmp_path: Path):
     lmdb_of(tmp_path / "empty", [])
     lmdb_of(tmp_path / "short", [data(IMAGES[0], 1, data=b"abc")])
     lmdb_of(tmp_path / "broken", [b"\xff\xff"])
+    lmdb_of(tmp_path / "cut", [data(IMAGES[0], 1, data=IMAGES[0].tobytes())] * 1000)
+    os.truncate(tmp_path / "cut" / "data.mdb", 40_000)
     for name, why in {
         "none": "there is no data base",
         "text": "as an LMDB data base",
@@ -178,6 +181,7 @@ def test_data_bases_that_cannot_be_read_are_refused(tmp_path: Path):
         "empty": "has no records",
         "short": "the data base is damaged",
         "broken": "a record of",
+        "cut": "is cut off: .* bytes of it are missing",
     }.items():
         with pytest.raises(ValueError, match=f"layer 'd' .*{why}"):
             net(data_layer(tmp_path / name, 1))

@@ -69,7 +69,7 @@ WRONG = {
     "pooling_param { pool: STOCHASTIC kernel_size: 1 }": "not supported",
     "pooling_param { global_pooling: true kernel_size: 2 }": "leave it out",
     "lrn_param { local_size: 4 }": "give an odd one",
-    "dropout_param { dropout_ratio: 1 }": "between 0 and 1",
+    "dropout_param { dropout_ratio: 1 }": "0 or more, below 1",
     "exp_param { base: 0 }": "above 0, or -1",
     "reshape_param { shape { dim: 5 } }": "cannot be reshaped",
     "reshape_param { shape { dim: -1 dim: -1 } }": "or once -1",
@@ -173,6 +173,79 @@ def test_dropout_keeps_the_mean():
     values = made({"x": torch.ones(1000, 10)}).outputs["x"]
     assert set(values.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert values.mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_dropout_of_nothing_changes_nothing():
+    made = net(
+        inputs(x=[2, 3]) + 'layer { type: "Dropout" bottom: "x" top: "x" '
+        "dropout_param { dropout_ratio: 0 } }"
+    )
+    assert torch.equal(made({"x": torch.ones(2, 3)}).outputs["x"], torch.ones(2, 3))
+
+
+def test_local_response_within_channels_ignores_k():
+    def top(k: int) -> torch.Tensor:
+        made = net(
+            inputs(x=[1, 2, 4, 4]) + 'layer { type: "LRN" bottom: "x" top: "y" lrn_param { '
+            f"norm_region: WITHIN_CHANNEL local_size: 3 alpha: 9 k: {k} }} }}"
+        )
+        return made({"x": torch.ones(1, 2, 4, 4)}).outputs["y"]
+
+    assert torch.equal(top(1), top(5))
+    inner, corner = top(5)[0, 0, 1, 1].item(), top(5)[0, 0, 0, 0].item()
+    assert (inner, corner) == pytest.approx((10**-0.75, 5**-0.75))
+
+
+def test_a_hinge_at_its_margin_has_no_gradient():
+    made = net(inputs(a=[1, 2], b=[1]) + 'layer { type: "HingeLoss" bottom: "a" bottom: "b" }')
+    scores = torch.tensor([[1.0, -1.0]], requires_grad=True)
+    made({"a": scores}).loss.backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [[0, 0]]
+
+
+def test_threshold_and_silence():
+    made = net(
+        inputs(x=[1, 3])
+        + 'layer { type: "Threshold" bottom: "x" top: "y" threshold_param { threshold: 2 } }\n'
+        'layer { type: "Silence" bottom: "x" }'
+    )
+    result = made({"x": torch.tensor([[1.0, 2.0, 3.0]])})
+    assert {name: blob.tolist() for name, blob in result.outputs.items()} == {"y": [[0, 0, 1]]}
+
+
+def test_inputs_and_dummy_data_in_every_form():
+    made = net(
+        'layer { type: "Input" top: "a" top: "b" input_param { shape { dim: 2 } } }\n'
+        'layer { type: "Input" top: "c" top: "d" '
+        "input_param { shape { dim: 1 dim: 2 } shape { dim: 3 } } }\n"
+        'layer { type: "DummyData" top: "e" top: "f" dummy_data_param { num: 2 num: 3 '
+        "channels: 1 height: 4 width: 5 data_filler { value: 7 } } }\n"
+        'layer { type: "DummyData" top: "g" dummy_data_param { shape { dim: 4 } } }\n'
+    )
+    assert made.shapes == {
+        "a": (2,), "b": (2,), "c": (1, 2), "d": (3,), "e": (2, 1, 4, 5), "f": (3, 1, 4, 5),
+        "g": (4,),
+    }  # fmt: skip
+    outputs = made({"d": torch.ones(3)}).outputs
+    values = {name: blob.unique().tolist() for name, blob in outputs.items()}
+    assert values == {"a": [0], "b": [0], "c": [0], "d": [1], "e": [7], "f": [7], "g": [0]}
+
+
+MADE_UP = {
+    "num: 2 channels: 1 height: 4": "give shape, or each of num",
+    "shape { dim: 1 } num: 1": "give shape, or each of num",
+    "shape { dim: 1 } shape { dim: 2 } shape { dim: 3 }": "it has 3 shapes",
+    "shape { dim: 1 } data_filler { } data_filler { } data_filler { }": "it has 3 fillers",
+    'shape { dim: 1 } data_filler { type: "best" }': "no filler 'best'",
+}
+
+
+@pytest.mark.parametrize("spec", MADE_UP)
+def test_dummy_data_that_cannot_be_is_refused(spec: str):
+    source = 'layer { name: "it" type: "DummyData" top: "x" top: "y" dummy_data_param { SPEC } }'
+    with pytest.raises(ValueError, match=f"layer 'it' .*{MADE_UP[spec]}"):
+        net(source.replace("SPEC", spec))
 
 
 def test_an_old_batch_norm_of_scale_0_has_mean_and_variance_0():

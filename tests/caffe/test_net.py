@@ -206,27 +206,6 @@ def test_an_old_batch_norm_gives_what_caffe_gives():
     assert [one.lr_mult for one in made.stored] == [0, 0, 0, 1, 1]
 
 
-REFUSED = [
-    "unknown_layer_type", "unknown_bottom", "duplicate_top", "missing_kernel", "missing_num_output",
-    "group_does_not_divide", "kernel_larger_than_input", "label_count", "concat_mismatch",
-    "shared_param_shape", "loss_weight_count", "unclosed_brace", "unknown_field", "bad_enum",
-    "string_for_number",
-]  # fmt: skip
-
-
-@golden.needed
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_caffe_refuses_is_refused_with_the_line(name: str):
-    path = golden.FOLDER / "snapshots" / f"{name}.net.prototxt"
-    assert not golden.index("snapshots/errors.json")[name]["accepted"]
-    source = path.read_bytes().replace(b'"Data"', b'"DummyData"').replace(
-        b"data_param {",
-        b"dummy_data_param { shape { dim: 4 dim: 1 dim: 8 dim: 8 } shape { dim: 4 } } } #",
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"net\.prototxt:\d+:"):
-        Net(parse(source, "NetParameter", file="net.prototxt"), "TRAIN", file="net.prototxt")
-
-
 DEPLOY = """
 name: "deploy"
 layer { name: "data" type: "Input" top: "data"

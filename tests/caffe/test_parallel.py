@@ -82,6 +82,9 @@ net_param {{
   layer {{ name: "r" type: "ReLU" bottom: "a" top: "a" }}
   layer {{ name: "b" type: "InnerProduct" bottom: "a" top: "b"
     inner_product_param {{ num_output: 3 weight_filler {{ type: "xavier" }} }} }}
+  layer {{ name: "idle" type: "InnerProduct" bottom: "a" top: "idle"
+    inner_product_param {{ num_output: 2 weight_filler {{ type: "xavier" }} }} }}
+  layer {{ name: "s" type: "Silence" bottom: "idle" }}
   layer {{ name: "l" type: "SoftmaxWithLoss" bottom: "b" bottom: "y" top: "l" }} }}
 """
 ARMS = {"each": (4, False), "divided": (8, True)}

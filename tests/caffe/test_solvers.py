@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 
 import golden_caffe as golden
 from soonest.caffe import definition
+from soonest.caffe.rates import Rate
+from soonest.caffe.solvers import AdaGrad, make
 from soonest.caffe.text import parse
 from soonest.caffe.training import Trainer
 
@@ -143,8 +146,60 @@ def test_nets_that_cannot_learn_are_refused(layer: str, why: str):
         Trainer(parse(source, "SolverParameter"), say=lambda line: None)
 
 
-def test_momentum_is_refused_where_there_is_none():
-    from soonest.caffe.solvers import AdaGrad
+TINY = """
+base_lr: 0.1 lr_policy: "fixed" momentum: 0.9 weight_decay: 0.5 max_iter: 3
+snapshot_after_train: false MORE net_param {
+  layer { name: "d" type: "DummyData" top: "x" top: "y"
+    dummy_data_param { shape { dim: 4 dim: 6 } shape { dim: 4 dim: 2 } } }
+  layer { name: "a" type: "InnerProduct" bottom: "x" top: "a"
+    inner_product_param { num_output: 2 weight_filler { type: "xavier" } } }
+  layer { name: "b" type: "InnerProduct" bottom: "a" top: "b"
+    inner_product_param { num_output: 2 weight_filler { type: "xavier" } } }
+  layer { name: "s" type: "Silence" bottom: "b" }
+  layer { name: "l" type: "EuclideanLoss" bottom: "a" bottom: "y" top: "l" } }
+"""
 
+
+def tiny(more: str = "") -> Trainer:
+    return Trainer(parse(TINY.replace("MORE", more), "SolverParameter"), say=lambda line: None)
+
+
+def test_blobs_that_the_loss_does_not_reach_decay():
+    trainer = tiny("random_seed: 1")
+    weight = trainer.net.layers["b"].weight
+    expected, history = weight.detach().clone(), torch.zeros_like(weight)
+    trainer.solve()
+    for _ in range(3):
+        history = 0.9 * history + 0.1 * 0.5 * expected
+        expected = expected - history
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_without_a_seed_every_run_starts_elsewhere():
+    def started(more: str) -> torch.Tensor:
+        return tiny(more).net.layers["a"].weight.detach()
+
+    assert torch.equal(started("random_seed: 1"), started("random_seed: 1"))
+    assert not torch.equal(started(""), started(""))
+
+
+def test_momentum_is_refused_where_there_is_none():
     with pytest.raises(ValueError, match="AdaGrad has no momentum"):
         AdaGrad([torch.nn.Parameter(torch.zeros(1))], 0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ('type: "Adam" momentum2: 1', "momentum2 is 1: Adam needs 0 or more"),
+        ('type: "RMSProp" rms_decay: -0.5', "rms_decay is -0.5: RMSProp needs"),
+    ],
+)
+def test_settings_out_of_range_are_refused(more: str, why: str):
+    with pytest.raises(ValueError, match=why):
+        make(parse(more, "SolverParameter"), [{"params": [torch.zeros(1)]}])
+
+
+def test_a_rate_beyond_float32_is_infinite():
+    solver = parse('base_lr: 1 lr_policy: "exp" gamma: 2', "SolverParameter")
+    assert [Rate(solver).at(iteration) for iteration in (3, 200, 9999)] == [8, math.inf, math.inf]

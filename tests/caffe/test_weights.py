@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,22 @@ def test_weights_come_back(tmp_path: Path):
         assert np.array_equal(found["inception/1x1"][0], ARRAYS[0])
 
 
+def test_weights_are_read_where_they_stand(tmp_path: Path):
+    path = tmp_path / "a.caffemodel"
+    large = np.arange(2_000_000, dtype=np.float32)
+    net = Message("NetParameter")
+    net.add("layer", name="fc", blobs=[to_blob(large)])
+    weights.write_message(path, net)
+    tracemalloc.start()
+    found = weights.read(path)["fc"][0]
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 200_000
+    weights.write_message(path, Message("NetParameter"))  # Takes its place.
+    assert np.array_equal(found, large)
+    assert weights.read(path) == {}
+
+
 def test_more_than_ten_blobs_keep_their_order(tmp_path: Path):
     pytest.importorskip("h5py")
     path = tmp_path / "x.h5"
@@ -94,6 +111,43 @@ def test_damaged_hdf5_is_refused(tmp_path: Path):
             weights.read(path)
 
 
+def test_hdf5_that_claims_more_than_it_has_takes_no_memory(tmp_path: Path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("data/a/0", data=np.zeros(10**6, np.float32), compression="gzip")
+    assert weights.read(path)["a"][0].shape == (10**6,)
+    with h5py.File(path, "a") as file:
+        file.create_dataset("data/a/1", shape=(2**42,), dtype=np.float32)
+    with pytest.raises(ValueError, match=r"blob 1 of layer 'a' of .* asks for"):
+        weights.read(path)
+    for name, made in {
+        "iter": {"shape": (2**42,), "dtype": np.int32},
+        "learned_net": {"shape": (), "dtype": "S2000000000"},
+    }.items():
+        State(1, "a", []).write(path)
+        with h5py.File(path, "a") as file:
+            del file[name]
+            file.create_dataset(name, **made)
+        with pytest.raises(ValueError, match=f"{name} of .* asks for"):
+            state.read(path)
+
+
+NO_STATE = {"iter": "text", "learned_net": [1.5], "history": [1], "current_step": [1, 2]}
+
+
+@pytest.mark.parametrize("name", NO_STATE)
+def test_hdf5_with_something_else_in_a_place_is_refused(tmp_path: Path, name: str):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "x.h5"
+    State(1, "a", []).write(path)
+    with h5py.File(path, "a") as file:
+        del file[name]
+        file[name] = NO_STATE[name]
+    with pytest.raises(ValueError, match=f"{name} of "):
+        state.read(path)
+
+
 def test_what_cannot_be_written_is_said(tmp_path: Path):
     with pytest.raises(ValueError, match="make sure that its folder exists"):
         weights.write_message(tmp_path / "none" / "x.caffemodel", Message("NetParameter"))
@@ -108,6 +162,10 @@ def test_hdf5_of_something_else_is_refused(tmp_path: Path):
     weights.write_hdf5(path, {"conv": {}})
     with pytest.raises(ValueError, match="no solver's state"):
         state.read(path)
+    with pytest.importorskip("h5py").File(path, "w") as file:
+        file["data"] = [1]
+    with pytest.raises(ValueError, match="no group of layers"):
+        weights.read(path)
 
 
 @golden.needed

@@ -1,11 +1,16 @@
-"""Files of any kind: read whole, and replaced only when the new one is whole."""
+"""Files of any kind: read, and replaced only when the new one is whole."""
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+Bytes = bytes | mmap.mmap
+"""What stands in a file; an index gives a number, a slice gives bytes."""
 
 
 def read_bytes(path: str | Path, what: str, *, limit: int = -1) -> bytes:
@@ -19,9 +24,32 @@ def read_bytes(path: str | Path, what: str, *, limit: int = -1) -> bytes:
     Raises:
         ValueError: it cannot be read.
     """
+    with _opened(path, what) as file:
+        return file.read(limit)
+
+
+def mapped(path: str | Path, what: str) -> Bytes:
+    """All of a file, of which only that is read from the disk that is looked at.
+
+    Args:
+        path: relative to the working directory, as in Caffe.
+        what: it should be, for errors.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    with _opened(path, what) as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):  # It is empty, or no plain file.
+            return file.read()
+
+
+@contextmanager
+def _opened(path: str | Path, what: str) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
-            return file.read(limit)
+            yield file
     except OSError as error:
         raise ValueError(
             f"cannot read {path}, {what}: {error.strerror}; paths are relative to the folder "

@@ -26,7 +26,10 @@ def filled(shape: Shape, spec: Message, generator: torch.Generator) -> Tensor:
         ValueError: there is no such filler, or it cannot fill this shape.
     """
     check(shape, spec)
-    tensor = torch.empty(shape)
+    try:
+        tensor = torch.empty(shape)
+    except RuntimeError:
+        raise ValueError(f"there is not enough memory for a blob of shape {list(shape)}") from None
     FILLERS[spec.type](tensor, spec, generator)
     return tensor
 
@@ -37,6 +40,10 @@ def check(shape: Shape, spec: Message) -> None:
         raise ValueError(f"no filler {spec.type!r} exists: take one of {', '.join(FILLERS)}")
     if spec.sparse != -1 and spec.type != "gaussian":
         raise ValueError(f"a filler of type {spec.type!r} cannot be sparse: only gaussian can")
+    if spec.type == "gaussian" and not 0 <= spec.std < math.inf:
+        raise ValueError(f"a gaussian filler's std is {spec.std:g}: give 0 or more")
+    if spec.type == "uniform" and not -math.inf < spec.min <= spec.max < math.inf:
+        raise ValueError(f"a uniform filler's min is {spec.min:g}, its max {spec.max:g}")
     if spec.type == "bilinear" and (len(shape) != 4 or shape[2] != shape[3]):
         raise ValueError(f"the filler 'bilinear' takes square filters of 4 axes, not {list(shape)}")
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from soonest.caffe.blobs import Array
 from soonest.caffe.files import read_bytes, replaced
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 _MOST_DEEP = 20
+_MOST_PACKED = 1100
+"""How many times smaller than its values a dataset may be: its compression reaches 1032."""
 
 
 def is_hdf5(path: str | Path) -> bool:
@@ -46,26 +49,73 @@ def open_to_read(path: str | Path, what: str) -> Iterator[Any]:
         raise ValueError(f"cannot read {path}, {what}, as HDF5: {error}") from None
 
 
+def values(data: Any, what: str, dtype: Any = np.float32) -> npt.NDArray[Any]:
+    """All of a dataset.
+
+    Args:
+        data: the dataset.
+        what: it is, for errors.
+        dtype: of the result.
+
+    Raises:
+        ValueError: it is not of numbers, or claims many more than it can have.
+    """
+    is_array = isinstance(data, _library().Dataset) and data.shape is not None
+    if not is_array or data.dtype.kind not in "fiu":
+        raise ValueError(f"{what} is no array of numbers")
+    return np.asarray(_read(data, what), dtype=dtype)
+
+
+def word(data: Any, what: str) -> str:
+    """The text in a dataset.
+
+    Raises:
+        ValueError: there is none.
+    """
+    h5py = _library()
+    is_array = isinstance(data, h5py.Dataset) and data.shape is not None
+    found = _read(data, what) if is_array else None
+    if not isinstance(found, bytes | str):
+        raise ValueError(f"{what} is no text")
+    return found.decode("utf-8", "surrogateescape") if isinstance(found, bytes) else found
+
+
+def _read(data: Any, what: str) -> Any:
+    """A small file must not fill memory by claiming values that it has not."""
+    claimed, stored = data.size * data.dtype.itemsize, data.id.get_storage_size()
+    if claimed > _MOST_PACKED * stored:
+        raise ValueError(
+            f"{what} has {stored} bytes, but its shape {list(data.shape)} asks for {claimed}: "
+            "the file is damaged"
+        )
+    return data[()]
+
+
 def numbered(group: Any, what: str) -> dict[int, Array]:
     """The datasets ``0``, ``1``, … of a group, in this order, as float32.
 
     Raises:
         ValueError: others are in it, or they are not of numbers.
     """
-    h5py = _library()
+    if not isinstance(group, _library().Group):
+        raise ValueError(f"{what} is no group of blobs")
     found: dict[int, Array] = {}
     for name in sorted(group, key=lambda name: (len(name), name)):
-        data = group[name]
-        is_array = isinstance(data, h5py.Dataset) and data.dtype.kind in "fiu"
-        if not name.isdecimal() or not is_array:
+        if not name.isdecimal():
             raise ValueError(f"{what} has {name!r} in it, which is no blob")
-        found[int(name)] = np.asarray(data[()], dtype=np.float32)
+        found[int(name)] = values(group[name], f"blob {name} of {what}")
     return found
 
 
 def layers(group: Any, what: str) -> dict[str, dict[int, Array]]:
-    """The blobs of every layer below a group, by name of the layer, which may hold slashes."""
+    """The blobs of every layer below a group, by name of the layer, which may hold slashes.
+
+    Raises:
+        ValueError: something else is in it.
+    """
     h5py = _library()
+    if not isinstance(group, h5py.Group):
+        raise ValueError(f"'data' of {what} is no group of layers")
     found: dict[str, dict[int, Array]] = {}
 
     def walk(within: Any, prefix: str, depth: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from soonest.caffe import rules
 from soonest.caffe.blobs import to_blob
 from soonest.caffe.data.records import RecordLayer
-from soonest.caffe.layers.base import Layer
+from soonest.caffe.layers.base import Layer, check_shape
 from soonest.caffe.layers.registry import LAYERS, UNSUPPORTED
 from soonest.caffe.message import Message
 from soonest.caffe.sharing import Blob, Sharing
@@ -128,11 +128,18 @@ class Net(nn.Module):
             if (name in made and not in_place) or name in tops[:number]:
                 raise ValueError(f"its top {name!r} is made by another layer already: rename it")
         weights = _loss_weights(spec, class_, tops)
-        with torch.device("meta"), torch.no_grad():
-            layer = class_(spec, [tuple(made[name].shape) for name in bottoms], self.phase)
-            if isinstance(layer, RecordLayer):
-                layer.share(*self._share, divide=self._divide)
-            results = listed(layer.infer(*(made[name] for name in bottoms)))
+        shapes = [tuple(made[name].shape) for name in bottoms]
+        try:
+            with torch.device("meta"), torch.no_grad():
+                layer = class_(spec, shapes, self.phase)
+                if isinstance(layer, RecordLayer):
+                    layer.share(*self._share, divide=self._divide)
+                results = listed(layer.infer(*(made[name] for name in bottoms)))
+        except (IndexError, RuntimeError) as error:
+            given = [list(shape) for shape in shapes]
+            raise ValueError(f"it cannot take bottoms of the shapes {given}: {error}") from error
+        for name, result in zip(tops, results, strict=True):
+            check_shape(result.shape, f"top {name!r}")
         if spec.has("propagate_down") and len(spec.propagate_down) != len(bottoms):
             raise ValueError("propagate_down must be given once for each bottom, or not at all")
         stops = [not one for one in spec.propagate_down] or [False] * len(bottoms)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from soonest.caffe.message import Message
+import numpy as np
+
+from soonest.caffe.message import Message, to_float32
 
 
 class Rate:
@@ -46,11 +48,14 @@ class Rate:
             values = list(solver.stepvalue)
             while self.step < len(values) and iteration >= values[self.step]:
                 self.step += 1
-        return solver.base_lr * POLICIES[solver.lr_policy](solver, iteration, self.step)
+        with np.errstate(all="ignore"):
+            rate = float(solver.base_lr * POLICIES[solver.lr_policy](solver, iteration, self.step))
+        # Beyond float32 it is infinite, as in Caffe, and not an error.
+        return float(to_float32(rate)) if abs(rate) > 1e38 else rate
 
 
 def _stepped(solver: Message, iteration: int, step: int) -> float:
-    return solver.gamma**step
+    return np.float64(solver.gamma) ** step
 
 
 def _sigmoid(solver: Message, iteration: int, step: int) -> float:
@@ -59,14 +64,16 @@ def _sigmoid(solver: Message, iteration: int, step: int) -> float:
 
 
 def _poly(solver: Message, iteration: int, step: int) -> float:
-    return max(0.0, 1 - iteration / solver.max_iter) ** solver.power
+    return np.float64(max(0.0, 1 - iteration / solver.max_iter)) ** solver.power
 
 
 POLICIES: dict[str, Callable[[Message, int, int], float]] = {
     "fixed": lambda solver, iteration, step: 1.0,
     "step": _stepped,
-    "exp": lambda solver, iteration, step: solver.gamma**iteration,
-    "inv": lambda solver, iteration, step: (1 + solver.gamma * iteration) ** -solver.power,
+    "exp": lambda solver, iteration, step: np.float64(solver.gamma) ** iteration,
+    "inv": lambda solver, iteration, step: (
+        np.float64(1 + solver.gamma * iteration) ** -solver.power
+    ),
     "multistep": _stepped,
     "poly": _poly,
     "sigmoid": _sigmoid,

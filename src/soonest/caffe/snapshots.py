@@ -131,7 +131,7 @@ def restore(path: str, net: Net, optimizer: CaffeSolver) -> state.State:
             optimizer.state[tensor] = {
                 "step": torch.tensor(float(found.iteration)),
                 **{
-                    name: torch.tensor(found.history[which * len(net.stored) + place])
+                    name: torch.from_numpy(np.array(found.history[which * len(net.stored) + place]))
                     .reshape(tensor.shape)
                     for which, name in enumerate(names)
                 },

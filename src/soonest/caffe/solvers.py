@@ -34,12 +34,14 @@ class CaffeSolver(Optimizer):
         iter_size: by which they are divided next.
 
     Raises:
-        ValueError: the solver has no momentum, but it was given one.
+        ValueError: the solver has no momentum, but it was given one; or a setting is out of range.
     """
 
     histories: ClassVar[int] = 1
     """How many values it remembers for each of a parameter."""
     has_momentum: ClassVar[bool] = True
+    shares: ClassVar[tuple[str, ...]] = ()
+    """Which settings must be from 0 up and below 1."""
 
     def __init__(
         self,
@@ -71,6 +73,12 @@ class CaffeSolver(Optimizer):
                 "iter_size": iter_size,
             },
         )
+        for name in self.shares:
+            if not 0 <= self.defaults[name] < 1:
+                raise ValueError(
+                    f"{name} is {self.defaults[name]:g}: {type(self).__name__} needs 0 or more, "
+                    "below 1"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -157,6 +165,7 @@ class RMSProp(CaffeSolver):
     """As AdaGrad, with a running mean of squares for their sum."""
 
     has_momentum = False
+    shares = ("rms_decay",)
 
     def _update(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
@@ -186,6 +195,7 @@ class Adam(CaffeSolver):
     """Delta is added to the root of the uncorrected mean of squares."""
 
     histories = 2
+    shares = ("momentum", "momentum2")
 
     def _update(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from soonest.caffe import hdf5, wire
 from soonest.caffe.blobs import Array, to_array, to_blob
-from soonest.caffe.files import read_bytes
+from soonest.caffe.files import mapped, read_bytes
 from soonest.caffe.message import Message
 from soonest.caffe.weights import write_message
 
@@ -68,7 +69,7 @@ def read(path: str | Path) -> State:
     what = "a solver's state"
     read_bytes(path, what, limit=1)
     if not hdf5.is_hdf5(path):
-        found = wire.decode(read_bytes(path, what), "SolverState", file=str(path))
+        found = wire.decode(mapped(path, what), "SolverState", file=str(path))
         return State(
             found.iter,
             found.learned_net,
@@ -82,12 +83,18 @@ def read(path: str | Path) -> State:
         missing = [name for name in ("iter", "learned_net", "history") if name not in file]
         if missing:
             raise ValueError(f"{path} has no {missing[0]!r}: it is no solver's state")
-        net = file["learned_net"][()]
         return State(
-            int(np.asarray(file["iter"][()]).reshape(-1)[0]),
-            net.decode() if isinstance(net, bytes) else str(net),
-            list(hdf5.numbered(file["history"], str(path)).values()),
-            int(np.asarray(file["current_step"][()]).reshape(-1)[0])
+            _number(file["iter"], f"iter of {path}"),
+            hdf5.word(file["learned_net"], f"learned_net of {path}"),
+            list(hdf5.numbered(file["history"], f"history of {path}").values()),
+            _number(file["current_step"], f"current_step of {path}")
             if "current_step" in file
             else 0,
         )
+
+
+def _number(data: Any, what: str) -> int:
+    found = hdf5.values(data, what, np.int64).reshape(-1)
+    if len(found) != 1:
+        raise ValueError(f"{what} has {len(found)} numbers: it must be one")
+    return int(found[0])

@@ -14,11 +14,20 @@ from soonest.caffe.net import Net, listed
 def measure(net: Net, iterations: int, *, say: Say) -> None:
     """Runs every layer forward and backward, one by one, and says how long each took on average.
 
+    The whole net runs once before that, so that what only happens once is not counted.
+
     Args:
         net: it is not changed, except that its data move on.
         iterations: how often.
         say: what log lines go to.
     """
+    say("Performing Forward")
+    loss = net().loss
+    say(f"Initial loss: {loss.item():g}")
+    say("Performing Backward")
+    if loss.requires_grad:
+        loss.backward()
+    net.zero_grad()
     say("*** Benchmark begins ***")
     say(f"Testing for {iterations} iterations.")
     forward_s = [0.0] * len(net.steps)

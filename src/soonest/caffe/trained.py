@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from soonest.caffe.blobs import fits
 from soonest.caffe.net import Net
 from soonest.caffe.weights import Weights
 
 
-@torch.no_grad()
 def copy_weights(net: Net, weights: Weights, *, file: str = "") -> list[str]:
     """Copies what is stored into layers of the same name; others stay as they are.
 
@@ -46,7 +45,7 @@ def copy_weights(net: Net, weights: Weights, *, file: str = "") -> list[str]:
                     f"{what}: its blob {number} has the shape {list(target.shape)}, the stored one "
                     f"{list(array.shape)}; to learn it anew, rename the layer"
                 )
-            target.copy_(torch.tensor(array).reshape(target.shape))
+            np.copyto(target.detach().numpy(), array.reshape(tuple(target.shape)))
     return [name for name, stored in weights.items() if stored and name not in layers]
 
 

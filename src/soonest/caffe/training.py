@@ -13,6 +13,7 @@ from soonest.caffe import log, nets, snapshots, solvers, weights
 from soonest.caffe.message import Message
 from soonest.caffe.net import Net
 from soonest.caffe.rates import Rate
+from soonest.caffe.reach import unreached
 from soonest.caffe.signals import Requests
 from soonest.caffe.trained import copy_weights, share_weights
 
@@ -58,6 +59,8 @@ class Trainer:
         self.rate = Rate(solver)
         if solver.random_seed >= 0:
             torch.manual_seed(solver.random_seed + rank)
+        else:
+            torch.seed()  # Another one in every run, and on every rank.
         own = nets.training(solver)
         self.net = Net(
             own.definition, "TRAIN", state=own.state, file=own.file, rank=rank, ranks=ranks,
@@ -89,6 +92,7 @@ class Trainer:
                 for blob in self._learned
             ],
         )
+        self._unreached: list[Tensor] | None = None
         self.iteration = 0
         self.loss = 0.0
         self.handle: Handle | None = None
@@ -171,7 +175,7 @@ class Trainer:
         for turn in range(solver.iter_size):
             with self._alone(turn < solver.iter_size - 1):
                 result = self.net()
-                result.loss.backward()
+                self._backward(result.loss)
             self.loss += result.loss.item() / solver.iter_size
             outputs = result.outputs
         self._smoothed.add(self.loss)
@@ -180,6 +184,17 @@ class Trainer:
             self._show(outputs)
         self._update(shown=shown)
         self.iteration += 1
+
+    def _backward(self, loss: Tensor) -> None:
+        """Gives every learned blob a gradient, zeros where the loss does not depend on it.
+
+        Caffe's weight decay and histories move those, too.
+        """
+        if self._unreached is None:
+            self._unreached = unreached(loss, [blob.tensor for blob in self._learned])
+        for tensor in self._unreached:
+            loss = loss + 0 * tensor.sum()
+        loss.backward()
 
     def _alone(self, alone: bool) -> AbstractContextManager[None]:
         """Where backward passes only add to this rank's gradients, if that is wanted."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from soonest.caffe import hdf5, upgrade, wire
 from soonest.caffe.blobs import Array, to_array
-from soonest.caffe.files import read_bytes, replaced
+from soonest.caffe.files import mapped, read_bytes, replaced
 from soonest.caffe.message import Message
 
 Weights = dict[str, dict[int, Array]]
@@ -16,6 +16,9 @@ first of them."""
 
 def read(path: str | Path) -> Weights:
     """The weights in a file of any age, binary or HDF5.
+
+    Those of a binary file are not copied: they look into it and cannot be written, and other
+    programs must replace it, not write into it, as long as they are used.
 
     Raises:
         ValueError: it cannot be read, or is damaged.
@@ -43,7 +46,7 @@ def read_message(path: str | Path) -> Message:
     Raises:
         ValueError: it cannot be read, or is damaged.
     """
-    found = wire.decode(read_bytes(path, "trained weights"), "NetParameter", file=str(path))
+    found = wire.decode(mapped(path, "trained weights"), "NetParameter", file=str(path))
     try:
         return upgrade.net(found)
     except ValueError as error:

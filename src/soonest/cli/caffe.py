@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +114,14 @@ def train(args: argparse.Namespace) -> int:
         from soonest.caffe.training import Trainer
 
         solver = definition.read_solver(args.solver)
-        if not solver.has("snapshot_prefix"):
-            solver.snapshot_prefix = str(Path(args.solver).with_suffix(""))
-        if args.level or args.stage:
+        _name_snapshots(solver, Path(args.solver))
+        if args.level:
             solver.put("train_state").level = args.level
-            solver.put("train_state").stage = _listed(args.stage)
+        solver.put("train_state").stage += _listed(args.stage)
         with joined() as (rank, ranks):
             requests = signals.Requests(ranks)
             say = to_stderr if rank == 0 else silent
+            _say_device(args, say)
             trainer = Trainer(
                 solver,
                 rank=rank,
@@ -153,6 +154,7 @@ def test(args: argparse.Namespace) -> int:
         from soonest.caffe.log import to_stderr
         from soonest.caffe.scoring import score
 
+        _say_device(args, to_stderr)
         with contextlib.closing(_net(args, "TEST")) as net:
             score(net, args.iterations, say=to_stderr)
     except ValueError as error:
@@ -167,6 +169,7 @@ def time(args: argparse.Namespace) -> int:
         from soonest.caffe.log import to_stderr
         from soonest.caffe.timing import measure
 
+        _say_device(args, to_stderr)
         with contextlib.closing(_net(args, args.phase)) as net:
             measure(net, args.iterations, say=to_stderr)
     except ValueError as error:
@@ -187,5 +190,17 @@ def _net(args: argparse.Namespace, phase: str) -> Any:
     return net
 
 
+def _name_snapshots(solver: Any, path: Path) -> None:
+    """Without a prefix, or with one that is a folder, files are named like the solver."""
+    if not solver.has("snapshot_prefix"):
+        solver.snapshot_prefix = str(path.with_suffix(""))
+    elif Path(solver.snapshot_prefix).is_dir():
+        solver.snapshot_prefix = str(Path(solver.snapshot_prefix) / path.stem)
+
+
+def _say_device(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    say("Use CPU." + (" GPUs are not supported: --gpu is not used." if args.gpu else ""))
+
+
 def _listed(text: str | None) -> list[str]:
-    return [one for one in (text or "").split(",") if one]
+    return [one.strip() for one in (text or "").split(",") if one.strip()]

@@ -87,8 +87,12 @@ def _opened(source: str) -> Any:
         base = lmdb.open(source, readonly=True, lock=False, readahead=False, subdir=path.is_dir())
         with base.begin() as transaction:
             entries = transaction.stat()["entries"]
+        file = path / "data.mdb" if path.is_dir() else path
+        missing = (base.info()["last_pgno"] + 1) * base.stat()["psize"] - file.stat().st_size
     except lmdb.Error as error:
         raise ValueError(f"cannot read {source} as an LMDB data base: {error}") from None
+    if missing > 0:  # To read beyond the end would be the end of the process.
+        raise ValueError(f"the data base {source} is cut off: {missing} bytes of it are missing")
     if not entries:
         raise ValueError(f"the data base {source} has no records")
     _OPEN[str(path)] = base

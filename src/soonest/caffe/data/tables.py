@@ -36,7 +36,7 @@ class HDF5Data(RecordLayer):
             missing = [name for name in self.spec.top if name not in file]
             if missing:
                 raise ValueError(f"{path} has no dataset {missing[0]!r}, which its top asks for")
-            table = [np.asarray(file[name][()], dtype=np.float32) for name in self.spec.top]
+            table = [hdf5.values(file[name], f"{path}, {name!r}") for name in self.spec.top]
         rows = {len(array) if array.ndim else 0 for array in table}
         if len(rows) != 1 or 0 in rows:
             raise ValueError(f"{path}: its datasets must have equally many rows, and at least one")

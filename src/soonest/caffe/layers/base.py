@@ -14,6 +14,8 @@ from soonest.caffe.message import Message
 
 Shape = tuple[int, ...]
 MANY = 10**9
+MOST_VALUES = 2**31 - 1
+"""Of a blob, as in Caffe."""
 
 
 class Layer(nn.Module):
@@ -62,8 +64,7 @@ class Layer(nn.Module):
             filler: how it starts, a ``FillerParameter``.
             learned: whether it has a gradient; otherwise it is a buffer.
         """
-        if any(size < 1 for size in shape):
-            raise ValueError(f"its {name} would have the shape {list(shape)}: give sizes above 0")
+        check_shape(shape, name)
         check(shape, filler)
         empty = torch.empty(shape, device="meta")
         if learned:
@@ -118,6 +119,22 @@ def axis_of(axis: int, dimensions: int, name: str = "axis") -> int:
 def count(shape: Sequence[int]) -> int:
     """How many values a shape holds."""
     return math.prod(shape)
+
+
+def check_shape(shape: Sequence[int], what: str) -> None:
+    """Raises ValueError if no blob can have this shape.
+
+    Args:
+        shape: of the blob.
+        what: it is, for errors.
+    """
+    if any(size < 1 for size in shape):
+        raise ValueError(f"its {what} would have the shape {list(shape)}: give sizes above 0")
+    if count(shape) > MOST_VALUES:
+        raise ValueError(
+            f"its {what} would have the shape {list(shape)}: a blob has at most {MOST_VALUES} "
+            "values"
+        )
 
 
 def filler(value: float) -> Message:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from soonest.caffe.fillers import check, filled
-from soonest.caffe.layers.base import MANY, Layer, Shape, filler
+from soonest.caffe.layers.base import MANY, Layer, Shape, check_shape, filler
 from soonest.caffe.message import Message
 
 
@@ -25,8 +25,7 @@ class Input(Layer):
             raise ValueError(f"it has {len(given)} shapes: give one, or one for each top")
         self.shapes = given if len(given) > 1 else given * len(spec.top)
         for shape in self.shapes:
-            if any(size < 1 for size in shape):
-                raise ValueError(f"its shape is {list(shape)}: give sizes above 0")
+            check_shape(shape, "top")
 
     def forward(self) -> tuple[Tensor, ...]:
         return tuple(torch.zeros(shape) for shape in self.shapes)
@@ -49,6 +48,7 @@ class DummyData(Layer):
         if len(self.fillers) == 1:
             self.fillers *= tops
         for shape, one in zip(self.shapes, self.fillers, strict=True):
+            check_shape(shape, "top")
             check(shape, one)
         self._generator = torch.default_generator
 

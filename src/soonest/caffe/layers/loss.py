@@ -124,7 +124,7 @@ class HingeLoss(_Labelled):
         scores, labels = self._by_place(bottom, label)
         self._valid(labels, None)
         own = functional.one_hot(labels, self.classes).movedim(-1, 1).to(scores.dtype)
-        margin = (1 + scores * (1 - 2 * own)).clamp(min=0)
+        margin = (1 + scores * (1 - 2 * own)).relu()
         if self.spec.hinge_loss_param.norm == "L2":
             margin = margin * margin
         return margin.sum() / bottom.shape[0]
@@ -142,10 +142,9 @@ class EuclideanLoss(Layer):
 
 class SigmoidCrossEntropyLoss(Layer):
     bottoms = (2, 2)
-    tops = (1, 2)
     is_loss = True
 
-    def forward(self, bottom: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, bottom: Tensor, target: Tensor) -> Tensor:
         _same_count(bottom, target)
         target = target.reshape(bottom.shape)
         ignored = _ignored(self.spec.loss_param)
@@ -153,8 +152,7 @@ class SigmoidCrossEntropyLoss(Layer):
         losses = functional.binary_cross_entropy_with_logits(bottom, target, reduction="none")
         losses = torch.where(valid, losses, 0.0)
         mode = _mode(self.spec.loss_param, "BATCH_SIZE")
-        loss = _divided(losses.sum(), mode, valid, outer=bottom.shape[0])
-        return loss if len(self.spec.top) == 1 else (loss, losses.detach())
+        return _divided(losses.sum(), mode, valid, outer=bottom.shape[0])
 
 
 class ContrastiveLoss(Layer):
@@ -169,7 +167,7 @@ class ContrastiveLoss(Layer):
         squares = (first - second).flatten(1).pow(2).sum(1)
         alike = alike.flatten() != 0
         if own.legacy_version:
-            apart = (own.margin - squares).clamp(min=0)
+            apart = (own.margin - squares).relu()
         else:
             # Caffe's gradient divides by the distance plus 1e-4; so the value comes from here and
             # the gradient from there.

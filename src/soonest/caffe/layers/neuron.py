@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -84,7 +85,7 @@ class Power(Layer):
     def forward(self, bottom: Tensor) -> Tensor:
         own = self.spec.power_param
         if own.power * own.scale == 0:
-            return torch.full_like(bottom, 1.0 if own.power == 0 else own.shift**own.power)
+            return torch.full_like(bottom, own.shift) ** own.power
         inner = bottom * own.scale + own.shift
         return inner if own.power == 1 else inner**own.power
 
@@ -111,7 +112,9 @@ class Exp(_WithBase):
 
     def forward(self, bottom: Tensor) -> Tensor:
         inner = bottom * (self.own.scale * self.log_base)
-        return torch.exp(inner) * math.exp(self.own.shift * self.log_base)
+        with np.errstate(over="ignore"):  # Then it is infinite, as in Caffe.
+            outer = float(np.exp(self.own.shift * self.log_base))
+        return torch.exp(inner) * outer
 
 
 class Log(_WithBase):
@@ -130,8 +133,8 @@ class Dropout(Layer):
     def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
         super().__init__(spec, shapes, phase)
         self.ratio = spec.dropout_param.dropout_ratio
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"its dropout_ratio is {self.ratio:g}: give one between 0 and 1")
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"its dropout_ratio is {self.ratio:g}: give 0 or more, below 1")
 
     def forward(self, bottom: Tensor) -> Tensor:
         return functional.dropout(bottom, self.ratio, training=self.phase == "TRAIN")

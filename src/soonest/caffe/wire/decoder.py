@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from soonest.caffe.files import Bytes
 from soonest.caffe.message import REAL, Message
 from soonest.caffe.schema import MESSAGES, Field, MessageType
 from soonest.caffe.wire.types import CLOSE, FIXED32, FIXED64, LENGTH, OPEN, VARINT, type_of
@@ -31,7 +32,7 @@ class WireError(ValueError):
         self.offset_bytes = offset_bytes
 
 
-def decode(data: bytes, type_name: str, *, file: str = "bytes") -> Message:
+def decode(data: Bytes, type_name: str, *, file: str = "bytes") -> Message:
     """Reads a message.
 
     Packed numbers with a fraction become arrays that look into ``data``: they are not copied and
@@ -39,7 +40,7 @@ def decode(data: bytes, type_name: str, *, file: str = "bytes") -> Message:
     Fields that Caffe does not know are skipped, since other versions of it wrote them.
 
     Args:
-        data: all of a file.
+        data: all of a file, possibly mapped.
         type_name: of the message, for example ``"NetParameter"``.
         file: its name, for errors.
 
@@ -52,7 +53,7 @@ def decode(data: bytes, type_name: str, *, file: str = "bytes") -> Message:
 class _Decoder:
     """One pass over bytes."""
 
-    def __init__(self, data: bytes, file: str) -> None:
+    def __init__(self, data: Bytes, file: str) -> None:
         self._data = data
         self._file = file
         self._values = 0
