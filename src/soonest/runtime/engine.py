@@ -18,7 +18,7 @@ from soonest.core.timeline import Timeline
 from soonest.core.trace import Trace
 from soonest.errors import SoonestError
 from soonest.runtime import checks, compiled, guard, modes, takeover
-from soonest.runtime.accumulation import AccumulationHooks
+from soonest.runtime.accumulation import AccumulationHooks, InnerPasses
 from soonest.runtime.buffers import Buffers
 from soonest.runtime.bystanders import Aliases
 from soonest.runtime.calls import Calling, nobody, weakly
@@ -125,6 +125,7 @@ class Engine:
         self._unobserved = True
         self._open: Sweep | None = None
         self._ends_with_all = False
+        self._inner = InnerPasses()
         self._hooks: list[Any] = []
         self._last_complete: tuple[Record, Plan, list[Member]] | None = None
         self._complete_records: deque[Record] = deque(maxlen=_REMEMBERED)
@@ -258,6 +259,7 @@ class Engine:
         """Its end is that of the whole pass, not of a checkpoint's inside it."""
         if not self._ends_with_all:
             self._ends_with_all = True
+            self._inner.begin()
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
 
     def _backward_ends(self) -> None:
@@ -270,7 +272,7 @@ class Engine:
         """A gradient is about to be written where another may still be in flight."""
         member = self.layout.members[order]
         if self._open is not None and not math.isnan(self._open.record.ready[member.order]):
-            raise self._unfinished(self._open)
+            raise self._repeated(member) if self._inner.here() else self._unfinished(self._open)
         if member.order in self._landing.unknown:
             guard.land(member.parameter)  # what is added to must be known
         self._landing.make_room(member)
@@ -280,7 +282,8 @@ class Engine:
         member = self.layout.members[order]
         sweep = self._sweep_of_this_pass()
         # No gradient: the graph led here, but with an undefined one.
-        if sweep is not None and member.parameter.grad is not None:
+        given = sweep is not None and member.parameter.grad is not None
+        if given and not self._inner.must_wait(member.parameter):
             self._contribute(sweep, member)
 
     def _newcomer(self, *_: Any) -> None:
@@ -294,6 +297,7 @@ class Engine:
         if self._open is None:
             self._begin()
             if not self._ends_with_all:
+                self._inner.begin()
                 torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
         return self._open
 
@@ -376,10 +380,13 @@ class Engine:
 
     def _close(self, sweep: Sweep) -> None:
         """The backward pass is over: who got no gradient contributes what it has, or zeros."""
-        ready = sweep.record.ready
+        ready, waited = sweep.record.ready, self._inner.end()
         late = [member for member in self.layout.members if math.isnan(ready[member.order])]
         for member in late:
             self._landing.make_room(member)
+            if id(member.parameter) in waited:
+                self._contribute(sweep, member)
+                continue
             if member.parameter.grad is not None:
                 sweep.kept.add(member.order)
                 self._contribute(sweep, member)
@@ -391,7 +398,7 @@ class Engine:
         self._share_buffers(active=True)
         if self._newcomers is not None and (parameters := self._newcomers.come()):
             self._take_in(parameters)
-        self.after_backward(self, late)
+        self.after_backward(self, [m for m in late if id(m.parameter) not in waited])
 
     def _look_at_modules(self) -> None:
         """The model has come to have other modules, or compiled ones."""
@@ -433,6 +440,15 @@ class Engine:
         sweep.closed = True
         self._open = None
         self.lane.advance()
+
+    def _repeated(self, member: Member) -> SoonestError:
+        return self._at_fault(
+            SoonestError(
+                f"{member.name!r} got a second gradient in one backward pass, from a checkpoint, "
+                "when its only one so far was shared already: give torch.utils.checkpoint "
+                "use_reentrant=False"
+            )
+        )
 
     def _unfinished(self, sweep: Sweep) -> SoonestError:
         missing = [m.name for m in self.layout.members if math.isnan(sweep.record.ready[m.order])]
