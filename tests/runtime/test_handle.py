@@ -454,7 +454,8 @@ def test_however_a_script_ends_its_last_update_is_applied(ended: Path) -> None:
     shown = {
         line
         for how in ("read", "destroy", "exit", "raise", "detach")
-        for line in (ended / f"{how}.out").read_text().splitlines()
+        for rank in range(2)
+        for line in (ended / f"{how}.{rank}.out").read_text().splitlines()
         if line.startswith("sum")
     }
     assert len(shown) == 1
