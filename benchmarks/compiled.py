@@ -68,7 +68,10 @@ def operator() -> Callable[..., Any]:
     import torch
     from torch import Tensor
 
-    @torch.library.custom_op("soonest::work", mutates_args=())
+    one = "(Tensor x, Tensor weight) -> Tensor"
+    two = "(Tensor gradient, Tensor weight) -> (Tensor, Tensor)"
+
+    @torch.library.custom_op("soonest::work", mutates_args=(), schema=one)
     def work(x: Tensor, weight: Tensor) -> Tensor:
         time.sleep(FORWARD_S)
         return x + weight[: x.numel()]
@@ -77,7 +80,7 @@ def operator() -> Callable[..., Any]:
     def _(x: Tensor, weight: Tensor) -> Tensor:
         return torch.empty_like(x)
 
-    @torch.library.custom_op("soonest::work_backward", mutates_args=())
+    @torch.library.custom_op("soonest::work_backward", mutates_args=(), schema=two)
     def work_backward(gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         time.sleep(2 * FORWARD_S)
         of_weight = torch.zeros_like(weight)
@@ -128,7 +131,8 @@ def arm_of(work: Callable[..., Any], arm: str, how: str) -> tuple[Any, Any]:
 
     import soonest
 
-    net = model = build(work, how)
+    model = build(work, how)
+    net: Any = model
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     handle = None
     if arm == "ddp":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -301,11 +302,12 @@ def copies_train() -> list[str]:
     theirs, ours = pair()
     train(theirs, steps=4)
     train(ours, steps=4)
-    again = copy.deepcopy(ours)
+    again, pickled = copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))
     theirs_again = copy.deepcopy(theirs)
-    train(again, steps=4)
-    train(theirs_again, steps=4)
-    return differing(theirs_again, again) + differing(theirs, ours)
+    for ddp in (again, pickled, theirs_again):
+        train(ddp, steps=4)
+    wrong = [differing(theirs_again, ddp) for ddp in (again, pickled)]
+    return [*wrong[0], *wrong[1], *differing(theirs, ours)]
 
 
 def made_once_more() -> list[str]:

@@ -282,8 +282,9 @@ class Engine:
         member = self.layout.members[order]
         sweep = self._sweep_of_this_pass()
         # No gradient: the graph led here, but with an undefined one.
-        given = sweep is not None and member.parameter.grad is not None
-        if given and not self._inner.must_wait(member.parameter):
+        if sweep is None or member.parameter.grad is None:
+            return
+        if not self._inner.must_wait(member.parameter):
             self._contribute(sweep, member)
 
     def _newcomer(self, *_: Any) -> None:
