@@ -405,14 +405,20 @@ SCHEDULERS: dict[type, Callable[[Optimizer], Any]] = {
 
 
 def every_scheduler(arm: Arm, steps: int) -> dict[str, Any]:
-    """Schedulers of every kind take turns, each for some steps."""
+    """Schedulers of every kind take turns, each for some steps; one learning rate is a tensor."""
     model = mlp()
-    optimizer = adamw(model)
+    rate = torch.tensor(1e-2)
+    groups = [
+        {"params": list(model[:3].parameters())},
+        {"params": list(model[3:].parameters()), "lr": rate},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)
     net, data, seen = arm.share(model, optimizer), Data(), []
     for make in SCHEDULERS.values():
-        for group in optimizer.param_groups:
+        rate.fill_(1e-2)
+        for group, lr in zip(optimizer.param_groups, (1e-2, rate), strict=True):
             group.pop("initial_lr", None)
-            group["lr"] = 1e-2
+            group["lr"] = lr
         scheduler = make(optimizer)
         takes_loss = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
         for _ in range(steps // 6):
@@ -421,7 +427,7 @@ def every_scheduler(arm: Arm, steps: int) -> dict[str, Any]:
             loss.backward()
             optimizer.step()
             scheduler.step(*([loss.detach()] if takes_loss else []))
-            seen.append([optimizer.param_groups[0][name] for name in ("lr", "betas")])
+            seen.append([(float(group["lr"]), group["betas"]) for group in optimizer.param_groups])
     return arm.outcome(model, optimizer, seen=seen)
 
 
