@@ -27,6 +27,11 @@ def mlp() -> nn.Module:
     )
 
 
+def unbiased() -> nn.Module:
+    """Matrices only."""
+    return nn.Sequential(nn.Linear(12, 48, bias=False), nn.GELU(), nn.Linear(48, 5, bias=False))
+
+
 class Cnn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -178,6 +183,20 @@ class Checkpointed(nn.Module):
         return self.head(x)
 
 
+class CheckpointedTwice(nn.Module):
+    """Runs through one layer twice, each time in a checkpoint, and then through another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(2):
+            x = torch.tanh(checkpoint(self.again, x, use_reentrant=True))
+        return checkpoint(self.last, x, use_reentrant=True)
+
+
 class Looped(nn.Module):
     """Runs through one layer more or less often."""
 
@@ -301,6 +320,9 @@ CASES: dict[str, Case] = {
     "weight norm, spectral norm, parametrization": Case(parametrized),
     "checkpoint": Case(lambda: Checkpointed(reentrant=False)),
     "checkpoint, reentrant": Case(lambda: Checkpointed(reentrant=True)),
+    "checkpoint, reentrant, of a layer used twice": Case(
+        CheckpointedTwice, ddp={"static_graph": True}
+    ),
     "layer used in a loop": Case(Looped),
     "cnn with BatchNorm, each rank its own": Case(
         Cnn, ddp={"forward_sync_buffers": False}, soonest={"broadcast_buffers": False}
@@ -336,6 +358,8 @@ CASES: dict[str, Case] = {
         name: Case(optimizer=lambda m, of=name: getattr(torch.optim, of)(m.parameters(), lr=1e-2))
         for name in ("NAdam", "RAdam", "Adadelta", "Adamax", "Rprop", "ASGD")
     },
+    "Adafactor": Case(optimizer=lambda m: torch.optim.Adafactor(m.parameters(), lr=1e-2)),
+    "Muon": Case(unbiased, lambda m: torch.optim.Muon(m.parameters(), lr=1e-2)),
     "foreign optimizer": Case(optimizer=lambda m: SignSgd(m.parameters())),
     "LBFGS": Case(optimizer=lambda m: torch.optim.LBFGS(m.parameters(), max_iter=2), closure=True),
     "closure": Case(closure=True),
@@ -384,10 +408,12 @@ _SHARDED_OF_FOUR = (
     "mlp", "tied transformer", "branch by rank, AdamW", "several dtypes", "clipping", "ASGD",
 )  # fmt: skip
 _TWO_TELL = (
-    "checkpoint", "layer used in a loop", "weight norm, spectral norm, parametrization",
+    "checkpoint", "checkpoint, reentrant, of a layer used twice", "layer used in a loop",
+    "weight norm, spectral norm, parametrization",
     "Adam, tensor betas", "AdamW, maximize", "halves of a model in turn", "trained in stages",
     "two models, one optimizer", "parameter group added, shared before", "GradScaler, fused",
-    "autocast",
+    "autocast", "Muon", "Adafactor", "schedulers of every kind in turn",
+    "torch.func: grad, vmap, jacrev", "weight norm, spectral norm by hooks",
     "clipping by value", "ReduceLROnPlateau", "SequentialLR: linear, cosine, lambda",
     "SWA, EMA, SWALR, update_bn", "functional_call", "copies in the middle",
     "DataLoader with workers", "compiled as a whole, before", "compiled as a whole, after",

@@ -6,6 +6,7 @@ import copy
 import io
 import multiprocessing
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -379,6 +380,57 @@ def sequence(optimizer: Optimizer) -> Any:
     return lr_scheduler.SequentialLR(optimizer, parts, milestones=[8, 16])
 
 
+SCHEDULERS: dict[type, Callable[[Optimizer], Any]] = {
+    lr_scheduler.LambdaLR: lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    lr_scheduler.MultiplicativeLR: lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
+    lr_scheduler.StepLR: lambda o: lr_scheduler.StepLR(o, 2, gamma=0.5),
+    lr_scheduler.MultiStepLR: lambda o: lr_scheduler.MultiStepLR(o, [1, 3], gamma=0.5),
+    lr_scheduler.ConstantLR: lambda o: lr_scheduler.ConstantLR(o, factor=0.5, total_iters=2),
+    lr_scheduler.LinearLR: lambda o: lr_scheduler.LinearLR(o, total_iters=3),
+    lr_scheduler.ExponentialLR: lambda o: lr_scheduler.ExponentialLR(o, gamma=0.8),
+    lr_scheduler.SequentialLR: sequence,
+    lr_scheduler.CosineAnnealingLR: lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=3),
+    lr_scheduler.ChainedScheduler: lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ExponentialLR(o, gamma=0.8), lr_scheduler.ConstantLR(o, total_iters=2)]
+    ),
+    lr_scheduler.ReduceLROnPlateau: plateau,
+    # These two change betas as well.
+    lr_scheduler.CyclicLR: lambda o: lr_scheduler.CyclicLR(o, 1e-3, 1e-2, step_size_up=2),
+    lr_scheduler.OneCycleLR: lambda o: lr_scheduler.OneCycleLR(o, 1e-2, total_steps=6),
+    lr_scheduler.CosineAnnealingWarmRestarts: (
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2)
+    ),
+    lr_scheduler.PolynomialLR: lambda o: lr_scheduler.PolynomialLR(o, total_iters=6),
+}
+
+
+def every_scheduler(arm: Arm, steps: int) -> dict[str, Any]:
+    """Schedulers of every kind take turns, each for some steps; one learning rate is a tensor."""
+    model = mlp()
+    rate = torch.tensor(1e-2)
+    groups = [
+        {"params": list(model[:3].parameters())},
+        {"params": list(model[3:].parameters()), "lr": rate},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)
+    net, data, seen = arm.share(model, optimizer), Data(), []
+    for make in SCHEDULERS.values():
+        rate.fill_(1e-2)
+        for group, lr in zip(optimizer.param_groups, (1e-2, rate), strict=True):
+            group.pop("initial_lr", None)
+            group["lr"] = lr
+        scheduler = make(optimizer)
+        takes_loss = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+        for _ in range(steps // 6):
+            optimizer.zero_grad()
+            loss = data.loss(net)
+            loss.backward()
+            optimizer.step()
+            scheduler.step(*([loss.detach()] if takes_loss else []))
+            seen.append([(float(group["lr"]), group["betas"]) for group in optimizer.param_groups])
+    return arm.outcome(model, optimizer, seen=seen)
+
+
 def scheduled(make: Callable[[Optimizer], Any]) -> Callable[[Arm, int], dict[str, Any]]:
     """A scheduler changes the learning rate right after every step."""
 
@@ -468,6 +520,55 @@ def called_functionally(arm: Arm, steps: int) -> dict[str, Any]:
         F.cross_entropy(torch.func.functional_call(net, halved, (x,)), y).backward()
         optimizer.step()
     return arm.outcome(model, optimizer)
+
+
+def transformed(arm: Arm, steps: int) -> dict[str, Any]:
+    """A loss behind an inner step by ``torch.func.grad``; gradients of samples, and a Jacobian."""
+    model = mlp()
+    optimizer = adamw(model)
+    net, data, seen = arm.share(model, optimizer), Data(), []
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, parameters, (x,)), y)
+
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x, y = data()
+        inner = torch.func.grad(loss)(dict(model.named_parameters()), x, y)
+        adapted = {
+            name: p - 0.1 * inner[name.removeprefix("module.")]
+            for name, p in net.named_parameters()
+        }
+        F.cross_entropy(torch.func.functional_call(net, adapted, (x,)), y).backward()
+        optimizer.step()
+        plain = {name: p.detach() for name, p in model.named_parameters()}
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(plain, x, y)
+        seen += [gradient.norm() for gradient in each.values()]
+        seen.append(torch.func.jacrev(lambda w: w.square().sum())(model[0].weight).detach())
+    return arm.outcome(model, optimizer, seen=seen)
+
+
+def normed_by_hooks(arm: Arm, steps: int) -> dict[str, Any]:
+    """Weights are computed anew by forward hooks; one of them is made a plain one again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # there is a newer way
+        model = nn.Sequential(
+            nn.utils.weight_norm(nn.Linear(12, 16)), nn.Tanh(),
+            nn.utils.spectral_norm(nn.Linear(16, 16)), nn.Tanh(), nn.Linear(16, 5),
+        )  # fmt: skip
+    optimizer = adamw(model)
+    net, data, seen = arm.share(model, optimizer), Data(), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        data.loss(net).backward()
+        optimizer.step()
+        net.eval()
+        with torch.no_grad():
+            seen.append(net(torch.ones(2, 12)))
+        net.train()
+    outcome = arm.outcome(model, optimizer, seen=seen)
+    nn.utils.remove_weight_norm(model[0])
+    return {**outcome, "weight": model[0].weight.detach()}
 
 
 def copied(arm: Arm, steps: int) -> dict[str, Any]:
@@ -623,9 +724,12 @@ LOOPS: dict[str, Callable[[Arm, int], dict[str, Any]]] = {
     "clipping by value": clipped_by_value,
     "ReduceLROnPlateau": scheduled(plateau),
     "SequentialLR: linear, cosine, lambda": scheduled(sequence),
+    "schedulers of every kind in turn": every_scheduler,
     "SWA, EMA, SWALR, update_bn": averaged,
     "gradient hooks": hooked,
     "functional_call": called_functionally,
+    "torch.func: grad, vmap, jacrev": transformed,
+    "weight norm, spectral norm by hooks": normed_by_hooks,
     "copies in the middle": copied,
     "DataLoader with workers": fed_by_workers,
     "uneven inputs": uneven,

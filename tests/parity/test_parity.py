@@ -5,8 +5,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from torch import optim
 
-from parity.cases import CASES, OF_FOUR, compare, repeat
+from parity.cases import CASES, OF_FOUR, STEPS, compare, repeat
+from parity.loops import SCHEDULERS
 from parity.page import PAGE, page
 from ranks import run_ranks
 
@@ -49,6 +51,21 @@ def test_runs_are_bitwise_equal() -> None:
     names = ["tied transformer", "cnn with BatchNorm", "branch by rank, AdamW", "clipping"]
     for rank in run_ranks(repeat, 3, names):
         assert rank == {name: [] for name in names}
+
+
+def test_every_optimizer_and_scheduler_of_torch_has_a_case() -> None:
+    cases = [case for case in CASES.values() if case.loop is None]
+    compared = {type(case.optimizer(case.model())) for case in cases}
+    known = {getattr(optim, name) for name in optim.__all__}
+    known = {one for one in known if isinstance(one, type) and issubclass(one, optim.Optimizer)}
+    # The one takes sparse gradients only, which are refused.
+    assert known - compared == {optim.Optimizer, optim.SparseAdam}
+    schedulers = {getattr(optim.lr_scheduler, name) for name in optim.lr_scheduler.__all__}
+    assert schedulers - set(SCHEDULERS) == {optim.lr_scheduler.LRScheduler}
+
+
+def test_runs_are_long_enough() -> None:
+    assert STEPS >= 30
 
 
 def test_the_page_shows_these_cases() -> None:

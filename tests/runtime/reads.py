@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch._tensor_str import printoptions
 from torch.optim import Optimizer, swa_utils
 from torch.utils.checkpoint import checkpoint
 
@@ -90,6 +91,12 @@ def at_address(tensor: Tensor) -> Tensor:
     return torch.tensor([ctypes.c_float.from_address(tensor.data_ptr()).value])
 
 
+def shown(tensor: Tensor) -> Tensor:
+    """Its text, with enough digits to see a small change."""
+    with printoptions(precision=9):
+        return torch.tensor(list(repr(tensor).encode()))
+
+
 def reloaded(value: Any) -> Any:
     file = io.BytesIO()
     torch.save(value, file)
@@ -140,6 +147,20 @@ def ensemble(model: Zoo) -> Tensor:
     return torch.func.vmap(call)(parameters, buffers)
 
 
+def each_sample(model: Zoo) -> Tensor:
+    """The gradient of every sample by itself."""
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model.linear, parameters, x).square().sum()
+
+    parameters = dict(model.linear.named_parameters())
+    return torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, X[0])["weight"]
+
+
+def cubes(x: Tensor) -> Tensor:
+    return x.pow(3).sum()
+
+
 def by_autograd(model: Zoo) -> Tensor:
     loss = model.linear(X).square().sum()
     return flat(torch.autograd.grad(loss, list(model.linear.parameters())))
@@ -148,6 +169,11 @@ def by_autograd(model: Zoo) -> Tensor:
 @cache
 def compiled(module: nn.Module) -> Any:
     return torch.compile(module, backend="eager")
+
+
+@torch.compile(backend="eager")
+def compiled_slopes(weight: Tensor) -> Tensor:
+    return torch.func.grad(cubes)(weight)
 
 
 def averaged(model: Zoo) -> Tensor:
@@ -199,7 +225,19 @@ READS: dict[str, Read] = {
     "functional_call under grad": lambda m, o: functional(m, torch.func.grad),
     "functional_call under jacrev": lambda m, o: functional(m, torch.func.jacrev),
     "vmap": lambda m, o: torch.func.vmap(torch.sum)(weight(m)),
+    "vmap over something else": lambda m, o: torch.func.vmap(torch.mv, (None, 0))(weight(m), X[0]),
     "vmap of an ensemble": lambda m, o: ensemble(m),
+    "vmap of grad": lambda m, o: each_sample(m),
+    "func.grad": lambda m, o: torch.func.grad(cubes)(weight(m)),
+    "func.grad, compiled": lambda m, o: compiled_slopes(weight(m)),
+    "func.grad, closed over": lambda m, o: torch.func.grad(lambda x: cubes(x @ weight(m)))(X[0]),
+    "func.vjp": lambda m, o: torch.func.vjp(cubes, weight(m))[1](torch.ones(()))[0],
+    "func.jvp": lambda m, o: torch.func.jvp(cubes, (weight(m),), (torch.ones(4, 4),))[1],
+    "func.jacrev": lambda m, o: torch.func.jacrev(cubes)(weight(m)),
+    "func.jacfwd": lambda m, o: torch.func.jacfwd(cubes)(weight(m)),
+    "func.hessian": lambda m, o: torch.func.hessian(cubes)(weight(m)),
+    "func.functionalize": lambda m, o: torch.func.functionalize(cubes)(weight(m)),
+    "autograd.functional": lambda m, o: torch.autograd.functional.jacobian(cubes, weight(m)),
     # operators
     "+": lambda m, o: weight(m) + 1,
     "+ from the left": lambda m, o: 1 + weight(m),
@@ -232,11 +270,13 @@ READS: dict[str, Read] = {
     "numpy by force": lambda m, o: torch.from_numpy(weight(m).numpy(force=True).copy()),
     "np.asarray": lambda m, o: torch.from_numpy(np.asarray(weight(m).detach()).copy()),
     "torch.asarray": lambda m, o: torch.asarray(weight(m)),
+    "torch.as_tensor": lambda m, o: torch.as_tensor(weight(m)),
+    "as_subclass": lambda m, o: weight(m).as_subclass(Tensor),
     "DLPack": lambda m, o: torch.from_dlpack(weight(m).detach()).clone(),
     "DLPack to numpy": lambda m, o: torch.tensor(np.from_dlpack(weight(m).detach()).copy()),
     "data_ptr": lambda m, o: at_address(weight(m)),
     "untyped_storage": lambda m, o: torch.tensor(weight(m).untyped_storage().tolist()),
-    "repr": lambda m, o: torch.tensor(list(repr(weight(m)).encode())),
+    "repr": lambda m, o: shown(weight(m)),
     "format": lambda m, o: torch.tensor(list(f"{weight(m)[0, 0]}".encode())),
     # several at once
     "parameters": lambda m, o: flat(m.parameters()),
@@ -338,7 +378,7 @@ GRADIENT_READS: dict[str, Read] = {
     "grad by np.asarray": lambda m, o: torch.from_numpy(np.asarray(grad(m)).copy()),
     "grad by DLPack": lambda m, o: torch.from_dlpack(grad(m)).clone(),
     "grad.data_ptr": lambda m, o: at_address(grad(m)),
-    "repr of grad": lambda m, o: torch.tensor(list(repr(grad(m)).encode())),
+    "repr of grad": lambda m, o: shown(grad(m)),
     "deepcopy of grad": lambda m, o: copy.deepcopy(grad(m)),
     "pickle of grad": lambda m, o: pickle.loads(pickle.dumps(grad(m))),
     "save of grad": lambda m, o: reloaded(grad(m)),
@@ -369,7 +409,10 @@ def doubled(x: Tensor) -> Tensor:
 HOLES: dict[str, Read] = {
     "torch.tensor": copied_by(torch.tensor),
     "torch.Tensor": copied_by(torch.Tensor),
-    "as_subclass": copied_by(lambda p: p.as_subclass(torch.Tensor)),
+    "new_tensor": copied_by(lambda p: torch.ones(1).new_tensor(p)),
+    "nested_tensor": copied_by(lambda p: torch.nested.nested_tensor([p]).unbind()[0]),
+    "set_": copied_by(lambda p: torch.empty(0).set_(p)),
+    "torch.as_tensor(p, dtype=...)": copied_by(lambda p: torch.as_tensor(p, dtype=torch.float64)),
+    "torch.asarray(p, dtype=...)": copied_by(lambda p: torch.asarray(p, dtype=torch.float64)),
     "torch.jit.script": lambda m, o: doubled(weight(m)),
-    "torch.func.grad": lambda m, o: torch.func.grad(lambda w: w.pow(3).sum())(weight(m)),
 }

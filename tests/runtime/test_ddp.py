@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -128,6 +129,46 @@ def with_a_hook() -> list[str]:
     size = len(calls) // STEPS
     assert calls == [(i, i == size - 1) for i in range(size)] * STEPS
     return differing(theirs, ours)
+
+
+def with_a_hook_and_its_optimizer() -> list[str]:
+    theirs, ours = pair(find_unused_parameters=True)
+    for ddp in (theirs, ours):
+        ddp.register_comm_hook(None, default_hooks.allreduce_hook)
+    train(theirs, unused=True)
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.01)
+    ours.prioritize(optimizer)
+    train(ours, unused=True, optimizer=optimizer)
+    return differing(theirs, ours)
+
+
+def with_a_builtin_hook() -> list[str]:
+    """It rounds, and both classes round a little differently."""
+    theirs, ours = pair()
+    _, exact = pair()
+    for ddp in (theirs, ours):
+        ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    for ddp in (theirs, ours, exact):
+        train(ddp, optimizer=torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9))
+    mine, wanted, exactly = bits(ours), bits(theirs), bits(exact)
+    wrong = [n for n in wanted if not torch.allclose(mine[n], wanted[n], rtol=1e-2, atol=1e-3)]
+    rounds = any(not torch.equal(mine[n], exactly[n]) for n in wanted)
+    return wrong if rounds else ["nothing was rounded"]
+
+
+def with_the_same_log() -> list[str]:
+    """Whatever torch's class tells of settings and steps, ours does."""
+    theirs, ours = pair(find_unused_parameters=True)
+    train(theirs, unused=True, steps=4)
+    train(ours, unused=True, steps=4)
+    wanted, found = theirs._get_ddp_logging_data(), ours._get_ddp_logging_data()
+    assert found["can_set_static_graph"] == 0, "odd steps leave out a layer"
+    differ_by_nature = ("time", "bucket", "order")
+    return [
+        f"{key}: {value} / {found.get(key)}"
+        for key, value in wanted.items()
+        if found.get(key) != value and not any(word in key for word in differ_by_nature)
+    ] + [key for key in wanted if key not in found]
 
 
 def with_uneven_inputs() -> list[str]:
@@ -261,11 +302,12 @@ def copies_train() -> list[str]:
     theirs, ours = pair()
     train(theirs, steps=4)
     train(ours, steps=4)
-    again = copy.deepcopy(ours)
+    again, pickled = copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))
     theirs_again = copy.deepcopy(theirs)
-    train(again, steps=4)
-    train(theirs_again, steps=4)
-    return differing(theirs_again, again) + differing(theirs, ours)
+    for ddp in (again, pickled, theirs_again):
+        train(ddp, steps=4)
+    wrong = [differing(theirs_again, ddp) for ddp in (again, pickled)]
+    return [*wrong[0], *wrong[1], *differing(theirs, ours)]
 
 
 def made_once_more() -> list[str]:
@@ -301,6 +343,15 @@ def refusals() -> list[str]:
         except ValueError as error:
             if word not in str(error):
                 wrong.append(str(error))
+    inner = soonest.DistributedDataParallel(Net())
+    for parameter in inner.parameters():
+        parameter._in_backward_optimizers = []  # type: ignore[attr-defined]
+    try:
+        inner(batch(0))
+        wrong.append("optimizers in the backward pass were taken")
+    except ValueError as error:
+        if "use an ordinary optimizer" not in str(error):
+            wrong.append(str(error))
     _, ours = pair(bucket_cap_mb=1)
     try:
         ours.prioritize(torch.optim.SGD(ours.parameters(), lr=0.1), plan="plan.json")
@@ -326,6 +377,9 @@ CASES: dict[str, Callable[[], list[str]]] = {
         with_its_optimizer,
         with_caps,
         with_a_hook,
+        with_a_hook_and_its_optimizer,
+        with_a_builtin_hook,
+        with_the_same_log,
         with_uneven_inputs,
         with_uneven_inputs_and_its_optimizer,
         delayed_by_the_user,

@@ -162,6 +162,28 @@ def one_pass_more() -> tuple[Said, ...] | None:
     return told(error_of(handle.flush))
 
 
+def skips_a_step() -> tuple[Said, ...] | None:
+    """In the middle of training; who has gone on without it is found missing at the end."""
+    model, optimizer = model_and_optimizer()
+    handle = soonest.prioritize(model, optimizer, timeout_s=SHORT_S)
+    steps(model, optimizer, 7)
+    handle.flush()
+    dist.barrier()
+    handle.engine._after_step = lambda _: None  # type: ignore[union-attr]
+
+    def rest() -> None:
+        for number in range(3):
+            if number != 1 or not odd():
+                steps(model, optimizer, 1)
+        handle.flush()
+
+    if odd():
+        rest()
+        end("sleeps")
+        return None
+    return told(error_of(rest))
+
+
 def one_step_less() -> tuple[Said, ...]:
     """A backward pass that one rank does not follow by ``step()``, while plans are made."""
     model, optimizer = model_and_optimizer()
@@ -332,6 +354,7 @@ RUNS = {
     "before a shared call": Run(lost_before_a_shared_call, 3),
     "never comes": Run(never_comes, 3),
     "one pass more": Run(one_pass_more, 3),
+    "skips a step": Run(skips_a_step, 3),
     "one step less": Run(one_step_less, 3),
     "bad option": Run(refuses, 3, ({"method": "pigeon"}, model_and_optimizer)),
     "sparse module": Run(refuses, 3, ({}, sparse_module)),
@@ -382,11 +405,20 @@ def test_a_rank_that_is_lost_is_named_with_what_is_waited_for(how: str, runs: Ru
         assert said.name == PeerLostError.__name__
         assert "rank 1 (host " in said.message
         assert "did not take part" in said.message
-        assert re.match(r"step [67]: bucket \d", said.message)
+        assert re.match(r"step [67]: bucket \d+ \([\d.]+ MB of [02](, [02])?\) ", said.message)
         assert "rank 0 (" not in said.message
         assert "rank 2 (" not in said.message
         assert "\n" not in said.message
         assert said.took_s < TIMEOUT_S
+
+
+def test_a_rank_that_skips_a_step_is_named_with_what_is_waited_for(runs: Runs) -> None:
+    for said in left(runs["skips a step"].result()):
+        assert said.name == PeerLostError.__name__
+        assert re.match(r"step \d+: bucket \d+ \([\d.]+ MB of [02](, [02])?\) ", said.message)
+        assert "rank 1 (host " in said.message
+        assert "rank 0 (" not in said.message
+        assert "rank 2 (" not in said.message
 
 
 def test_a_rank_that_is_lost_with_its_buffers_is_named(runs: Runs) -> None:
@@ -491,6 +523,7 @@ def test_another_model_is_named(runs: Runs) -> None:
 def test_another_plan_is_named(runs: Runs) -> None:
     for name, message, _ in runs["other plan"].result():
         assert name == PlanMismatchError.__name__
+        assert "between rank 0 and rank 1: " in message
         assert "window: 2 / 3" in message
 
 

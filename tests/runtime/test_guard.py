@@ -21,7 +21,7 @@ from ranks import run_ranks
 from runtime import reads, writes
 from runtime.flights import Found, fly
 from runtime.steering import keep_to_the_usual_plan
-from soonest.runtime import guard
+from soonest.runtime import guard, transforms
 
 SAFETY = Path(__file__).parents[2] / "docs" / "safety.md"
 
@@ -191,6 +191,18 @@ def test_the_guard_can_be_told_off_for_a_while(flight: Flight) -> None:
     with guard.DisableGuard():
         assert isinstance(flight.parameter + 1, Tensor)
     assert flight.landings == 0
+
+
+def compiled_transforms() -> bool:
+    """Whether what is done to ``torch.func`` leaves compiled functions whole."""
+    transforms.land_first()
+    compiled: Any = torch.compile(torch.func.grad(reads.cubes), backend="eager", fullgraph=True)
+    x = torch.linspace(-1, 1, 5)
+    return torch.allclose(compiled(x), 3 * x * x)
+
+
+def test_transforms_are_compiled_as_a_whole() -> None:
+    assert run_ranks(compiled_transforms, 1) == [True]
 
 
 def flies_beside_a_view() -> list[Any]:

@@ -449,6 +449,18 @@ def test_a_script_may_end_in_the_middle_of_overlap(how: str, ended: Path) -> Non
     assert (lines == ["4"]) == (how == "rank 0 reads")
 
 
+def test_however_a_script_ends_its_last_update_is_applied(ended: Path) -> None:
+    """What is shown after the end is what is shown before it."""
+    shown = {
+        line
+        for how in ("read", "destroy", "exit", "raise", "detach")
+        for rank in range(2)
+        for line in (ended / f"{how}.{rank}.out").read_text().splitlines()
+        if line.startswith("sum")
+    }
+    assert len(shown) == 1
+
+
 def profiles(folder: str) -> str:
     keep_to_the_usual_plan()  # another might update in step(), which is not measured
     model, optimizer = build()

@@ -65,6 +65,42 @@ def test_a_backward_pass_with_others_inside_combines_once() -> None:
     assert run_ranks(passes_of_a_checkpoint, 2) == [4, 4]
 
 
+def checkpoints_that_change() -> list[Any]:
+    """Which gradients wait for the end of a pass; and what is said when one comes too late."""
+    model = Checkpointed(*(nn.Linear(4, 4) for _ in range(3)))
+    model.append(model[1])
+    optimizer = sgd(model)
+    handle = soonest.prioritize(model, optimizer)
+    waited: list[int] = []
+    assert handle.engine
+    end = handle.engine.backward._inner.end
+
+    def ends() -> set[int]:
+        found = end()
+        waited.append(len(found))
+        return found
+
+    handle.engine.backward._inner.end = ends  # type: ignore[method-assign]
+    x = torch.randn(6, 4, requires_grad=True)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    model.append(model[2])
+    with pytest.raises(soonest.SoonestError) as refused:
+        model(x).square().sum().backward()
+    say_done()
+    wait_for_the_others()
+    return [waited, str(refused.value)]
+
+
+def test_a_layer_in_several_checkpoints_waits_for_the_last_of_them() -> None:
+    for waited, refused in run_ranks(checkpoints_that_change, 2):
+        assert waited == [6, 2, 2], "weights and biases: of all, then of the one used twice"
+        assert "'2.weight' got a second gradient" in refused or "'2.bias' got" in refused
+        assert "use_reentrant=False" in refused
+
+
 def buffers() -> list[bool]:
     model = net()
     optimizer = sgd(model)

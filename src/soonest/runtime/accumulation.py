@@ -45,6 +45,47 @@ class AccumulationHooks:
             handle.remove()
 
 
+class InnerPasses:
+    """Backward passes inside of another one, as reentrant checkpoints run them.
+
+    A parameter that several of them use gets a gradient from each, and only the end of the whole
+    pass shows which is the last. So all inside are told to wait for it, but those of parameters
+    that had just one before.
+    """
+
+    def __init__(self) -> None:
+        self._whole = _NONE
+        self._once: set[int] = set()
+        self._waiting: dict[int, int] = {}
+
+    def begin(self) -> None:
+        """The whole pass is the one that runs now."""
+        self._whole = _current_pass()
+
+    def here(self) -> bool:
+        """Whether the pass that runs now is inside of the whole one."""
+        return _current_pass() != self._whole
+
+    def must_wait(self, parameter: nn.Parameter) -> bool:
+        """Whether the gradient that has been written now may not be the last of the whole pass."""
+        key = id(parameter)
+        if key in self._once or not (self.here() or key in self._waiting):
+            return False
+        self._waiting[key] = self._waiting.get(key, 0) + 1
+        return True
+
+    def end(self) -> set[int]:
+        """The whole pass is over; returns the ids of the parameters that have waited for that."""
+        waited, self._waiting, self._whole = self._waiting, {}, _NONE
+        self._once |= {key for key, times in waited.items() if times == 1}
+        return set(waited)
+
+
+_NONE = -1
+"""As torch numbers its passes."""
+_current_pass = torch._C._current_graph_task_id  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _accumulator(parameter: nn.Parameter) -> Any:
     frozen = not parameter.requires_grad
     with torch._C.DisableTorchFunctionSubclass():  # what is in flight may stay there

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from soonest.errors import SoonestError
 from soonest.runtime import guard
-from soonest.runtime.accumulation import AccumulationHooks
+from soonest.runtime.accumulation import AccumulationHooks, InnerPasses
 from soonest.runtime.calls import weakly
 from soonest.runtime.gradients import Gradients
 from soonest.runtime.landing import Landing
@@ -61,6 +61,7 @@ class Backward:
         self.latest: Sweep | None = None
         self._open: Sweep | None = None
         self._ends_with_all = False
+        self._inner = InnerPasses()
         self._hooks: list[AccumulationHooks] = []
 
     def bind(
@@ -124,6 +125,15 @@ class Backward:
         )
         return self._peers.at_fault(error)
 
+    def _repeated(self, member: Member) -> SoonestError:
+        return self._peers.at_fault(
+            SoonestError(
+                f"{member.name!r} got a second gradient in one backward pass, from a checkpoint, "
+                "when its only one so far was shared already: give torch.utils.checkpoint "
+                "use_reentrant=False"
+            )
+        )
+
     # From begin to end
 
     def forward_begins(self) -> None:
@@ -140,6 +150,7 @@ class Backward:
         """Its end is that of the whole pass, not of a checkpoint's inside it."""
         if not self._ends_with_all:
             self._ends_with_all = True
+            self._inner.begin()
             torch.autograd.Variable._execution_engine.queue_callback(self._ends)
 
     def _ends(self) -> None:
@@ -152,7 +163,7 @@ class Backward:
         """A gradient is about to be written where another may still be in flight."""
         member = self._members[order]
         if self._open is not None and not math.isnan(self._open.record.ready[order]):
-            raise self._unfinished(self._open)
+            raise self._repeated(member) if self._inner.here() else self._unfinished(self._open)
         if order in self._landing.unknown:
             guard.land(member.parameter)  # what is added to must be known
         self._landing.make_room(member)
@@ -162,7 +173,9 @@ class Backward:
         member = self._members[order]
         sweep = self._sweep_of_this_pass()
         # No gradient: the graph led here, but with an undefined one.
-        if sweep is not None and member.parameter.grad is not None:
+        if sweep is None or member.parameter.grad is None:
+            return
+        if not self._inner.must_wait(member.parameter):
             self._contribute(sweep, member)
 
     def _newcomer(self, *_: Any) -> None:
@@ -176,6 +189,7 @@ class Backward:
         if self._open is None:
             self._begin()
             if not self._ends_with_all:
+                self._inner.begin()
                 torch.autograd.Variable._execution_engine.queue_callback(self._ends)
         return self._open
 
@@ -218,10 +232,13 @@ class Backward:
 
     def _close(self, sweep: Sweep) -> None:
         """The pass is over: who got no gradient contributes what it has, or zeros."""
-        ready = sweep.record.ready
+        ready, waited = sweep.record.ready, self._inner.end()
         late = [member for member in self._members if math.isnan(ready[member.order])]
         for member in late:
             self._landing.make_room(member)
+            if id(member.parameter) in waited:
+                self._contribute(sweep, member)
+                continue
             if member.parameter.grad is not None:
                 sweep.kept.add(member.order)
                 self._contribute(sweep, member)
@@ -230,7 +247,7 @@ class Backward:
             self._lack(sweep, member)
             self._landing.hold(member)
         self._closed(sweep)
-        self._ended(late)
+        self._ended([member for member in late if id(member.parameter) not in waited])
 
     def _closed(self, sweep: Sweep) -> None:
         sweep.record.backward_ended = sweep.record.now()

@@ -186,6 +186,10 @@ class _Held:
         land(self)  # type: ignore[arg-type]
         return self.__reduce_ex__(protocol)
 
+    def as_subclass(self, cls: Any) -> Any:
+        land(self)  # type: ignore[arg-type]
+        return self.as_subclass(cls)
+
 
 @cache
 def _held_class(cls: type) -> type:

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from soonest.errors import SoonestError
-from soonest.runtime import guard
+from soonest.runtime import guard, transforms
 from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Member
 from soonest.runtime.profiler import Profiler
@@ -35,6 +35,7 @@ class Landing:
     def __init__(
         self, program: Program, lane: Lane, hooks: guard.ModuleHooks, profiler: Profiler
     ) -> None:
+        transforms.land_first()
         self._program = program
         self._lane = lane
         self._hooks = hooks

@@ -63,6 +63,7 @@ class Reducer:
         self._module = module
         named = trainable(module, without)
         self._index_of = {name: index for index, (name, _, _) in enumerate(named)}
+        self._sizes = [parameter.nbytes for _, _, parameter in named]
         self._group = group
         self._without = frozenset(without)
         self._find_unused = find_unused
@@ -214,6 +215,7 @@ class Reducer:
         if engine is not None and (latest := engine.backward.latest) is not None:
             times = ddp_log.Times.of(self._forward_began, latest.record)
             self._note_order(latest)
+            self._note_use()
         self._log.forward_begins(times)
         self._forward_began = now_s()
         self._forwards += 1
@@ -352,6 +354,12 @@ class Reducer:
             plan = self.engine.program.plan
             rebuilt = plan.fingerprint != self._first_plan
             self._log.note(ddp_log.of_plan(plan, self._index_of, rebuilt=rebuilt))
+
+    def _note_use(self) -> None:
+        unused = sum(self._sizes[index] for index in self._passes.missing)
+        self._log.note(
+            {"unused_parameter_size": unused, "can_set_static_graph": self._passes.alike}
+        )
 
     def _note_order(self, sweep: Sweep) -> None:
         ready = sweep.record.ready
