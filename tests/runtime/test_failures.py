@@ -325,10 +325,21 @@ def backward_raises() -> list[Said]:
 
 
 def read_in_backward() -> Said:
+    """A gradient is read whose bucket cannot be combined yet, as it lacks another."""
     model, optimizer = model_and_optimizer()
-    soonest.prioritize(model, optimizer)
+    keep_to_the_usual_plan()
+    handle = soonest.prioritize(model, optimizer)
     steps(model, optimizer, 7)
-    model[0].weight.register_post_accumulate_grad_hook(lambda _: model[2].weight.grad.norm())
+    assert handle.plan
+    last = handle.plan.flats[0].slots[-2:]
+    assert {slot.name for slot in last} == {"2.weight", "2.bias"}
+    assert any(b.start <= last[0].start and b.stop > last[1].start for b in handle.plan.buckets)
+
+    def read(_: Any) -> None:
+        assert model[2].bias.grad is not None
+        model[2].bias.grad.norm()
+
+    model[2].weight.register_post_accumulate_grad_hook(read)
     return error_of(steps, model, optimizer, 1)
 
 
