@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -129,7 +130,10 @@ def step(trainer: Soonest) -> None:
 
 @pytest.mark.parametrize("kind", LANES)
 def test_a_rank_that_leaves_is_an_error_that_names_the_bucket(kind: str) -> None:
+    trained = threading.Barrier(worlds.RANKS, timeout=30)
+
     def leave(trainer: Soonest) -> None:
+        trained.wait()
         if trainer.engine.ranks.group.rank() == 1:
             trainer.engine.ranks.group._meeting.leave()  # type: ignore[attr-defined]
             return
