@@ -10,7 +10,8 @@ Layer by layer the latency of C is paid once for each of the L layers with param
 takes a/L. Nothing else is assumed or tuned: the trace of AlexNet says how the 1/n of computing is
 made up, and what each way of combining costs follows from the messages and bytes that it takes.
 
-    python benchmarks/announcement.py --simulate --json benchmarks/records/announcement-simulated.json
+    python benchmarks/announcement.py --simulate \\
+        --json benchmarks/records/announcement-simulated.json
     sudo python benchmarks/announcement.py --lab --hosts 16 --slow-motion 1500 --shrink 64 \\
         --steps 3 --json benchmarks/records/announcement-lab-16.json
     sudo python benchmarks/announcement.py --lab --hosts 64 --slow-motion 10000 --shrink 64 \\

@@ -96,6 +96,16 @@ def test_single_slow_steps_do_not_decide() -> None:
     assert next_turn(turns, CANDIDATES) == (USUAL, True)
 
 
+def test_a_single_fast_step_does_not_decide() -> None:
+    turns = [Turn(candidate.name, (1.5, 1.5, 1.5)) for candidate in CANDIDATES]
+    turns[0] = Turn(USUAL.name, (1.0, 2.0, 2.0))
+    assert next_turn(turns, CANDIDATES) == (USUAL, False)
+    for _ in range(2):
+        turns += [Turn(USUAL.name, (2.0, 2.0, 2.0))]
+        turns += [Turn(candidate.name, (1.5, 1.5, 1.5)) for candidate in CANDIDATES[1:]]
+    assert next_turn(turns, CANDIDATES) == (LIKE_DDP, True)
+
+
 def test_candidates_of_equal_buckets_are_one() -> None:
     flat = Flat.lay_out("float32", 4, [("a", "a", 20), ("b", "b", 20)])
     network = mixed_network(2)

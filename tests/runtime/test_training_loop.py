@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import soonest
 from ranks import run_ranks, say_done, wait_for_the_others
 from soonest.runtime import guard
+from soonest.runtime.compiled import Entries
 
 
 def net() -> nn.Sequential:
@@ -304,6 +306,17 @@ def compiles() -> dict[str, Any]:
         "restored": model.blocks[0]._compiled_call_impl is called,
         "hooks": len(model.blocks[1]._forward_pre_hooks),
     }
+
+
+def test_who_compiles_the_whole_model_is_told_what_that_costs() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].compile(backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        entries = Entries(model)
+    model.compile(backend="eager")
+    with pytest.warns(UserWarning, match="compile its blocks instead"):
+        entries.renew()
 
 
 def test_compiled_blocks_stay_whole() -> None:

@@ -152,7 +152,8 @@ def turns_of(data: Any) -> list[Turn]:
 def next_turn(turns: Sequence[Turn], candidates: Sequence[Candidate]) -> tuple[Candidate, bool]:
     """Who has the next turn, and whether it stays.
 
-    Each has one. Those that came near to the fastest have another, and the nearest a third one.
+    Each has one. Those that came near to the fastest, in one step or in most, have another, and the
+    nearest a third one.
 
     Args:
         turns: so far.
@@ -164,11 +165,16 @@ def next_turn(turns: Sequence[Turn], candidates: Sequence[Candidate]) -> tuple[C
     for candidate, taken in step_s.items():
         if not taken:
             return candidate, False
-    least_s = min(min(taken) for taken in step_s.values())
+    least_s = [min(how(taken) for taken in step_s.values()) for how in (min, median)]
     had = {c: sum(turn.name == c.name for turn in turns) for c in candidates}
     near = list(candidates)
     for number, share in enumerate(_NEAR, 1):
-        near = [c for c in near if min(step_s[c]) < (1 + share) * least_s]
+        near = [
+            c
+            for c in near
+            if min(step_s[c]) < (1 + share) * least_s[0]
+            or median(step_s[c]) < (1 + share) * least_s[1]
+        ]
         behind = [c for c in near if had[c] <= number]
         if len(near) > 1 and behind:
             return behind[0], False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
@@ -10,6 +11,11 @@ from torch import nn
 
 from soonest.runtime import guard
 from soonest.runtime.calls import Calling
+
+_NOTHING_OVERLAPS = (
+    "the model is compiled as a whole, so its gradients come all at once and sharing them overlaps "
+    "nothing: compile its blocks instead, or torch.compile(soonest.DistributedDataParallel(model))"
+)
 
 
 class Entries:
@@ -35,6 +41,8 @@ class Entries:
         self.remove()
         compiled = [module for module in self._model.modules() if _is_compiled(module)]
         self.whole = self._model in compiled
+        if self.whole:
+            warnings.warn(_NOTHING_OVERLAPS, stacklevel=2)
         inside = {id(inner) for module in compiled for inner in module.modules()}
         self._plain = [module for module in self._model.modules() if id(module) not in inside]
         for module in compiled:
