@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import time
 import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -336,11 +337,17 @@ def is_shared(parameters: Iterable[nn.Parameter]) -> bool:
     )
 
 
+_THREADS_END_S = 0.02
+
+
 @atexit.register
 def _finish() -> None:
     """A script that ends still owes the other ranks its part of what is in flight."""
-    for engine in list(_engines):
+    engines = list(_engines)
+    for engine in engines:
         if engine.lane.error is None:
             engine.finish()
         # A thread that still runs when the interpreter ends may take the process down with it.
         engine.lane.close()
+    if engines:  # one that has been joined may still need the interpreter to free what torch kept
+        time.sleep(_THREADS_END_S)
