@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import soonest
 from ranks import run_ranks
+from runtime.equal import equal
 from soonest.runtime import ddp
 
 STEPS = 6
@@ -80,16 +81,6 @@ def train(model: Any, *, steps: int = STEPS, **forward: Any) -> dict[str, Any]:
         "optimizer": copy.deepcopy(optimizer.state_dict()),
         "forward_sync_buffers": model.forward_sync_buffers,
     }
-
-
-def equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
 
 
 def alike(make: Callable[..., nn.Module] = net, /, *, forward: Any = None, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import soonest
 from ranks import run_ranks
+from runtime.equal import equal
 from soonest.errors import SoonestError
 from soonest.runtime.handle import Handle
 
@@ -48,16 +49,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, **cl
 
 def parameters(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
-
-
-def equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
 
 
 def held() -> tuple[int, int, int]:

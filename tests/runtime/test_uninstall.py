@@ -19,6 +19,7 @@ from torch.optim import lr_scheduler
 
 import soonest
 from ranks import run_ranks
+from runtime.equal import equal
 from runtime.reads import reloaded
 from soonest.runtime import guard
 
@@ -77,16 +78,6 @@ class Training:
         self.optimizer.load_state_dict(optimizer)
         for scheduler, values in zip(self.schedulers, schedulers, strict=True):
             scheduler.load_state_dict(values)
-
-
-def equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
