@@ -115,6 +115,7 @@ class Engine:
         )
         self.profiler.bind(plan, layout.members)
         self.gradients = Gradients(layout, self.ranks.group.size(), self._peers)
+        layout.note_memory()
         self._landing = Landing(self.program, self.lane, self._module_hooks, self.profiler)
         newcomers = self._newcomers.look(layout.members) if self._newcomers is not None else ()
         self.backward.bind(self.program, self._landing, self.gradients, newcomers)
@@ -129,7 +130,7 @@ class Engine:
     def forward_begins(self, *inputs: Any) -> None:
         self.lane.enter()
         self.backward.forward_begins()
-        self._take_back()
+        self._follow()
         if self._buffers is not None:
             self._buffers.land()
         if self.profiler.observing:  # what was read before it does not show the order of use
@@ -146,16 +147,22 @@ class Engine:
         if torch.is_grad_enabled() and modes.is_plain():
             self.backward.expect(output)
 
-    def _take_back(self) -> None:
-        """Parameters that the user has given other memory come back into the buffers."""
+    def _follow(self) -> None:
+        """Parameters that the user has given other memory are updated there from now on."""
         with guard.DisableGuard():
-            for member in self.layout.members:
-                if member.parameter.data_ptr() != member.address:
-                    try:
-                        self.layout.take_back(member)
-                    except SoonestError as error:
-                        raise self._peers.at_fault(error) from None
-                    self.backward.renew_hooks(member)
+            moved = [member for member in self.layout.members if member.has_moved]
+            if not moved:
+                return
+            try:
+                self.layout.follow(moved)
+                if self.state.parts is not None:
+                    if self.layout.overlaps:
+                        raise SoonestError(checks.OVERLAP)
+                    self.state.parts.follow(moved)
+            except SoonestError as error:
+                raise self._peers.at_fault(error) from None
+        for member in moved:
+            self.backward.renew_hooks(member)
 
     def _look_at_modules(self) -> None:
         """The model has come to have other modules, or compiled ones."""
@@ -207,8 +214,10 @@ class Engine:
         self.backward.check()
         if self._updater.outdated():
             self.groups_changed()
+        self._follow()
         blocking = self.program.plan.blocking
-        whole = self.state.parts is None and (blocking or self._updater.trains_others())
+        at_once = blocking or self.layout.overlaps or self._updater.trains_others()
+        whole = self.state.parts is None and at_once
         if self._separable and not whole:
             loss = self._step_by_bucket(closure)
             if blocking:
@@ -245,8 +254,9 @@ class Engine:
             record = self.profiler.new_record()
             sweep = Sweep(self.backward.passes, self.program, record, local=True)
             self.lane.begin(sweep)
-        self._take_back()
-        gradients = self.gradients.of(self._updater.owned, self._landing.unknown)
+        gradients = self.gradients.of(
+            self._updater.owned, self._landing.unknown, self._landing.copies
+        )
         call = self._updater.call(gradients)
         aliased = self._aliases.of(self.layout.members[order] for order in gradients)
         self._landing.expect(sweep, gradients)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import sys
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from soonest.errors import SoonestError
 from soonest.runtime import guard
-from soonest.runtime.layout import Layout, Member, changed
+from soonest.runtime.layout import Layout, Member, changed, is_shared
 from soonest.runtime.peers import Peers
+from soonest.runtime.update import IN_BUFFER
 
 
 class Gradients:
@@ -42,8 +45,17 @@ class Gradients:
             for grads in self._layout.grads
         ]
 
-    def take(self, member: Member) -> None:
+    def take(self, member: Member, *, fresh: bool) -> Tensor | None:
         """Puts ``parameter.grad`` into the flat buffer, divided as DDP does before it sums.
+
+        The tensor in the buffer then takes its place, unless the user has the other one elsewhere.
+
+        Args:
+            member: whose.
+            fresh: there was none before this backward pass.
+
+        Returns:
+            The user's own tensor, if it is to have the combined value, too.
 
         Raises:
             ValueError: it is sparse.
@@ -54,34 +66,46 @@ class Gradients:
         if gradient.is_sparse:
             sparse = f"the gradient of {member.name!r} is sparse and cannot be combined"
             raise self._peers.at_fault(ValueError(f"{sparse}: use dense gradients (sparse=False)"))
-        self._take_back(member)
-        if torch.is_grad_enabled():  # backward(create_graph=True)
-            gradient = gradient.detach()
         if gradient is member.grad:
+            self._take_back(member)
             member.raw_grad.mul_(self._shares[member.flat])
-            return
+            return None
+        kept = sys.getrefcount(gradient) > _NAMES or (not fresh and is_shared(gradient))
+        if gradient.dtype != member.raw_grad.dtype:
+            raise self._peers.at_fault(_of_another_dtype(member, gradient))
         try:
-            torch.mul(gradient, self._shares[member.flat], out=member.raw_grad)
+            # Detached for the sake of backward(create_graph=True).
+            torch.mul(gradient.detach(), self._shares[member.flat], out=member.raw_grad)
+            if kept:
+                return gradient
             member.parameter.grad = member.grad
         except RuntimeError as error:
             raise self._peers.at_fault(changed(member)) from error
+        return None
 
-    def of(self, members: Iterable[Member], unknown: Collection[int]) -> dict[int, Tensor]:
+    def of(
+        self, members: Iterable[Member], unknown: Collection[int], copies: Mapping[int, Tensor]
+    ) -> dict[int, Tensor | None]:
         """By order of the member, the gradients that the optimizer is to use.
 
         Args:
             members: whose.
             unknown: orders of those of which another rank may have one; see ``Landing``.
+            copies: of those in the buffer that the user has and that have not been written yet.
         """
-        found: dict[int, Tensor] = {}
+        found: dict[int, Tensor | None] = {}
         with guard.DisableGuard():
             for member in members:
                 gradient = member.parameter.grad
-                if gradient is member.grad:
+                if gradient is None:
+                    if member.order in unknown:
+                        found[member.order] = IN_BUFFER
+                elif gradient is member.grad:
                     self._take_back(member)
-                if gradient is None and member.order in unknown:
-                    gradient = member.grad
-                if gradient is not None:
+                    found[member.order] = IN_BUFFER
+                elif copies.get(member.order) is gradient:
+                    found[member.order] = IN_BUFFER
+                else:
                     found[member.order] = gradient
         return found
 
@@ -89,3 +113,22 @@ class Gradients:
         """The user may have given the gradient in the buffer other memory."""
         if member.grad.data_ptr() != member.grad_address:
             self._layout.take_back_gradient(member)
+
+
+def _of_another_dtype(member: Member, gradient: Tensor) -> SoonestError:
+    return SoonestError(
+        f"the gradient of {member.name!r} is {gradient.dtype}, but its parameter was "
+        f"{member.raw_grad.dtype} when prioritize was called, and gradients are combined as such: "
+        "leave its grad_dtype alone, or detach() the handle and call prioritize again"
+    )
+
+
+def _names_of_a_gradient() -> int:
+    """How many references Python counts to a gradient that only its parameter has."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    gradient = parameter.grad
+    return sys.getrefcount(gradient)
+
+
+_NAMES = _names_of_a_gradient()

@@ -31,19 +31,37 @@ class Hold:
         land: waits until the tensor has its value; called once per flight, before the first read.
         zero: takes note that the tensor is to become zero after it has landed; without it,
             zeroing waits like everything else.
+        set_grad: takes note that ``tensor.grad`` is what the user has just made it, where that was
+            unknown.
 
     Attributes:
         hides_grad: whether ``tensor.grad`` is unknown, too, until the tensor has landed.
     """
 
-    __slots__ = ("__weakref__", "_free", "_held", "_me", "hides_grad", "land", "tensor", "zero")
+    __slots__ = (
+        "__weakref__",
+        "_free",
+        "_held",
+        "_me",
+        "hides_grad",
+        "land",
+        "set_grad",
+        "tensor",
+        "zero",
+    )
 
     def __init__(
-        self, tensor: Tensor, land: Callable[[], None], *, zero: Callable[[], None] | None = None
+        self,
+        tensor: Tensor,
+        land: Callable[[], None],
+        *,
+        zero: Callable[[], None] | None = None,
+        set_grad: Callable[[], None] | None = None,
     ) -> None:
         self.tensor = tensor  # keeps the tensor, and so its id, alive
         self.land = land
         self.zero = zero
+        self.set_grad = set_grad
         self.hides_grad = False
         self._free: Any = None
         self._held: Any = None
@@ -169,6 +187,8 @@ class _Held:
     ) -> Any:
         kwargs = kwargs or {}
         if func in _KEEPS_FLYING or (func == _GET_GRAD and not _hides_grad(args[0])):
+            if func == _SET_GRAD:
+                _know_grad(args[0])
             with DisableGuard():
                 return func(*args, **kwargs)
         held = [tensor for tensor in tensors_in((args, kwargs)) if is_held(tensor)]
@@ -208,6 +228,13 @@ def _hides_grad(tensor: Tensor) -> bool:
     return hold is not None and hold.hides_grad
 
 
+def _know_grad(tensor: Tensor) -> None:
+    hold = _hold_of(tensor)
+    if hold is not None and hold.hides_grad and hold.set_grad:
+        hold.hides_grad = False
+        hold.set_grad()
+
+
 def _zero_later(held: list[Tensor]) -> bool:
     """Notes that these are to be zero once they have landed; False if one of them cannot be."""
     zeros = [hold.zero for tensor in held if (hold := _hold_of(tensor)) and hold.zero]
@@ -242,12 +269,13 @@ def _getters(*names: str) -> set[Any]:
 
 _foreach_zero: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
 (_GET_GRAD,) = _getters("grad")
+_SET_GRAD: Any = getattr(Tensor, "grad").__set__  # noqa: B009
 _ZERO = {Tensor.zero_, _foreach_zero}
 # What a tensor is, rather than what it holds: reading this need not wait.
 _KEEPS_FLYING = {
     *_getters("shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "grad_fn"),
     *_getters("is_sparse", "is_cuda", "is_meta", "is_quantized", "is_nested", "itemsize", "nbytes"),
-    getattr(Tensor, "grad").__set__,  # noqa: B009
+    _SET_GRAD,
     Tensor.requires_grad_,
     Tensor.size,
     Tensor.numel,

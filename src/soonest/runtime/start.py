@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from soonest.core.network import Network
@@ -17,7 +17,7 @@ from soonest.errors import PeerLostError
 from soonest.runtime import agree, calibrate, collectives, consistency, groups, pinned, update
 from soonest.runtime.buffers import Buffers
 from soonest.runtime.calls import nobody
-from soonest.runtime.checks import check, check_options, check_real
+from soonest.runtime.checks import check, check_options, check_parts
 from soonest.runtime.choice import Choice, can_shard, methods_for, note_on
 from soonest.runtime.device import check_group, lane_for
 from soonest.runtime.engine import Engine
@@ -111,7 +111,7 @@ def start(
     note = note_on(optimizer, shard_optimizer, group.size())
     sharded = shard_optimizer and can_shard(optimizer, separable)
     if sharded:
-        check_real(model, without)
+        check_parts(model, without)
     methods = methods_for(method, given, ranks, sharded=sharded)
     sharing = collectives.Ranks(ranks.second, ranks.second) if sharded else None
     order = [slot.name for flat in given.flats for slot in flat.slots] if given else []
@@ -122,7 +122,7 @@ def start(
             pinned.check(given, layout, group.size())
         with peers.together("prioritize()"):
             if not equal:
-                collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
+                collectives.broadcast(group, [*model.parameters(), *model.buffers()])
             network = UNKNOWN
             if own_lane is None:
                 network = calibrate.network_of(ranks, methods=methods, device=device, wire=wire)
@@ -146,7 +146,7 @@ def start(
 
         def anew(engine: Engine, grown: Layout) -> None:
             if sharded:
-                check_real(model, without)
+                check_parts(model, without)
             with peers.together("taking in parameters"):
                 agree.agree_on_model(group, model, without)
                 engine.bind(grown, _agreed_plan(group, grown, network, methods))
@@ -222,11 +222,3 @@ def _refusal(
     except (ValueError, TypeError) as error:
         return error
     return None
-
-
-def _others(model: nn.Module, layout: Layout) -> list[Tensor]:
-    """Frozen parameters and buffers: all that is not in the flat buffers."""
-    inside = {id(member.parameter) for member in layout.members}
-    return [
-        tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in inside
-    ]

@@ -1,7 +1,7 @@
 """What goes over the network; nothing else names torch's collectives."""
 
 from soonest.runtime.collectives.broadcasts import Sent, broadcast, broadcast_of, start_broadcast
-from soonest.runtime.collectives.ops import Running, Work, combine, run, start
+from soonest.runtime.collectives.ops import Op, Running, Work, combine, op, run, start
 from soonest.runtime.collectives.piece import EXACT, Piece, Wire
 from soonest.runtime.collectives.ranks import Group, Ranks, check_method
 from soonest.runtime.collectives.values import (
@@ -15,6 +15,7 @@ from soonest.runtime.collectives.values import (
 __all__ = [
     "EXACT",
     "Group",
+    "Op",
     "Piece",
     "Ranks",
     "Running",
@@ -29,6 +30,7 @@ __all__ = [
     "gather_objects",
     "gather_scalars",
     "last_of",
+    "op",
     "run",
     "start",
     "start_broadcast",
