@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from soonest.core.plan import METHODS
+from soonest.runtime.buffers import check_buffer
 from soonest.runtime.collectives import Wire
 from soonest.runtime.device import has_lane
 from soonest.runtime.layout import overlap, trainable
@@ -43,6 +44,12 @@ def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ())
             "or detach() the handle of the first call before"
         )
     check_step(optimizer)
+    check_model(model, without)
+    check_optimizer(model, optimizer)
+
+
+def check_model(model: nn.Module, without: Collection[str] = ()) -> None:
+    """Raises ValueError if soonest cannot share the gradients of this model, as it is now."""
     _check_wrapping(model)
     named = trainable(model, without)
     if not named:
@@ -53,7 +60,8 @@ def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ())
     for name, _, parameter in named:
         _check_parameter(name, parameter)
     _check_devices(named)
-    check_optimizer(model, optimizer)
+    for name, buffer in model.named_buffers():
+        check_buffer(name, buffer)
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm) and named[0][2].device.type == "cpu":
             raise ValueError(

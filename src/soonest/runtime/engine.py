@@ -26,6 +26,7 @@ from soonest.runtime.peers import Peers
 from soonest.runtime.profiler import Profiler
 from soonest.runtime.program import Program
 from soonest.runtime.state import OptimizerState
+from soonest.runtime.structure import Structure
 from soonest.runtime.sweep import Sweep
 from soonest.runtime.update import Updater, raw_step
 
@@ -92,6 +93,7 @@ class Engine:
         self.profiler = Profiler(type(model).__name__, len(layout.members), lane.clock)
         self.backward = Backward(lane, peers, self.profiler, self._backward_ended)
         self.after_backward: Callable[[Engine, Sequence[Member]], None] = nobody
+        self._structure = Structure(model)
         self._entries = compiled.Entries(model)
         self._module_hooks = guard.ModuleHooks(self._entries.outside())
         self._aliases = Aliases()
@@ -131,8 +133,10 @@ class Engine:
         self.lane.enter()
         self.backward.forward_begins()
         self._follow()
+        if self._structure.has_changed():
+            self._restructure()
         if self._buffers is not None:
-            self._buffers.land()
+            self._buffers.forward_begins()
         if self.profiler.observing:  # what was read before it does not show the order of use
             self.inputs = [f"{tuple(x.shape)} {x.dtype}" for x in guard.tensors_in(inputs)]
             self.profiler.record = self.profiler.new_record()
@@ -144,6 +148,9 @@ class Engine:
 
     def forward_ends(self, inputs: Any = None, output: Any = None, *_: Any) -> None:
         self.profiler.forward_ended()
+        if self._buffers is not None:
+            combined = torch.is_grad_enabled() and self.backward.synchronizing
+            self._buffers.forward_ended(synchronizing=combined)
         if torch.is_grad_enabled() and modes.is_plain():
             self.backward.expect(output)
 
@@ -170,6 +177,28 @@ class Engine:
         self._entries.renew()
         self._module_hooks.move_to(self._entries.outside())
 
+    def _restructure(self) -> None:
+        """The model has other modules or parameters now; a collective call.
+
+        What ``DistributedDataParallel`` would do if it were made anew: every rank gets the first
+        one's new parameters, and its buffers.
+        """
+        self._look_at_modules()
+        self._structure.look()
+        if self._newcomers is None:
+            return
+        try:
+            checks.check_model(self.model, self.layout.without)
+        except ValueError as error:
+            raise self._peers.at_fault(error) from None
+        self._newcomers.look(self.layout.members)
+        present = {id(parameter) for parameter in self.model.parameters()}
+        come = self._newcomers.come()
+        if come or any(id(member.parameter) not in present for member in self.layout.members):
+            self._take_in(come)
+        if self._buffers is not None:
+            self._buffers.anew()
+
     def _land_all(self) -> None:
         """Also what has arrived and is only watched."""
         self.flush()
@@ -180,7 +209,9 @@ class Engine:
 
     def _backward_ended(self, late: Sequence[Member]) -> None:
         self._share_buffers(active=True)
-        if self._newcomers is not None and (parameters := self._newcomers.come()):
+        if self._structure.has_changed():  # since the forward pass, or without one of the model
+            self._restructure()
+        elif self._newcomers is not None and (parameters := self._newcomers.come()):
             self._take_in(parameters)
         self.after_backward(self, late)
 
@@ -198,10 +229,9 @@ class Engine:
         """Trains these, too, from now on; a collective call."""
         assert self._anew is not None
         self.complete()
-        admit(self.ranks, parameters)
+        if parameters:
+            admit(self.ranks, parameters)
         self._look_at_modules()
-        if self._buffers is not None:
-            self._buffers.look(self.model)
         self.profiler.observing = True
         self._anew(self, self.layout.grown())
         self.state.adopt()
@@ -296,8 +326,6 @@ class Engine:
             self.lane.check()  # what has failed meanwhile is no longer waited for
             if not self.backward.under_way:
                 self._landing.all()
-        if self._buffers is not None:
-            self._buffers.land()
 
     def finish(self) -> None:
         """Waits until nothing is under way that other ranks need."""

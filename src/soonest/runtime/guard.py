@@ -126,9 +126,19 @@ def is_held(tensor: Tensor) -> bool:
 def land_module(module: nn.Module, args: Any = None) -> None:
     """Lands the parameters that a module owns itself; a forward pre-hook.
 
+    Some of torch's own modules look at all that is below them when they evaluate, and take another
+    way, with other rounding, if a parameter there is no plain tensor or a module has a hook.
+
     A plain tensor in the place of a parameter comes from ``functional_call``, and under a transform
     of ``torch.func`` it may wrap any parameter unseen, so everything lands then.
     """
+    if not module.training and isinstance(module, _LOOK_BELOW):
+        for parameter in module.parameters():
+            if is_held(parameter):
+                land(parameter)
+        for hooks in list(_module_hooks):
+            hooks.leave(module)
+        return
     for parameter in module._parameters.values():
         if issubclass(type(parameter), _Held):
             land(parameter)  # type: ignore[arg-type]
@@ -137,6 +147,9 @@ def land_module(module: nn.Module, args: Any = None) -> None:
                 hold = entry()
                 if hold is not None and isinstance(hold.tensor, nn.Parameter):
                     land(hold.tensor)
+
+
+_LOOK_BELOW = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class ModuleHooks:
@@ -149,30 +162,45 @@ class ModuleHooks:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._hooks: list[tuple[Any, RemovableHandle]] = []
+        self._hooks: dict[int, tuple[Any, RemovableHandle]] = {}
         self.move_to(modules)
+        _module_hooks.add(self)
 
     def move_to(self, modules: Iterable[nn.Module]) -> None:
         """From now on these modules have the hooks."""
         self.remove()
-        self._hooks = [
-            (module._forward_pre_hooks, module.register_forward_pre_hook(land_module, prepend=True))
+        self._hooks = {
+            id(module): (
+                module._forward_pre_hooks,
+                module.register_forward_pre_hook(land_module, prepend=True),
+            )
             for module in modules
-            if any(parameter is not None for parameter in module._parameters.values())
-        ]
+            if isinstance(module, _LOOK_BELOW)
+            or any(parameter is not None for parameter in module._parameters.values())
+        }
         self._there = True
 
     def put(self) -> None:
         if not self._there:
-            for hooks, handle in self._hooks:
+            for hooks, handle in self._hooks.values():
                 hooks[handle.id] = land_module
                 hooks.move_to_end(handle.id, last=False)
             self._there = True
 
+    def leave(self, module: nn.Module) -> None:
+        """No hook is needed any more on this module and all below it, for now."""
+        for inner in module.modules():
+            if (known := self._hooks.get(id(inner))) is not None:
+                known[1].remove()
+        self._there = False
+
     def remove(self) -> None:
-        for _, handle in self._hooks:
+        for _, handle in self._hooks.values():
             handle.remove()
         self._there = False
+
+
+_module_hooks: weakref.WeakSet[ModuleHooks] = weakref.WeakSet()
 
 
 class _Held:
