@@ -8,16 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._prims_common import is_non_overlapping_and_dense_or_false
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from soonest.core.plan import METHODS
+from soonest.runtime import wrapping
 from soonest.runtime.buffers import check_buffer
 from soonest.runtime.collectives import Wire
 from soonest.runtime.device import has_lane
 from soonest.runtime.layout import overlap, trainable
-from soonest.runtime.takeover import check_step, is_taken_over
+from soonest.runtime.takeover import is_taken_over
 
 
 def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ()) -> None:
@@ -43,14 +43,14 @@ def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ())
             "this optimizer is prioritized already: call prioritize once, "
             "or detach() the handle of the first call before"
         )
-    check_step(optimizer)
+    wrapping.check_optimizer_of_others(optimizer)
     check_model(model, without)
     check_optimizer(model, optimizer)
 
 
 def check_model(model: nn.Module, without: Collection[str] = ()) -> None:
     """Raises ValueError if soonest cannot share the gradients of this model, as it is now."""
-    _check_wrapping(model)
+    wrapping.check_inside(model)
     named = trainable(model, without)
     if not named:
         raise ValueError(
@@ -143,26 +143,6 @@ OVERLAP = (
     "updated counts, and ranks cannot update parts of them: leave out shard_optimizer=True, or "
     "assign one of them to both modules (a.weight = b.weight)"
 )
-
-
-def _check_wrapping(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        where = f"module {name!r}" if name else "the model"
-        shares = isinstance(module, DistributedDataParallel | DataParallel)
-        if shares and not getattr(module, "has_given_way", False):
-            kind = type(module).__name__
-            raise ValueError(
-                f"{where} is wrapped by {kind}, which shares gradients itself: "
-                "give prioritize the bare module"
-            )
-        if any(
-            cls.__name__ in ("FSDPModule", "FullyShardedDataParallel")
-            for cls in type(module).__mro__
-        ):
-            raise ValueError(
-                f"{where} is sharded by FSDP, which shares gradients itself: "
-                "give prioritize the module without FSDP"
-            )
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:

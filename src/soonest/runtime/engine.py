@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from soonest.core.plan import Plan
 from soonest.errors import SoonestError
-from soonest.runtime import checks, compiled, guard, modes, takeover
+from soonest.runtime import checks, compiled, guard, modes, takeover, wrapping
 from soonest.runtime.backward import Backward
 from soonest.runtime.buffers import Buffers
 from soonest.runtime.bystanders import Aliases
@@ -131,6 +131,10 @@ class Engine:
 
     def forward_begins(self, *inputs: Any) -> None:
         self.lane.enter()
+        try:
+            wrapping.check_caller()
+        except ValueError as error:
+            raise self._peers.at_fault(error) from None
         self.backward.forward_begins()
         self._follow()
         if self._structure.has_changed():
@@ -188,6 +192,7 @@ class Engine:
         if self._newcomers is None:
             return
         try:
+            wrapping.check_outside(self.model)
             checks.check_model(self.model, self.layout.without)
         except ValueError as error:
             raise self._peers.at_fault(error) from None
@@ -214,6 +219,8 @@ class Engine:
         elif self._newcomers is not None and (parameters := self._newcomers.come()):
             self._take_in(parameters)
         self.after_backward(self, late)
+        if modes.is_compiling():  # what follows is compiled, too, and should find plain tensors
+            self.flush()
 
     def contribute_nothing(self) -> None:
         """Takes part in a backward pass that only others have."""
@@ -240,6 +247,14 @@ class Engine:
 
     def step(self, closure: Callable[[], Any] | None) -> Any:
         """What the user's ``optimizer.step(closure)`` does."""
+        if modes.is_compiling():
+            raise self._peers.at_fault(
+                ValueError(
+                    "optimizer.step() is called from code that torch.compile compiles, and soonest "
+                    "would round updates otherwise than that: call it outside, and leave out "
+                    "torch.compile(optimizer.step)"
+                )
+            )
         self.lane.check()
         self.backward.check()
         if self._updater.outdated():

@@ -12,12 +12,15 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from soonest.errors import ReadTooEarlyError
 
 DisableGuard = torch._C.DisableTorchFunctionSubclass
 """Within this context, in this thread, held tensors are taken as they are."""
@@ -117,6 +120,22 @@ def land(tensor: Tensor) -> None:
         hold.release()
     if is_held(tensor):  # a shallow copy of one: nothing holds it
         tensor.__class__ = type(tensor).held_from  # pyright: ignore
+
+
+def any_held() -> bool:
+    """Whether anything may be in flight in this process."""
+    return bool(_holds)
+
+
+def land_all(tensors: Iterable[Tensor] | None = None) -> None:
+    """Lands these, or all that are held; but for gradients of a backward pass that still runs."""
+    if tensors is None:
+        holds = [entry() for entry in list(_holds.values())]
+        tensors = [hold.tensor for hold in holds if hold is not None]
+    for tensor in tensors:
+        if is_held(tensor):
+            with suppress(ReadTooEarlyError):
+                land(tensor)
 
 
 def is_held(tensor: Tensor) -> bool:

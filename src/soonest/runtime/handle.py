@@ -21,7 +21,8 @@ from soonest.core.explain import Report, explain
 from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
-from soonest.runtime import checkpoint, pinned
+from soonest.runtime import alone, checkpoint, pinned
+from soonest.runtime.alone import Alone
 from soonest.runtime.choice import Choice
 from soonest.runtime.engine import Engine
 from soonest.runtime.learn import Learner
@@ -42,6 +43,7 @@ class Handle(Joinable):
         engine: Engine | None = None,
         choice: Choice | None = None,
         learner: Learner | None = None,
+        alone: Alone | None = None,
     ) -> None:
         super().__init__()
         self._group = group
@@ -50,6 +52,7 @@ class Handle(Joinable):
         self._optimizer = optimizer
         self._choice = choice
         self._learner = learner
+        self._alone = alone
         if engine:
             _engines.add(engine)
             # At exit, what is in flight goes first.
@@ -215,10 +218,11 @@ class Handle(Joinable):
         """Why each bucket is combined as it is, with predicted and measured times.
 
         Printed, it is a table. Predictions are of the calibrated network, at the pace seen in the
-        last measured steps on this rank. None in a group of one rank and after ``detach``.
+        last measured steps on this rank. In a group of one rank it says that there is nothing to
+        send. None after ``detach``.
         """
         if not self._engine:
-            return None
+            return Report((), ("one rank: nothing to send",)) if self._alone else None
         assert self._choice
         calibrated, methods, given, notes = self._choice
         measured_s, pace = self._engine.profiler.measured(calibrated)
@@ -320,6 +324,9 @@ class Handle(Joinable):
         Training may go on with them, on this rank alone. After a failure the parameters keep the
         values that they have. Calling it again does nothing.
         """
+        if self._alone:
+            self._alone.detach()
+            self._alone = None
         if self._engine:
             engine, self._engine = self._engine, None
             _engines.discard(engine)
@@ -331,8 +338,9 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 def is_shared(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether gradients of any of these are combined already."""
-    mine = {id(parameter) for parameter in parameters}
-    return any(
+    given = list(parameters)
+    mine = {id(parameter) for parameter in given}
+    return alone.holds_any(given) or any(
         id(member.parameter) in mine for engine in _engines for member in engine.layout.members
     )
 

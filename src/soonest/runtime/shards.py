@@ -122,9 +122,10 @@ class ShardedState:
         states = {key: dict(state) for key, state in self.parts.items()}
         for key, exact in self._exact().items():
             states.setdefault(key, {})[_VALUE] = exact
-        if (plan.flats, _cuts(plan)) != (self._plan.flats, _cuts(self._plan)):
-            names = {id(member.parameter): member.name for member in layout.members}
-            renamed = {m.name: names.get(id(m.parameter), "") for m in self._layout.members}
+        names = {id(member.parameter): member.name for member in layout.members}
+        renamed = {m.name: names.get(id(m.parameter), "") for m in self._layout.members}
+        same = all(before == now for before, now in renamed.items())
+        if not same or (plan.flats, _cuts(plan)) != (self._plan.flats, _cuts(self._plan)):
             states = self._moved(states, coming, renamed)
         for share in (share for shares in coming for share in shares):
             exact = states.get(share.key, {}).pop(_VALUE, None)

@@ -14,11 +14,27 @@ from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.planner import first_plan
 from soonest.errors import PeerLostError
-from soonest.runtime import agree, calibrate, collectives, consistency, groups, pinned, update
+from soonest.runtime import (
+    agree,
+    calibrate,
+    collectives,
+    consistency,
+    groups,
+    pinned,
+    update,
+    wrapping,
+)
+from soonest.runtime.alone import Alone
 from soonest.runtime.buffers import Buffers
 from soonest.runtime.calls import nobody
 from soonest.runtime.checks import check, check_options, check_parts
-from soonest.runtime.choice import Choice, can_shard, methods_for, note_on
+from soonest.runtime.choice import (
+    Choice,
+    can_shard,
+    methods_for,
+    note_on,
+    warn_of_replaced_step,
+)
 from soonest.runtime.device import check_group, lane_for
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Handle, is_shared
@@ -27,6 +43,7 @@ from soonest.runtime.layout import Layout, trainable
 from soonest.runtime.learn import Learner
 from soonest.runtime.newcomers import Newcomers
 from soonest.runtime.peers import Peers, private_group
+from soonest.runtime.takeover import optimizer_in
 
 UNKNOWN = Network.linear(0.0, 1e9)
 """Stands for the network where it chooses nothing."""
@@ -66,7 +83,12 @@ def start(
         own_lane: executes the plan, which must be given, in a group of any size.
         turns: given what learns from a step and compares ranks, says what to do at the end of each.
     """
-    refused = _refusal(model, optimizer, without)
+    refused: ValueError | TypeError | None = None
+    try:
+        optimizer = optimizer_in(optimizer)
+    except TypeError as error:
+        refused = error
+    refused = refused or _refusal(model, optimizer, without, outside=not equal)
     if not (dist.is_available() and dist.is_initialized()):
         assert refused
         raise refused
@@ -83,7 +105,7 @@ def start(
     if parent.size() == 1 and own_lane is None:
         if refused:
             raise refused
-        return Handle(model, optimizer, parent)
+        return Handle(model, optimizer, parent, alone=None if equal else Alone(model, without))
     device = torch.device("cpu")
     if not refused:
         device = next(p.device for _, _, p in trainable(model, without))
@@ -109,6 +131,7 @@ def start(
             agree.agree_on_plan(group, given)
         ranks = groups.ranks_of(group, native=device.type != "cpu")
     note = note_on(optimizer, shard_optimizer, group.size())
+    warn_of_replaced_step(optimizer)
     sharded = shard_optimizer and can_shard(optimizer, separable)
     if sharded:
         check_parts(model, without)
@@ -208,9 +231,14 @@ def _together(peers: Peers, after_step: AfterStep) -> AfterStep:
 
 
 def _refusal(
-    model: nn.Module, optimizer: Optimizer, without: Collection[str]
+    model: nn.Module, optimizer: Optimizer, without: Collection[str], *, outside: bool
 ) -> ValueError | TypeError | None:
-    """What is wrong with these two on this rank; the others have to be told."""
+    """What is wrong with these two on this rank; the others have to be told.
+
+    Args:
+        model, optimizer, without: as for ``start``.
+        outside: look for what else may share the model's gradients.
+    """
     try:
         if isinstance(model, nn.Module) and is_shared(p for _, _, p in trainable(model, without)):
             raise ValueError(
@@ -219,6 +247,8 @@ def _refusal(
                 "before, or call prioritize of the soonest.DistributedDataParallel that it is in"
             )
         check(model, optimizer, without)
+        if outside:
+            wrapping.check_outside(model)
     except (ValueError, TypeError) as error:
         return error
     return None
