@@ -170,7 +170,10 @@ class Backward:
             guard.land(member.parameter)  # what is added to must be known
         self._landing.make_room(member)
         with guard.DisableGuard():
-            self._fresh[order] = member.parameter.grad is None
+            gradient = member.parameter.grad
+            self._fresh[order] = gradient is None
+            if gradient is not None and gradient is not member.grad:
+                self._gradients.check_own(member, gradient)
 
     def _after(self, order: int, *_: Any) -> None:
         """A gradient has been written to ``parameter.grad``."""
@@ -220,9 +223,9 @@ class Backward:
         if copy is None:
             self._landing.hold_gradient(member, member.grad)
         else:
-            self._landing.hold_copy(member, copy)
             if not fresh and is_shared(copy):
                 self._aliased.append(member)
+            self._landing.hold_copy(member, copy)
         self._arrived(sweep, member)
 
     def _lack(self, sweep: Sweep, member: Member) -> None:

@@ -107,12 +107,43 @@ class Gradients:
                     found[member.order] = IN_BUFFER
                 else:
                     found[member.order] = gradient
+        if any(gradient is not IN_BUFFER for gradient in found.values()):
+            self._part(found)
         return found
+
+    def _part(self, found: dict[int, Tensor | None]) -> None:
+        """Where the user has given a parameter the gradient of another, takes its value."""
+        places = self._places()
+        for order, gradient in found.items():
+            if gradient is not IN_BUFFER and _place(gradient) in places:
+                guard.land(gradient)
+                found[order] = gradient.detach().clone()
+
+    def check_own(self, member: Member, gradient: Tensor) -> None:
+        """Raises SoonestError if what is about to be added to is the gradient of another, too."""
+        other = self._places().get(_place(gradient))
+        if other is not None:
+            raise self._peers.at_fault(
+                SoonestError(
+                    f"{member.name!r} has been given the gradient of {other!r} as its own, so both "
+                    "would be added up in one tensor: give it a copy, as in p.grad = q.grad.clone()"
+                )
+            )
+
+    def _places(self) -> dict[int, str]:
+        """By what stands for its memory, the member whose gradient in the buffer that is."""
+        with guard.DisableGuard():
+            return {_place(member.grad): member.name for member in self._layout.members}
 
     def _take_back(self, member: Member) -> None:
         """The user may have given the gradient in the buffer other memory."""
         if member.grad.data_ptr() != member.grad_address:
             self._layout.take_back_gradient(member)
+
+
+def _place(gradient: Tensor) -> int:
+    with guard.DisableGuard():
+        return gradient.untyped_storage()._cdata
 
 
 def _of_another_dtype(member: Member, gradient: Tensor) -> SoonestError:

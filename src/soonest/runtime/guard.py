@@ -57,8 +57,8 @@ class Hold:
         self,
         tensor: Tensor,
         land: Callable[[], None],
-        *,
         zero: Callable[[], None] | None = None,
+        *,
         set_grad: Callable[[], None] | None = None,
     ) -> None:
         self.tensor = tensor  # keeps the tensor, and so its id, alive

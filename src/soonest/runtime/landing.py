@@ -72,8 +72,10 @@ class Landing:
         hold.take_off()
 
     def _hold_of(self, member: Member) -> guard.Hold:
-        settle, zero = partial(self.settle, member), partial(self._zero, member)
-        return guard.Hold(member.grad, settle, zero=zero)
+        return guard.Hold(member.grad, *self._ways(member, self._zero))
+
+    def _ways(self, member: Member, zero: Callable[[Member], None]) -> tuple[partial[None], ...]:
+        return partial(self.settle, member), partial(zero, member)
 
     def _know(self, member: Member) -> None:
         """The user says what its gradient is, whatever other ranks have."""
@@ -81,22 +83,31 @@ class Landing:
 
     def hold_copy(self, member: Member, gradient: Tensor) -> None:
         """The user's own gradient gets the combined values once they are there."""
-        self.hold_gradient(member, gradient)
+        self._hold(member, guard.Hold(gradient, *self._ways(member, self._forget_copy)))
         self.copies[member.order] = gradient
+
+    def _forget_copy(self, member: Member) -> None:
+        """The user zeroes a gradient that is still to get its value: it needs none."""
+        gradient = self.copies.pop(member.order)
+        self._release_gradient(member)
+        with torch.no_grad(), guard.DisableGuard():
+            gradient.zero_()
 
     def hold_gradient(self, member: Member, gradient: Tensor) -> None:
         """This gradient of the member is to change or still to be read."""
-        order = member.order
-        before = self._held[order]
-        if before is not None:
-            if before.tensor is gradient:
-                return
-            before.release()
+        before = self._held[member.order]
+        if before is not None and before.tensor is gradient:
+            return
         if gradient is member.grad:
-            hold = self._gradients[order]
+            self._hold(member, self._gradients[member.order])
         else:
-            hold = guard.Hold(gradient, partial(self.settle, member))
-        self._held[order] = hold
+            self._hold(member, guard.Hold(gradient, partial(self.settle, member)))
+
+    def _hold(self, member: Member, hold: guard.Hold) -> None:
+        before = self._held[member.order]
+        if before is not None:
+            before.release()
+        self._held[member.order] = hold
         hold.take_off()
 
     def expect(self, sweep: Sweep, gradients: Mapping[int, Tensor | None]) -> None:
