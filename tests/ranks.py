@@ -22,10 +22,10 @@ from soonest.core.plan import METHODS
 from soonest.core.planner import best_plan
 from soonest.runtime import calibrate, learn
 
-# Ranks are forked from one process that has imported all they need, which takes seconds; what
-# building an optimizer and saving a checkpoint would import, too.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+"""Ranks are forked from one process that has imported all they need, which takes seconds; what
+building an optimizer and saving a checkpoint would import, too."""
+context.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "soonest.runtime"]
 )
 
@@ -102,7 +102,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         given = (store.port, collective_timeout_s, folder, calibrated)
         processes = [
-            _context.Process(
+            context.Process(
                 target=_rank,
                 args=(function, args, rank, ranks, *given),
                 daemon=True,
@@ -140,6 +140,26 @@ def _results(processes: list[Any], folder: Path, deadline: float, may_die: bool)
     return results
 
 
+def join(rank: int, ranks: int, port: int, timeout_s: float, *, calibrated: bool = False) -> None:
+    """Makes this process one of the ranks of a gloo group on loopback.
+
+    Args:
+        rank, ranks: which one, of how many.
+        port: of the key-value store.
+        timeout_s: of the group's collectives.
+        calibrated: measure the network, instead of taking ``mixed_network`` for it.
+    """
+    torch.set_num_threads(1)
+    if not calibrated:
+        learn.best_plan = functools.partial(best_plan, max_work=_SEARCH_WORK)
+        calibrate.network_of = lambda ranks, **_: mixed_network(ranks.group.size())
+    os.environ.setdefault("SOONEST_CACHE", "")
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s)
+    )
+
+
 def _rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -150,19 +170,7 @@ def _rank(
     folder: str,
     calibrated: bool,
 ) -> None:
-    torch.set_num_threads(1)
-    if not calibrated:
-        learn.best_plan = functools.partial(best_plan, max_work=_SEARCH_WORK)
-        calibrate.network_of = lambda ranks, **_: mixed_network(ranks.group.size())
-    os.environ.setdefault("SOONEST_CACHE", "")
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    dist.init_process_group(
-        "gloo",
-        store=store,
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=collective_timeout_s),
-    )
+    join(rank, ranks, port, collective_timeout_s, calibrated=calibrated)
     try:
         result = function(*args)
         partial = Path(folder, f"{rank}.partial")
