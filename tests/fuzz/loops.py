@@ -1,4 +1,4 @@
-"""Random training loops: a model, an optimizer, and what is done with them, one line after the other.
+"""Random training loops: a model, an optimizer, and what is done with them, line by line.
 
 Everything follows from one number, so that a loop can be told by its seed.
 """

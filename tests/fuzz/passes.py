@@ -24,7 +24,7 @@ def one_pass(run: Run, task: int, by_rank: bool, autocast: bool) -> None:
 def accumulate(run: Run, count: int, task: int, by_rank: bool) -> None:
     """All passes but the last one are not combined."""
     for _ in range(count - 1):
-        with run.arm.no_sync():
+        with run.no_sync():
             run.one_pass(run.task(task, by_rank))
     run.one_pass(task)
 
@@ -147,7 +147,7 @@ def on_its_own(run: Run, steps: int) -> None:
     """Ranks step by themselves for a while, and then average their weights."""
     for _ in range(steps):
         run.zero()
-        with run.arm.no_sync():
+        with run.no_sync():
             run.one_pass()
         run.step()
     for p in run.parameters():

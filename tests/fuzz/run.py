@@ -118,10 +118,18 @@ class Run:
     def task(self, task: int, by_rank: bool) -> int:
         return (task + self.rank) % 2 if by_rank else task
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def freshen(self) -> None:
+        """Before whatever is done with the net."""
         if self.stale:
             self.stale = False
             self.arm.wrap_anew(self.model, self.optimizer)
+
+    def no_sync(self) -> Any:
+        self.freshen()
+        return self.arm.no_sync()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.freshen()
         self.kept_gradients.clear()  # whoever keeps one over the next pass has to clone it
         return self.arm.net(*args, **kwargs)
 
@@ -148,6 +156,7 @@ class Run:
 
         Within the context forward passes can be made; what it returns does a backward pass.
         """
+        self.freshen()
         if not self.arm.is_ddp:
             yield self.backward
             return

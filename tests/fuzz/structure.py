@@ -72,11 +72,10 @@ def _replaced(run: Run, old: nn.Parameter, new: nn.Parameter, how: str) -> None:
 @action("between", place=_PLACES, how=("whole", "in place", "added"), apart=(False, True))
 def replace_layer(run: Run, place: int, how: str, apart: bool) -> None:
     """A linear layer is replaced by a new one, which ranks may make in different ways."""
-    found = [(name, m) for name, m in run.model.named_modules() if type(m) is nn.Linear]
-    found = [(name, m) for name, m in found if not hasattr(m, "parametrizations")]
+    found = [m for m in run.model.modules() if type(m) is nn.Linear]
     if not found:
         return
-    name, old = found[place % len(found)]
+    old = found[place % len(found)]
     torch.manual_seed(run.loop.seed + run.at + apart * run.rank)
     new = nn.Linear(old.in_features, old.out_features, old.bias is not None, dtype=old.weight.dtype)
     for path, module in list(run.model.named_modules(remove_duplicate=False)):

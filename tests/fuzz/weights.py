@@ -26,6 +26,7 @@ _PLACES = tuple(range(6))
 def evaluate(run: Run, mode: str, count: int, alike: bool) -> None:
     """Forward passes without a backward one, with the same inputs on all ranks or with others."""
     training = run.model.training
+    run.freshen()
     run.arm.net.train(mode == "train")
     with (
         torch.inference_mode()
@@ -42,10 +43,8 @@ def evaluate(run: Run, mode: str, count: int, alike: bool) -> None:
 @action("between", of_net=(True, False))
 def update_bn(run: Run, of_net: bool) -> None:
     """BatchNorm's statistics are taken anew, of the model or of a copy."""
+    run.freshen()
     net = run.arm.net if of_net else copy.deepcopy(run.model)
-    if run.stale:
-        run.forward(run.inputs())
-        net = run.arm.net if of_net else net
     swa_utils.update_bn([run.inputs() for _ in range(2)], net)
     run.outputs.append([b.clone() for b in net.buffers()])
 
@@ -224,6 +223,7 @@ def move(run: Run, how: str) -> None:
     elif run.loop.model != "recurrent" and len({p.dtype for p in run.parameters()}) == 1:
         run.model.to(torch.float64 if how == "double and back" else torch.bfloat16)
         run.model.float()
+        run.stale = True  # torch forgets DDP's hooks where a dtype changes
 
 
 @action("between", how=("deepcopy", "save", "both", "save optimizer", "one"))
@@ -369,8 +369,8 @@ def collective(run: Run, how: str) -> None:
 @action(
     "between", "gradient", place=_PLACES,
     what=(
-        "data", "detach", "view", "state_dict", "gradient", "buffer", "numpy", "state", "transposed",
-        "list", "clone",
+        "data", "detach", "view", "state_dict", "gradient", "buffer", "numpy", "state",
+        "transposed", "list", "clone",
     ),
 )  # fmt: skip
 def keep(run: Run, what: str, place: int) -> None:
