@@ -121,7 +121,8 @@ def _is_sentence(error: Exception, trace: TracebackType | None) -> bool:
         return True
     *_, last = traceback.walk_tb(trace)
     inside = f"{os.sep}soonest{os.sep}" in last[0].f_code.co_filename
-    return inside and isinstance(error, ValueError | TypeError | RuntimeError)
+    planning = f"{os.sep}core{os.sep}" in last[0].f_code.co_filename  # of which no user knows
+    return inside and not planning and isinstance(error, ValueError | TypeError | RuntimeError)
 
 
 def _where(trace: TracebackType | None) -> str:
