@@ -35,6 +35,7 @@ class Run:
         kept: what the user keeps, by name.
         stale: other parameters have come to be trained; DDP is wrapped anew before the next pass.
         has_orphans: the optimizer may have states of parameters that it no longer holds.
+        by_hand: gradients are averaged by hand now.
         memory: what actions keep for themselves.
         common: draws the same on all ranks.
     """
@@ -51,6 +52,7 @@ class Run:
         self.stale = False
         self.unscaled = False
         self.has_orphans = False
+        self.by_hand = False
         self.common = torch.Generator().manual_seed(loop.seed + 1)
         self._data = torch.Generator().manual_seed(2 * loop.seed + self.rank)
         apart = self.rank if loop.setting("apart") else 0
@@ -131,7 +133,10 @@ class Run:
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         self.freshen()
         self.kept_gradients.clear()  # whoever keeps one over the next pass has to clone it
-        return self.arm.net(*args, **kwargs)
+        output = self.arm.net(*args, **kwargs)
+        if self.by_hand:  # as after a pass that DDP combines, it sends buffers before the next
+            self.arm.net.require_forward_param_sync = True
+        return output
 
     def loss(self, task: int = 0, x: Tensor | None = None) -> Tensor:
         x = self.inputs() if x is None else x
@@ -173,10 +178,10 @@ class Run:
                     dist.all_reduce(mine)
                     p.grad = mine if p.grad is None else p.grad.copy_(mine)
 
+        self.by_hand = True
         with self.arm.no_sync():
             yield backward
-        # As after a forward pass that it combines, it sends buffers before the next.
-        self.arm.net.require_forward_param_sync = True
+        self.by_hand = False
 
     def step(self, how: str = "plain") -> None:
         step = {
