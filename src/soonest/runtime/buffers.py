@@ -52,7 +52,7 @@ class Buffers:
         self._peers = peers
         self._sent: _Sending | None = None
         self._needed = True
-        self._forwards = 0
+        self._model_is_called = False
         self._now = _Set({})
         self.look()
 
@@ -99,15 +99,16 @@ class Buffers:
             source = 0 if active is None else collectives.last_of(self._group, mine=active)
             self._sent = _Sending(self._group, source, _AFTER_BACKWARD, now, self._agreed)
         self._seen = now.state()
-        if not self._forwards:  # the user calls parts of the model, and never the model
-            self.forward_begins()
-        self._forwards = 0
+        if not self._model_is_called:  # but parts of it, so that no forward pass is seen to begin
+            self._give_out()
 
     def forward_begins(self) -> None:
         """Every rank now has those of the first one, if they are due."""
-        self._forwards += 1
-        if self._group is None or not self._needed:
-            return
+        self._model_is_called = True
+        if self._group is not None and self._needed:
+            self._give_out()
+
+    def _give_out(self) -> None:
         sent, self._sent = self._sent, None
         now = self._present()
         changed = now.state() != self._seen

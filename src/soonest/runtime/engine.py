@@ -261,8 +261,16 @@ class Engine:
             self.groups_changed()
         self._follow()
         blocking = self.program.plan.blocking
-        at_once = blocking or self.layout.overlaps or self._updater.trains_others()
-        whole = self.state.parts is None and at_once
+        others = self._updater.trains_others()
+        if others and self.state.parts is not None:
+            raise self._peers.at_fault(
+                SoonestError(
+                    "the optimizer has a gradient of a parameter that is frozen or no longer in "
+                    "the model, and under shard_optimizer=True that is nobody's to update: set its "
+                    "grad to None, or take it out of the optimizer"
+                )
+            )
+        whole = self.state.parts is None and (blocking or self.layout.overlaps or others)
         if self._separable and not whole:
             loss = self._step_by_bucket(closure)
             if blocking:

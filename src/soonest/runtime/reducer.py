@@ -144,6 +144,7 @@ class Reducer:
             turns=self._take_turns,
         )
         engine = self._passes.engine = self._kept.handle.engine
+        self._passes.due = False
         if engine is not None:
             engine.backward.synchronizing = False
             engine.after_backward = self._passes.ended
@@ -253,6 +254,8 @@ class Reducer:
         if not (passes.due and self._everyone and self._learn):
             return False
         passes.due = False
+        if engine.profiler.record is not engine.backward.latest.record:  # it was stepped twice
+            return False
         before = engine.program.plan.fingerprint
         self._learn(engine)
         self._note_plan()

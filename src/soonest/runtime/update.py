@@ -115,8 +115,11 @@ class Updater:
         return self._ids != _ids_of(self._optimizer.param_groups)
 
     def trains_others(self) -> bool:
-        """Whether the optimizer has gradients of parameters that are none of the members."""
-        return any(p.requires_grad and p.grad is not None for p in self._others)
+        """Whether the optimizer has gradients of parameters that are none of the members.
+
+        As of those that were frozen, and left with the gradient that they had.
+        """
+        return any(p.grad is not None for p in self._others)
 
     @property
     def state(self) -> dict[Any, dict[str, Any]]:
