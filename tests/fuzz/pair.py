@@ -145,7 +145,7 @@ def _serve(rank: int, port: int, pipe: Connection, dump: str) -> None:
         faulthandler.register(12, stacks, all_threads=True)
         warnings.simplefilter("ignore")
         with open(os.devnull, "w") as nothing:
-            os.dup2(nothing.fileno(), 2)  # DDP warns in C++
+            os.environ.get("KEEP") or os.dup2(nothing.fileno(), 2)  # DDP warns in C++
         join(rank, RANKS, port, TIMEOUT_S)
         # Those that are gone must not give their names to others: the store remembers them.
         numbers = itertools.count()
@@ -223,7 +223,9 @@ class Pair:
                     try:
                         outcomes[rank] = pipe.recv()
                     except (EOFError, OSError):
-                        outcomes[rank] = Outcome(BROKEN, f"rank {rank} died")
+                        self._processes[rank].join(5)
+                        code = self._processes[rank].exitcode
+                        outcomes[rank] = Outcome(BROKEN, f"rank {rank} died with code {code}")
         if left and not any(one.kind == RAISED for one in outcomes.values()):
             for rank in left:
                 told = "; ".join(f"rank {r}: {one.kind} {one.text}" for r, one in outcomes.items())
