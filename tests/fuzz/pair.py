@@ -41,6 +41,7 @@ EQUAL, RAISED, REFUSED, BROKEN, DIFFERENT, HANGS = (
 BAD = (BROKEN, DIFFERENT, HANGS)
 _ALL_CANDIDATES, _TURN = learn.CANDIDATES, learn.STEPS
 _SLOW_S = 2e-3
+_STACKS, _ERRORS = ".stacks", ".errors"
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def _serve(rank: int, port: int, pipe: Connection, dump: str) -> None:
     with open(dump, "w") as stacks:
         faulthandler.register(12, stacks, all_threads=True)
         warnings.simplefilter("ignore")
-        with open(os.devnull, "w") as nothing:
-            os.environ.get("KEEP") or os.dup2(nothing.fileno(), 2)  # DDP warns in C++
+        with open(dump + _ERRORS, "w") as errors:
+            os.dup2(errors.fileno(), 2)
         join(rank, RANKS, port, TIMEOUT_S)
         # Those that are gone must not give their names to others: the store remembers them.
         numbers = itertools.count()
@@ -224,8 +225,9 @@ class Pair:
                         outcomes[rank] = pipe.recv()
                     except (EOFError, OSError):
                         self._processes[rank].join(5)
-                        code = self._processes[rank].exitcode
-                        outcomes[rank] = Outcome(BROKEN, f"rank {rank} died with code {code}")
+                        outcomes[rank] = Outcome(
+                            BROKEN, f"rank {rank} died{self._last_words(rank)}"
+                        )
         if left and not any(one.kind == RAISED for one in outcomes.values()):
             for rank in left:
                 told = "; ".join(f"rank {r}: {one.kind} {one.text}" for r, one in outcomes.items())
@@ -236,15 +238,20 @@ class Pair:
         with suppress(OSError):
             os.kill(self._processes[rank].pid, 12)
         time.sleep(0.5)
-        text = Path(self._folder.name, f"{rank}.stacks").read_text(encoding="utf-8")
+        text = Path(self._folder.name, f"{rank}{_STACKS}").read_text(encoding="utf-8")
         return re.sub(r'File ".*/site-packages/', 'File "', text)
+
+    def _last_words(self, rank: int) -> str:
+        text = Path(self._folder.name, f"{rank}{_STACKS}{_ERRORS}").read_text(encoding="utf-8")
+        told = [line for line in text.splitlines() if "Warning" not in line]
+        return "".join(f": {line.strip()}" for line in told[-3:])
 
     def _start(self) -> None:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._store, self._folder = store, tempfile.TemporaryDirectory()
         for rank in range(RANKS):
             mine, theirs = context.Pipe()
-            dump = str(Path(self._folder.name, f"{rank}.stacks"))
+            dump = str(Path(self._folder.name, f"{rank}{_STACKS}"))
             process = context.Process(
                 target=_serve, args=(rank, store.port, theirs, dump), daemon=True
             )
