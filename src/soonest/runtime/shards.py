@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from soonest.runtime.parts import Key, Share, in_memory, shares_of
 from soonest.runtime.peers import Peers
 
 _ADVICE = "; under shard_optimizer=True every rank must do so, at the same point"
+_CALLS = ("reading gradients", "clipping gradients", "gathering the optimizer's state")
 _VALUE = "value"
 """The name of the exact values of a part, where they move along with the optimizer's state."""
 
@@ -47,13 +48,28 @@ class ShardedState:
         self._bind(plan, layout, self._shares(plan, layout))
         self._round()
 
-    def together(self, what: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
         """Around a collective call of the user's: says what it needs if other ranks do not come.
+
+        Args:
+            what: one of ``_CALLS``.
 
         Raises:
             PeerLostError: they did not.
+            SoonestError: they do something else, which would break what they send each other.
         """
-        return self._peers.together(what, _ADVICE)
+        with self._peers.together(what, _ADVICE):
+            if not self.ranks.native:  # the host of a device would have to wait for the answer
+                self._agree_on(what)
+            yield
+
+    def _agree_on(self, what: str) -> None:
+        group = self.ranks.group
+        every = [int(n) for n in collectives.gather_numbers(group, _CALLS.index(what))]
+        if len(set(every)) > 1:
+            found = ", ".join(f"{_CALLS[n]} on rank {rank}" for rank, n in enumerate(every))
+            raise self._peers.at_fault(SoonestError(f"ranks do different things: {found}{_ADVICE}"))
 
     def _shares(self, plan: Plan, layout: Layout) -> list[list[Share]]:
         for member in layout.members:

@@ -6,6 +6,7 @@ from soonest.runtime.collectives.piece import EXACT, Piece, Wire
 from soonest.runtime.collectives.ranks import Group, Ranks, check_method
 from soonest.runtime.collectives.values import (
     first_rank_object,
+    gather_numbers,
     gather_objects,
     gather_scalars,
     last_of,
@@ -27,6 +28,7 @@ __all__ = [
     "check_method",
     "combine",
     "first_rank_object",
+    "gather_numbers",
     "gather_objects",
     "gather_scalars",
     "last_of",
