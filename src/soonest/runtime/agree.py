@@ -11,6 +11,7 @@ from soonest.core.plan import Plan
 from soonest.errors import PlanMismatchError
 from soonest.runtime import collectives
 from soonest.runtime.layout import trainable
+from soonest.runtime.peers import said
 
 
 def agree_on_input(group: collectives.Group, refused: Exception | None) -> None:
@@ -24,12 +25,17 @@ def agree_on_input(group: collectives.Group, refused: Exception | None) -> None:
         ValueError: on every rank, with the words of the first that cannot; on that one, and others
             that cannot, what it refused.
     """
-    every = collectives.gather_objects(group, str(refused) if refused else None)
+    elsewhere = first_refusal(group, refused)
     if refused:
         raise refused
-    for rank, theirs in enumerate(every):
-        if theirs is not None:
-            raise ValueError(f"rank {rank}: {theirs}")
+    if elsewhere:
+        raise ValueError(elsewhere)
+
+
+def first_refusal(group: collectives.Group, refused: Exception | None) -> str | None:
+    """What the first rank cannot work with that cannot, in words; a collective call."""
+    every = collectives.gather_objects(group, said(refused) if refused else None)
+    return next((f"rank {rank}: {one}" for rank, one in enumerate(every) if one is not None), None)
 
 
 def agree_on_model(

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from soonest.runtime import collectives, guard, modes
-from soonest.runtime.collectives import Group, Sent
-from soonest.runtime.lanes import Lane, ended
+from soonest.runtime.collectives import Group, Sent, ended
+from soonest.runtime.lanes import Lane
 from soonest.runtime.peers import Peers
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.planner import first_plan
-from soonest.errors import PeerLostError
+from soonest.errors import SoonestError
 from soonest.runtime import agree, calibrate, collectives, consistency, groups, pinned, update
 from soonest.runtime.buffers import Buffers
 from soonest.runtime.calls import nobody
@@ -22,11 +22,12 @@ from soonest.runtime.choice import Choice, can_shard, methods_for, note_on
 from soonest.runtime.device import check_group, lane_for
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Handle, is_shared
+from soonest.runtime.joining import private_group
 from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Layout, trainable
 from soonest.runtime.learn import Learner
 from soonest.runtime.newcomers import Newcomers
-from soonest.runtime.peers import Peers, private_group
+from soonest.runtime.peers import Peers
 
 UNKNOWN = Network.linear(0.0, 1e9)
 """Stands for the network where it chooses nothing."""
@@ -177,6 +178,7 @@ def start(
     engine.settled = given is not None
     with peers.together("prioritize()"):
         learner.resume(engine, resumed=resumed)
+        peers.learn_connections()
     asked = f"method={method!r} was asked for" if method else None
     why = "as the given plan says" if given is not None else asked
     choice = Choice(network, methods, why, (note,))
@@ -200,8 +202,9 @@ def _together(peers: Peers, after_step: AfterStep) -> AfterStep:
         try:
             with peers.together(what):
                 after_step(engine)
-        except PeerLostError as error:
-            engine.lane.fail(error)
+        except SoonestError as error:
+            if error.__cause__ is not None:  # the backend has failed
+                engine.lane.fail(error)
             raise
 
     return call
