@@ -51,6 +51,7 @@ class Peers:
         self._waits_for: str | None = None
         self._ends: Sequence[connections.Ends] = ()
         self._store_host: int | None = None
+        self._store_is_gone = False
         self.names = [f"rank {rank}" for rank in range(group.size())]
         me = f"rank {self.rank} (host {socket.gethostname()}, process {os.getpid()})"
         with self.together(what):
@@ -145,12 +146,15 @@ class Peers:
             None if nobody is known to be at fault.
         """
         gone = connections.other_end(error, self._ends) if error is not None else None
+        if self._store_is_gone:
+            return self._without_store(gone, "is gone") if failed else None
         answer: list[str | None] = [self._without_store(gone, "does not answer")]
 
         def ask() -> None:
             try:
                 answer[0] = self._missing(what, gone) if failed else self._given_up(what)
             except Exception:  # the store is what has failed
+                self._store_is_gone = True
                 answer[0] = self._without_store(gone, "is gone") if failed else None
 
         return answer[0] if _in_time(ask) or failed else None
@@ -161,9 +165,13 @@ class Peers:
         Args:
             where: this rank is; it waits for nobody in a lane.
         """
-        with suppress(Exception):
+        if self._store_is_gone:
+            return
+        try:
             if self._store.check(["failed"]):
                 self._note(self._waits_for or _BUSY + where)
+        except Exception:  # who is lost with it shows when this rank waits for others
+            self._store_is_gone = True
 
     def wait_for_notes(self) -> None:
         """Returns when all others know of a failure, or do not look; before the store goes."""
@@ -218,19 +226,20 @@ class Peers:
             why = f", and {_have(silent)} not answered within {_GRACE_S:.0f} s"
             return self._did_not_take_part(silent) + why
         if busy:
-            return self._did_not_take_part(list(busy)) + ": " + self._places(busy, "is")
+            return (
+                f"{' and '.join(self._place(*one) for one in busy.items())}, and waits for nobody"
+            )
         elsewhere = {rank: note for rank, note in notes.items() if note != what}
         if elsewhere:
-            return f"the ranks are at different points: {self._places(elsewhere, 'waits for')}"
+            places = [f"{self.names[rank]} waits for {note}" for rank, note in elsewhere.items()]
+            return f"the ranks are at different points: {'; '.join(places)}"
         return None
 
     def _did_not_take_part(self, ranks: Sequence[int]) -> str:
         return " and ".join(self.names[rank] for rank in ranks) + " did not take part"
 
-    def _places(self, notes: dict[int, str], verb: str) -> str:
-        return "; ".join(
-            f"{self.names[rank]} {verb} {note.removeprefix(_BUSY)}" for rank, note in notes.items()
-        )
+    def _place(self, rank: int, note: str) -> str:
+        return f"{self.names[rank]} did not take part: it is {note.removeprefix(_BUSY)}"
 
     def _without_store(self, gone: int | None, how: str) -> str:
         """Who is at fault, where the key-value store does not say."""

@@ -106,6 +106,9 @@ def start(
         agree.agree_on_input(group, refused)
         agree.agree_on_options(group, options)
         agree.agree_on_model(group, model, without)
+        if not equal:
+            agree.agree_on_the_rest(group, model)
+        agree.agree_on_groups(group, model, optimizer, without)
         if given is not None:
             agree.agree_on_plan(group, given)
         ranks = groups.ranks_of(group, native=device.type != "cpu")
@@ -198,7 +201,8 @@ def _together(peers: Peers, after_step: AfterStep) -> AfterStep:
     """The same, which says who is at fault where a rank does not take part."""
 
     def call(engine: Engine) -> None:
-        what = f"what follows step {engine.backward.passes}, as planning or {consistency.VARIABLE},"
+        step = engine.backward.passes - 1
+        what = f"what follows step {step}, as planning or {consistency.VARIABLE},"
         try:
             with peers.together(what):
                 after_step(engine)

@@ -245,7 +245,7 @@ class ThreadLane:
             self._peers.answer(self._where())
             return
         what = self._place(sweep)
-        who = self._peers.blame(what, False)
+        who = None if self._blaming else self._peers.blame(what, False)
         if who is not None:
             raise PeerLostError(f"{what} will not be combined over the ranks: {who}")
 
