@@ -86,6 +86,7 @@ def run_ranks(
     collective_timeout_s: float = 60,
     may_die: bool = False,
     calibrated: bool = False,
+    first_has_store: bool = False,
 ) -> list[Any]:
     """Calls ``function(*args)`` on every rank, in a gloo group on loopback.
 
@@ -94,13 +95,15 @@ def run_ranks(
         ranks: how many processes.
         may_die: a rank that dies without an answer yields None instead of an error.
         calibrated: measure the network, instead of taking ``mixed_network`` for it.
+        first_has_store: the key-value store lives and dies with the first rank.
 
     Returns:
         What each rank returned, by rank.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        given = (store.port, collective_timeout_s, folder, calibrated)
+        port = 0 if first_has_store else store.port
+        given = (port, collective_timeout_s, folder, calibrated)
         processes = [
             _context.Process(
                 target=_rank,
@@ -140,6 +143,23 @@ def _results(processes: list[Any], folder: Path, deadline: float, may_die: bool)
     return results
 
 
+def _client(port: int) -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+
+
+def _store_of_first(rank: int, folder: Path) -> dist.TCPStore:
+    known = folder / "port"
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        partial = folder / "port.partial"
+        partial.write_text(str(store.port))
+        partial.rename(known)
+        return store
+    while not known.exists():
+        time.sleep(0.02)
+    return _client(int(known.read_text()))
+
+
 def _rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -155,7 +175,7 @@ def _rank(
         learn.best_plan = functools.partial(best_plan, max_work=_SEARCH_WORK)
         calibrate.network_of = lambda ranks, **_: mixed_network(ranks.group.size())
     os.environ.setdefault("SOONEST_CACHE", "")
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    store = _store_of_first(rank, Path(folder)) if not port else _client(port)
     dist.init_process_group(
         "gloo",
         store=store,

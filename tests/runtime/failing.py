@@ -99,6 +99,7 @@ class Run(NamedTuple):
     ranks: int
     args: tuple[Any, ...] = ()
     timeout_s: float = 60.0
+    first_has_store: bool = False
 
 
 Runs = dict[str, Future[list[Any]]]
@@ -116,6 +117,7 @@ def started(runs: Mapping[str, Run]) -> Iterator[Runs]:
             *run.args,
             may_die=True,
             collective_timeout_s=run.timeout_s,
+            first_has_store=run.first_has_store,
         )
         for name, run in runs.items()
     }

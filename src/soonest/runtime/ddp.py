@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ class DistributedDataParallel(_Theirs):
                 "gradients as well: set it to True or False"
             )
         if given.get("init_sync", True) and hasattr(self, "reducer"):
-            self.reducer.start()
+            with self._peers.together(_NAME) if self._peers else nullcontext():
+                self.reducer.start()
 
     def _lost(self, error: Exception) -> SoonestError | None:
         """What to raise where other ranks are at fault for what torch's class has raised."""

@@ -33,10 +33,10 @@ def private_group(parent: collectives.Group, timeout_s: float | None) -> collect
     )
     store.set(str(parent.rank()), "here")
     try:
-        if dist.get_backend(parent) != "gloo":  # which connects at once; others would wait later
-            timeout = groups.timeout_for(parent, timeout_s)
-            _meet(store, len(members), timeout.total_seconds())
+        _meet(store, len(members), groups.timeout_for(parent, timeout_s).total_seconds())
         return groups.private_group(parent, timeout_s)
+    except SoonestError:
+        raise
     except RuntimeError as error:
         try:
             missing = [rank for rank in range(len(members)) if not store.check([str(rank)])]
@@ -57,9 +57,14 @@ def _meet(store: dist.distributed_c10d.PrefixStore, ranks: int, timeout_s: float
     """
     keys = [str(rank) for rank in range(ranks)]
     deadline_s = time.monotonic() + timeout_s
+    look_s = time.monotonic() + collectives.LOOK_S
     while not store.check(keys):
-        if time.monotonic() > deadline_s:
+        now_s = time.monotonic()
+        if now_s > deadline_s:
             raise RuntimeError(f"waited {timeout_s:.0f} s for all to come")
+        if now_s > look_s:
+            collectives.look()
+            look_s = now_s + collectives.LOOK_S
         time.sleep(_MEET_S)
 
 

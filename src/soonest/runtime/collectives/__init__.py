@@ -11,7 +11,7 @@ from soonest.runtime.collectives.values import (
     last_of,
     sum_small,
 )
-from soonest.runtime.collectives.waiting import LOOK_S, Work, ended, looking
+from soonest.runtime.collectives.waiting import LOOK_S, Work, ended, look, looking
 
 __all__ = [
     "EXACT",
@@ -32,6 +32,7 @@ __all__ = [
     "gather_objects",
     "gather_scalars",
     "last_of",
+    "look",
     "looking",
     "run",
     "start",

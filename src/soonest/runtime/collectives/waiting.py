@@ -32,6 +32,12 @@ def looking(look: Callable[[], None]) -> Iterator[None]:
         _look.reset(token)
 
 
+def look() -> None:
+    """What ``looking`` says is to be done now and then."""
+    if (given := _look.get()) is not None:
+        given()
+
+
 def ended(work: Work) -> bool:
     """Waits until an op has ended; False if it is still in flight after a while.
 
@@ -61,5 +67,4 @@ def finish(work: Work, *, on_device: bool = False) -> None:
         work.wait()
         return
     while not ended(work):
-        if (look := _look.get()) is not None:
-            look()
+        look()
