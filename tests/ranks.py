@@ -22,10 +22,10 @@ from soonest.core.plan import METHODS
 from soonest.core.planner import best_plan
 from soonest.runtime import calibrate, learn
 
-# Ranks are forked from one process that has imported all they need, which takes seconds; what
-# building an optimizer and saving a checkpoint would import, too.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+"""Ranks are forked from one process that has imported all they need, which takes seconds; what
+building an optimizer and saving a checkpoint would import, too."""
+context.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "soonest.runtime"]
 )
 
@@ -105,7 +105,7 @@ def run_ranks(
         port = 0 if first_has_store else store.port
         given = (port, collective_timeout_s, folder, calibrated)
         processes = [
-            _context.Process(
+            context.Process(
                 target=_rank,
                 args=(function, args, rank, ranks, *given),
                 daemon=True,
@@ -143,21 +143,41 @@ def _results(processes: list[Any], folder: Path, deadline: float, may_die: bool)
     return results
 
 
-def _client(port: int) -> dist.TCPStore:
-    return dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+def join(rank: int, ranks: int, port: int, timeout_s: float, *, calibrated: bool = False) -> None:
+    """Makes this process one of the ranks of a gloo group on loopback.
+
+    Args:
+        rank, ranks: which one, of how many.
+        port: of the key-value store.
+        timeout_s: of the group's collectives.
+        calibrated: measure the network, instead of taking ``mixed_network`` for it.
+    """
+    torch.set_num_threads(1)
+    if not calibrated:
+        learn.best_plan = functools.partial(best_plan, max_work=_SEARCH_WORK)
+        calibrate.network_of = lambda ranks, **_: mixed_network(ranks.group.size())
+    os.environ.setdefault("SOONEST_CACHE", "")
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s)
+    )
 
 
-def _store_of_first(rank: int, folder: Path) -> dist.TCPStore:
+_served: list[dist.TCPStore] = []
+"""By this process, as long as it lives."""
+
+
+def _port_of_first(rank: int, folder: Path) -> int:
+    """Where the first rank's key-value store is; that rank starts it."""
     known = folder / "port"
     if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        _served.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
         partial = folder / "port.partial"
-        partial.write_text(str(store.port))
+        partial.write_text(str(_served[0].port))
         partial.rename(known)
-        return store
     while not known.exists():
         time.sleep(0.02)
-    return _client(int(known.read_text()))
+    return int(known.read_text())
 
 
 def _rank(
@@ -170,19 +190,8 @@ def _rank(
     folder: str,
     calibrated: bool,
 ) -> None:
-    torch.set_num_threads(1)
-    if not calibrated:
-        learn.best_plan = functools.partial(best_plan, max_work=_SEARCH_WORK)
-        calibrate.network_of = lambda ranks, **_: mixed_network(ranks.group.size())
-    os.environ.setdefault("SOONEST_CACHE", "")
-    store = _store_of_first(rank, Path(folder)) if not port else _client(port)
-    dist.init_process_group(
-        "gloo",
-        store=store,
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=collective_timeout_s),
-    )
+    port = port or _port_of_first(rank, Path(folder))
+    join(rank, ranks, port, collective_timeout_s, calibrated=calibrated)
     try:
         result = function(*args)
         partial = Path(folder, f"{rank}.partial")

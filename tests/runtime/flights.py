@@ -76,7 +76,7 @@ class Flights:
         if not guard_on:
             guard.Hold.take_off = lambda self: None  # type: ignore[method-assign]
             engine.Engine.flush = lambda self: None  # type: ignore[method-assign]
-            layout.Layout.take_back = lambda self, member: None  # type: ignore[method-assign]
+            layout.Layout.follow = lambda self, moved: None  # type: ignore[method-assign]
 
     def step(self, *, before: Callable[[], Any] = lambda: None) -> None:
         self.optimizer.zero_grad()
@@ -156,7 +156,9 @@ def fly(guard_on: bool) -> Found:
     def of(ways: Mapping[str, Any], went_wrong: Callable[[Any], bool]) -> dict[str, bool]:
         return {name: went_wrong(way) for name, way in ways.items()}
 
+    holes = of(reads.HOLES, flights.stale) if guard_on else {}
     found = {
+        "holes": holes,
         "reads": of(reads.READS, flights.stale),
         "kept": of(reads.KEPT, lambda way: flights.stale_kept(*way)),
         "gradient reads": of(
@@ -171,5 +173,4 @@ def fly(guard_on: bool) -> Found:
     if guard_on:
         found["replaced"] = of(writes.REPLACED, lambda way: flights.lost(way, gradients=True))
         found["replaced later"] = of(writes.REPLACED, flights.lost)
-        found["holes"] = of(reads.HOLES, flights.stale)
     return found

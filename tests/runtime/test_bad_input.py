@@ -52,12 +52,6 @@ def sparse() -> tuple[Any, Any]:
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def shared_storage() -> tuple[Any, Any]:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model[1].weight = nn.Parameter(model[0].weight.data)
-    return model, torch.optim.SGD(model.parameters(), lr=0.1)
-
-
 def twice() -> tuple[Any, Any]:
     model, optimizer = plain()
     soonest.prioritize(model, optimizer)
@@ -134,7 +128,6 @@ BAD: dict[Callable[[], tuple[Any, Any]], tuple[type[Exception], str]] = {
     foreign_parameters: (ValueError, "not the model's (group 0, number 0, shape (7, 2)): build it"),
     several_devices: (ValueError, "one device"),
     sparse: (ValueError, "sparse=False"),
-    shared_storage: (ValueError, "'0.weight' and '1.weight' share memory"),
     twice: (ValueError, "prioritized already"),
     no_parameters: (ValueError, "no parameter that requires a gradient"),
     all_frozen: (ValueError, "no parameter that requires a gradient"),

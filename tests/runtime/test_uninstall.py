@@ -174,7 +174,7 @@ def drop(when: str) -> tuple[list[str], list[str]]:
         "model": run.model,
         "optimizer": run.optimizer,
         "parameter": run.model[0].weight,
-        "buffer": run.handle.engine.layout.parameters[0],
+        "buffer": run.handle.engine.layout.grads[0],
         "lane": run.handle.engine.lane,
     }
     refs = {name: weakref.ref(value) for name, value in watched.items()}

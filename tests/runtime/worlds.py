@@ -383,7 +383,8 @@ def with_lane(
         fake = streams() if kind == "stream" else None
         trainer = Soonest(loop, models[rank], meetings, rank, fake)
         layout = trainer.engine.layout
-        watch: Any = watched(fake, *layout.parameters, *layout.grads) if fake else nullcontext()
+        memory = [*(member.twin for member in layout.members), *layout.grads]
+        watch: Any = watched(fake, *memory) if fake else nullcontext()
         try:
             with watch:
                 seen = Seen(train(loop, trainer, fake or NoStreams(), rank))

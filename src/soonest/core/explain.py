@@ -49,6 +49,8 @@ class Report:
         return {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
 
     def __str__(self) -> str:
+        if not self.rows:
+            return "\n".join(self.notes)
         head = ("bucket", "bytes", "method", "predicted ms", "measured ms", "layers", "why")
         lines = [head, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

@@ -16,6 +16,7 @@ from soonest.runtime.checks import check_several
 from soonest.runtime.handle import Handle
 from soonest.runtime.layout import trainable
 from soonest.runtime.start import start
+from soonest.runtime.takeover import optimizer_in
 
 
 class Options(TypedDict, total=False):
@@ -125,6 +126,7 @@ def _start_several(
     model: nn.Module, optimizers: Sequence[Optimizer], broadcast_buffers: bool, options: Any
 ) -> tuple[Handle, ...]:
     """An engine for the parameters of each; those of none are the first one's."""
+    optimizers = [optimizer_in(one) for one in optimizers]
     check_several(model, optimizers)
 
     def index_of(parameter: nn.Parameter) -> int:

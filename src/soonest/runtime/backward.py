@@ -17,7 +17,7 @@ from soonest.runtime.calls import weakly
 from soonest.runtime.gradients import Gradients
 from soonest.runtime.landing import Landing
 from soonest.runtime.lanes import Lane
-from soonest.runtime.layout import Member
+from soonest.runtime.layout import Member, is_shared
 from soonest.runtime.peers import Peers
 from soonest.runtime.profiler import Profiler
 from soonest.runtime.program import Program
@@ -82,6 +82,8 @@ class Backward:
         self._program, self._landing, self._gradients = program, landing, gradients
         self._members = program.layout.members
         self.latest = None
+        self._fresh = bytearray(len(self._members))
+        self._aliased: list[Member] = []
         self._remove_hooks()
         for member in self._members:
             member.sweep = None
@@ -167,6 +169,11 @@ class Backward:
         if order in self._landing.unknown:
             guard.land(member.parameter)  # what is added to must be known
         self._landing.make_room(member)
+        with guard.DisableGuard():
+            gradient = member.parameter.grad
+            self._fresh[order] = gradient is None
+            if gradient is not None and gradient is not member.grad:
+                self._gradients.check_own(member, gradient)
 
     def _after(self, order: int, *_: Any) -> None:
         """A gradient has been written to ``parameter.grad``."""
@@ -176,7 +183,7 @@ class Backward:
         if sweep is None or member.parameter.grad is None:
             return
         if not self._inner.must_wait(member.parameter):
-            self._contribute(sweep, member)
+            self._contribute(sweep, member, fresh=bool(self._fresh[order]))
 
     def _newcomer(self, *_: Any) -> None:
         """A parameter has a gradient that is not a member yet: the end of this pass shows it."""
@@ -211,19 +218,25 @@ class Backward:
                 sibling._begin()
         return sweep
 
-    def _contribute(self, sweep: Sweep, member: Member) -> None:
-        self._gradients.take(member)
+    def _contribute(self, sweep: Sweep, member: Member, *, fresh: bool = False) -> None:
+        copy = self._gradients.take(member, fresh=fresh)
+        if copy is None:
+            self._landing.hold_gradient(member, member.grad)
+        else:
+            if not fresh and is_shared(copy):
+                self._aliased.append(member)
+            self._landing.hold_copy(member, copy)
         self._arrived(sweep, member)
 
     def _lack(self, sweep: Sweep, member: Member) -> None:
         """Contributes zeros in the place of a gradient."""
         member.raw_grad.zero_()
         sweep.unused.add(member.order)
+        self._landing.hold_gradient(member, member.grad)
         self._arrived(sweep, member)
 
     def _arrived(self, sweep: Sweep, member: Member) -> None:
         member.sweep = sweep
-        self._landing.hold_gradient(member, member.grad)
         sweep.record.ready[member.order] = sweep.record.now()
         buckets = self._program.buckets_of[member.order]
         self._lane.ready(sweep, buckets)
@@ -254,6 +267,9 @@ class Backward:
         sweep.closed = True
         self._open = None
         self._lane.advance()
+        aliased, self._aliased = self._aliased, []
+        for member in aliased:  # nobody can make those wait that lie over the same memory
+            self._landing.settle(member)
 
     def contribute_nothing(self) -> None:
         """Takes part in a pass that only others have: no gradient changes here."""
@@ -262,7 +278,7 @@ class Backward:
             guard.land(member.parameter)
             self._landing.make_room(member)
             if member.parameter.grad is member.grad:
-                member.parameter.grad = member.raw_grad.clone()
+                self._landing.give_away(member)
             self._lack(sweep, member)
         self._closed(sweep)
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from soonest.runtime import collectives, guard, modes
+from soonest.errors import SoonestError
+from soonest.runtime import collectives, modes
 from soonest.runtime.collectives import Group, Sent, ended
+from soonest.runtime.guard import DisableGuard
 from soonest.runtime.lanes import Lane
 from soonest.runtime.peers import Peers
+
+_AFTER_BACKWARD, _BEFORE_FORWARD = 0, 1
+"""When buffers were sent."""
 
 
 class Buffers:
     """A model's buffers.
 
-    They are sent at the end of every backward pass that is combined, and are there before the next
-    forward pass, which sees the same as with ``DistributedDataParallel``. In between, who reads one
-    waits for it. No forward pass is a collective call, so one rank may evaluate by itself.
+    As with ``DistributedDataParallel``, every rank gets the first one's before a forward pass, if
+    the one before it was to be followed by a backward pass that is combined. They are sent early,
+    at the end of that backward pass, so they are there when the forward pass begins, and it is no
+    collective call: one rank may evaluate by itself. Only where a rank sees that its own have
+    changed meanwhile, as they do in two forward passes in a row, are they sent at that moment.
+
+    A short head precedes them, which says what follows; see ``_Head``.
 
     Args:
         model: whose.
@@ -35,67 +45,150 @@ class Buffers:
         lane: Lane,
         peers: Peers,
     ) -> None:
+        self._model = model
         self._make_group = group
         self._group: Group | None = None
         self._lane = lane
         self._peers = peers
-        self._sent: list[Sent] = []
-        self._holds: list[guard.Hold] = []
-        self.look(model)
+        self._sent: _Sending | None = None
+        self._needed = True
+        self._forwards = 0
+        self._now = _Set({})
+        self.look()
 
-    def look(self, model: nn.Module) -> None:
-        """Finds them in the model as it is now; a collective call."""
-        self._places = list(
-            {
-                id(buffer): (module._buffers, name)
-                for module in model.modules()
-                for name, buffer in module._buffers.items()
-                if buffer is not None
-            }.values()
-        )
-        if self._places and self._group is None:
+    def look(self) -> None:
+        """Takes the model as it is now, the same on all ranks by now."""
+        self._agreed = self._present()
+        self._seen = self._agreed.state()
+        if self._agreed.buffers and self._group is None:
             self._group = self._make_group()
 
+    def _present(self) -> _Set:
+        """Those that the model has now."""
+        buffers = dict(self._model.named_buffers())
+        if not self._now.consists_of(buffers):
+            try:
+                self._now = _Set(buffers)
+            except ValueError as error:
+                raise self._peers.at_fault(error) from None
+        return self._now
+
+    def anew(self) -> None:
+        """Gives all ranks the first one's, in a model that has changed; a collective call."""
+        self.land()
+        self._sent = None
+        now = self._present()
+        if now.buffers and self._group is None:
+            self._group = self._make_group()
+        if self._group is not None:
+            self._send_now(now)
+            self._seen = now.state()
+
     def share(self, *, active: bool | None = None) -> None:
-        """Sends them; every rank must call it.
+        """Sends them, at the end of a backward pass; every rank must call it.
 
         Args:
             active: this rank has had a forward pass, where not all may have: then those of the last
                 rank that has are sent.
         """
-        if self._group is None:
+        if self._group is None or not self._agreed.buffers:
             return
         self.land()
-        # They may have been replaced.
-        found = [buffer for names, key in self._places if (buffer := names.get(key)) is not None]
-        with self._blaming(), torch.no_grad(), guard.DisableGuard(), modes.usual():
+        now = self._present()
+        with self._carefully():
             source = 0 if active is None else collectives.last_of(self._group, mine=active)
-            self._sent = collectives.start_broadcast(self._group, found, source)
-        if self._group.rank() != source:
-            self._holds = [guard.Hold(buffer, self.land) for buffer in found]
-            for hold in self._holds:
-                hold.take_off()
+            self._sent = _Sending(self._group, source, _AFTER_BACKWARD, now, self._agreed)
+        self._seen = now.state()
+        if not self._forwards:  # the user calls parts of the model, and never the model
+            self.forward_begins()
+        self._forwards = 0
+
+    def forward_begins(self) -> None:
+        """Every rank now has those of the first one, if they are due."""
+        self._forwards += 1
+        if self._group is None or not self._needed:
+            return
+        sent, self._sent = self._sent, None
+        now = self._present()
+        changed = now.state() != self._seen
+        if sent is not None:
+            self._wait(sent)
+            self._compare(sent, _AFTER_BACKWARD)
+            changed = changed or sent.now.signature != self._agreed.signature
+        if changed:
+            self._send_now(now)
+        elif sent is not None:
+            self._take(sent.values)
+        self._seen = now.state()
+
+    def forward_ended(self, *, synchronizing: bool) -> None:
+        """Whether to share them before the next one, too.
+
+        Args:
+            synchronizing: this one will be followed by a backward pass that is combined.
+        """
+        self._needed = synchronizing
+
+    def _send_now(self, now: _Set) -> None:
+        """Sends them as they are; every rank must do so at the same point."""
+        assert self._group
+        with self._carefully():
+            head = _Sending(self._group, 0, _BEFORE_FORWARD, now, None)
+        self._wait(head)
+        self._compare(head, _BEFORE_FORWARD)
+        self._agreed = now
+        with self._carefully():
+            collectives.broadcast(self._group, list(now.buffers.values()))
+
+    def _compare(self, sent: _Sending, when: int) -> None:
+        """Raises SoonestError if this rank's buffers, or the moment, are others than sent."""
+        if sent.when != when:
+            raise self._peers.at_fault(
+                SoonestError(
+                    "buffers have been changed between two steps on some ranks only, so they "
+                    "cannot be sent: change them on every rank, or leave them out with "
+                    "broadcast_buffers=False"
+                )
+            )
+        if sent.signature != sent.now.signature:
+            raise self._peers.at_fault(
+                SoonestError(
+                    "the first rank has other buffers than this one: "
+                    f"{sent.now.difference(self._agreed)}. Give every rank the same, or leave them "
+                    "out with broadcast_buffers=False"
+                )
+            )
+
+    def _take(self, values: Sequence[Sent]) -> None:
+        """Overwrites them by what has been sent."""
+        with self._carefully():
+            for part in values:
+                part.unpack()
+            self._lane.spread(part.memory for part in values)
 
     def land(self) -> None:
-        """Waits until all have arrived."""
-        sent, self._sent = self._sent, []
-        if not sent:
-            return
-        with self._blaming(), torch.no_grad(), guard.DisableGuard(), modes.usual():
-            for part in sent:
+        """Waits until nothing is under way that other ranks need."""
+        if self._sent is not None:
+            self._wait(self._sent)
+
+    def _wait(self, sent: _Sending) -> None:
+        with self._carefully():
+            for part in sent.under_way():
                 if part.on_device:
                     part.work.wait()  # lets the current stream wait, and not the host
                 else:
                     while not ended(part.work):
                         self._lane.check()
-                part.unpack()
-            self._lane.spread(part.memory for part in sent)
-        self.drop()
 
     @contextmanager
-    def _blaming(self) -> Iterator[None]:
+    def _carefully(self) -> Iterator[None]:
         """Says who is missing if a rank does not take part; or what else has failed before."""
-        with self._peers.together("sharing the first rank's buffers"):
+        with (
+            self._peers.together("sharing the first rank's buffers"),
+            torch.no_grad(),
+            DisableGuard(),
+            modes.usual(),
+        ):
             try:
                 yield
             except RuntimeError:
@@ -104,6 +197,104 @@ class Buffers:
 
     def drop(self) -> None:
         """Leaves them as they are."""
-        for hold in self._holds:
-            hold.release()
-        self._holds, self._sent = [], []
+        self._sent = None
+
+
+class _Set:
+    """The buffers of a model at one moment.
+
+    Args:
+        buffers: by name.
+    """
+
+    def __init__(self, buffers: dict[str, Tensor]) -> None:
+        self.buffers = buffers
+        self._known = [(name, id(buffer), buffer.shape) for name, buffer in buffers.items()]
+        for name, buffer in buffers.items():
+            check_buffer(name, buffer)
+        self.described = [f"{n} {tuple(b.shape)} {b.dtype}" for n, b in buffers.items()]
+        text = "\n".join(self.described).encode()
+        self.signature = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
+
+    def consists_of(self, buffers: dict[str, Tensor]) -> bool:
+        """Whether it is made of these very tensors, and they are as they were."""
+        return len(buffers) == len(self._known) and all(
+            (name, id(buffer), buffer.shape) == known
+            for (name, buffer), known in zip(buffers.items(), self._known, strict=True)
+        )
+
+    def state(self) -> list[tuple[int, int]]:
+        """Differs once one has been replaced or written to."""
+        return [
+            (id(b), 0 if b.is_inference() else b._version)  # pyright: ignore[reportAttributeAccessIssue]
+            for b in self.buffers.values()
+        ]
+
+    def difference(self, before: _Set) -> str:
+        """What there is here and was not before, and the other way round, in words."""
+        new = [one for one in self.described if one not in before.described]
+        gone = [one for one in before.described if one not in self.described]
+        if not new and not gone:
+            return "here they are as before"
+        words = [("new here: ", new), ("no longer here: ", gone)]
+        return "; ".join(what + ", ".join(some) for what, some in words if some)
+
+
+class _Sending:
+    """Buffers on their way from one rank to all, behind a head of two numbers.
+
+    The head says with what buffers and at what moment they were sent, so that a rank which has
+    others, or is elsewhere, notices.
+
+    Args:
+        group: all ranks.
+        source: the rank whose buffers they are.
+        when: they are sent.
+        now: this rank's.
+        agreed: so many bytes follow, as all ranks know; None if nothing follows. Where this rank
+            has others by now, their place is taken by zeros.
+    """
+
+    def __init__(
+        self, group: Group, source: int, when: int, now: _Set, agreed: _Set | None
+    ) -> None:
+        self.now = now
+        self._head = torch.tensor([now.signature, when], dtype=torch.int64)
+        (self._sent_head,) = collectives.start_broadcast(group, [self._head], source)
+        self.values: list[Sent] = []
+        if agreed is not None:
+            alike = agreed.signature == now.signature
+            some = now.buffers if alike else agreed.buffers
+            tensors = [b if alike else torch.zeros_like(b) for b in some.values()]
+            self.values = collectives.start_broadcast(group, tensors, source)
+
+    def under_way(self) -> Sequence[Sent]:
+        """What is to be waited for."""
+        return (self._sent_head, *self.values)
+
+    @property
+    def signature(self) -> int:
+        """Of the sender's buffers, once they have been waited for."""
+        self._sent_head.unpack()
+        return int(self._head[0])
+
+    @property
+    def when(self) -> int:
+        self._sent_head.unpack()
+        return int(self._head[1])
+
+
+def check_buffer(name: str, buffer: Tensor) -> None:
+    """Raises ValueError if a buffer cannot be sent."""
+    what = None
+    if buffer.layout is not torch.strided or buffer.is_nested:
+        what = f"is {buffer.layout}" if buffer.layout is not torch.strided else "is nested"
+    elif buffer.is_quantized:
+        what = "is quantized"
+    elif any(n > 1 and not step for n, step in zip(buffer.shape, buffer.stride(), strict=True)):
+        what = f"is expanded (shape {tuple(buffer.shape)}, strides {buffer.stride()})"
+    if what is not None:
+        raise ValueError(
+            f"buffer {name!r} {what}, and cannot be sent to other ranks: make it an ordinary dense "
+            "tensor, as by .clone() or .to_dense(), or keep it as a plain attribute"
+        )

@@ -20,6 +20,11 @@ class Calling:
         self._call = call
 
     def __call__(self, module: nn.Module, *given: Any) -> None:
+        if "_is_replica" in vars(module):
+            raise ValueError(
+                "the model has been wrapped by DataParallel, whose replicas soonest cannot train: "
+                "leave that out and start one process for each device, as torchrun does"
+            )
         self._call(*given)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from soonest.core.plan import METHODS
+from soonest.runtime import wrapping
+from soonest.runtime.buffers import check_buffer
 from soonest.runtime.collectives import Wire
 from soonest.runtime.device import has_lane
-from soonest.runtime.layout import trainable
-from soonest.runtime.takeover import check_step, is_taken_over
+from soonest.runtime.layout import overlap, trainable
+from soonest.runtime.takeover import is_taken_over
 
 
 def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ()) -> None:
@@ -43,8 +43,14 @@ def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ())
             "this optimizer is prioritized already: call prioritize once, "
             "or detach() the handle of the first call before"
         )
-    check_step(optimizer)
-    _check_wrapping(model)
+    wrapping.check_optimizer_of_others(optimizer)
+    check_model(model, without)
+    check_optimizer(model, optimizer)
+
+
+def check_model(model: nn.Module, without: Collection[str] = ()) -> None:
+    """Raises ValueError if soonest cannot share the gradients of this model, as it is now."""
+    wrapping.check_inside(model)
     named = trainable(model, without)
     if not named:
         raise ValueError(
@@ -54,8 +60,8 @@ def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ())
     for name, _, parameter in named:
         _check_parameter(name, parameter)
     _check_devices(named)
-    _check_sharing(named)
-    check_optimizer(model, optimizer)
+    for name, buffer in model.named_buffers():
+        check_buffer(name, buffer)
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm) and named[0][2].device.type == "cpu":
             raise ValueError(
@@ -114,7 +120,7 @@ def check_options(method: str | None, wire: Wire, *, shard_optimizer: bool) -> N
         )
 
 
-def check_real(model: nn.Module, without: Collection[str]) -> None:
+def check_parts(model: nn.Module, without: Collection[str]) -> None:
     """Raises ValueError if the state of a parameter could not be shared out over the ranks."""
     for name, _, parameter in trainable(model, without):
         if parameter.is_complex():
@@ -122,26 +128,21 @@ def check_real(model: nn.Module, without: Collection[str]) -> None:
                 f"parameter {name!r} is {parameter.dtype}, and states of complex parameters are "
                 "not shared out over the ranks: leave out shard_optimizer=True"
             )
+        if not is_non_overlapping_and_dense_or_false(parameter):
+            raise ValueError(
+                f"parameter {name!r} has gaps in memory (strides {parameter.stride()}), so ranks "
+                "cannot update parts of it: give it memory of its own, as by p.data = p.data."
+                "clone(memory_format=torch.contiguous_format), or leave out shard_optimizer=True"
+            )
+    if overlap([parameter for _, _, parameter in trainable(model, without)]):
+        raise ValueError(OVERLAP)
 
 
-def _check_wrapping(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        where = f"module {name!r}" if name else "the model"
-        shares = isinstance(module, DistributedDataParallel | DataParallel)
-        if shares and not getattr(module, "has_given_way", False):
-            kind = type(module).__name__
-            raise ValueError(
-                f"{where} is wrapped by {kind}, which shares gradients itself: "
-                "give prioritize the bare module"
-            )
-        if any(
-            cls.__name__ in ("FSDPModule", "FullyShardedDataParallel")
-            for cls in type(module).__mro__
-        ):
-            raise ValueError(
-                f"{where} is sharded by FSDP, which shares gradients itself: "
-                "give prioritize the module without FSDP"
-            )
+OVERLAP = (
+    "parameters share memory without being the same Parameter, so the order in which they are "
+    "updated counts, and ranks cannot update parts of them: leave out shard_optimizer=True, or "
+    "assign one of them to both modules (a.weight = b.weight)"
+)
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
@@ -171,28 +172,6 @@ def _check_devices(named: list[tuple[str, str, nn.Parameter]]) -> None:
             f"the model is on {first.device}: soonest runs on CPUs and on this machine's "
             "accelerator, if it has streams: move the model there"
         )
-
-
-class _Memory(NamedTuple):
-    storage: int
-    start: int
-    stop: int
-    name: str
-
-
-def _check_sharing(named: list[tuple[str, str, nn.Parameter]]) -> None:
-    """Moving into flat buffers would silently part parameters that share memory."""
-    spans = sorted(
-        _Memory(p.untyped_storage().data_ptr(), p.data_ptr(), p.data_ptr() + p.nbytes, name)
-        for name, _, p in named
-        if p.numel()
-    )
-    for one, other in pairwise(spans):
-        if one.storage == other.storage and other.start < one.stop:
-            raise ValueError(
-                f"parameters {one.name!r} and {other.name!r} share memory without being the same "
-                "Parameter: assign one of them to both modules (a.weight = b.weight)"
-            )
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:

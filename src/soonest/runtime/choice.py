@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from soonest.core.network import Network
 from soonest.core.plan import Plan, shards
-from soonest.runtime import collectives, update
+from soonest.runtime import collectives, takeover, update
 
 
 class Choice(NamedTuple):
@@ -71,6 +71,11 @@ def can_shard(optimizer: Optimizer, separable: bool | None) -> bool:
             "shard_optimizer=True updates parts of parameters, which separable=False forbids: "
             "leave out one of them"
         )
+    if takeover.hides_step(optimizer):
+        raise ValueError(
+            f"{replaced_step(optimizer)}, so ranks cannot update their own parts only: call "
+            "soonest.prioritize before replacing it, or leave out shard_optimizer=True"
+        )
     if update.is_elementwise(optimizer):
         return True
     warnings.warn(
@@ -79,6 +84,25 @@ def can_shard(optimizer: Optimizer, separable: bool | None) -> bool:
         stacklevel=3,
     )
     return False
+
+
+def replaced_step(optimizer: Optimizer) -> str:
+    """What is to be said of a step that cannot be seen through."""
+    return (
+        f"optimizer.step of this {type(optimizer).__name__} was replaced by "
+        f"{vars(optimizer)['step']!r}, which does not lead to the optimizer's own step"
+    )
+
+
+def warn_of_replaced_step(optimizer: Optimizer) -> None:
+    """Says what is lost where ``step`` has been replaced by something unknown."""
+    if takeover.hides_step(optimizer):
+        warnings.warn(
+            f"{replaced_step(optimizer)}. It gets gradients that are combined, and updates what it "
+            "likes, but nothing of it overlaps the next forward pass: call soonest.prioritize "
+            "before replacing it",
+            stacklevel=4,
+        )
 
 
 def note_on(optimizer: Optimizer, shard_optimizer: bool, ranks: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -75,7 +77,11 @@ def _intercept(module: nn.Module) -> Callable[[], None]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         land()
-        return compiled(*args, **kwargs)
+        _entered.modules += 1
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            _entered.modules -= 1
 
     module._compiled_call_impl = call
     return partial(setattr, module, "_compiled_call_impl", compiled)
@@ -93,3 +99,35 @@ def _stay_out_of_compiled_regions() -> None:
     from torch._dynamo import trace_rules  # takes seconds to import, where no optimizer has yet
 
     trace_rules.add("soonest.runtime")
+    _land_before_functions()
+
+
+class _Entered(threading.local):
+    """How many compiled modules of ours this thread is in: what they own has landed."""
+
+    modules = 0
+
+
+_entered = _Entered()
+
+
+def _land_before_functions() -> None:
+    """From now on, in this process, what a compiled function is given lands before it is entered.
+
+    So it finds plain tensors, as with ``DistributedDataParallel``, and is compiled to the same
+    code. One that is given no tensor, as ``torch.compile(optimizer.step)``, may read anything.
+    """
+    from torch._dynamo import eval_frame
+
+    chosen = getattr(eval_frame, "_callback_from_stance", None)
+    if chosen is None:
+        return
+
+    def landed(callback: Any) -> Any:
+        if guard.any_held() and callback not in (None, False) and not _entered.modules:
+            given = sys._getframe(1).f_locals
+            tensors = list(guard.tensors_in((given.get("args", ()), given.get("kwargs", {}))))
+            guard.land_all(tensors or None)
+        return chosen(callback)
+
+    eval_frame._callback_from_stance = landed

@@ -15,7 +15,7 @@ from torch.nn.parallel import distributed as theirs
 from torch.optim import Optimizer
 
 from soonest.errors import SoonestError
-from soonest.runtime import agree
+from soonest.runtime import agree, wrapping
 from soonest.runtime.ddp_log import Log
 from soonest.runtime.handle import Handle
 from soonest.runtime.hooks import Hook
@@ -194,6 +194,7 @@ class DistributedDataParallel(_Theirs):
         self._passing_sync_batchnorm_handle(self.module)
 
     def _pre_forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        wrapping.check_caller()
         accumulates = torch.is_grad_enabled() and not self.require_backward_grad_sync
         if accumulates and hasattr(self, "reducer"):
             self.reducer.accumulate()

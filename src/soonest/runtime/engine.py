@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from soonest.core.plan import Plan
 from soonest.errors import SoonestError
-from soonest.runtime import checks, compiled, guard, modes, takeover
+from soonest.runtime import checks, compiled, guard, modes, takeover, wrapping
 from soonest.runtime.backward import Backward
 from soonest.runtime.buffers import Buffers
 from soonest.runtime.bystanders import Aliases
@@ -27,6 +27,7 @@ from soonest.runtime.peers import Peers
 from soonest.runtime.profiler import Profiler
 from soonest.runtime.program import Program
 from soonest.runtime.state import OptimizerState
+from soonest.runtime.structure import Structure
 from soonest.runtime.sweep import Sweep
 from soonest.runtime.undone import undone
 from soonest.runtime.update import Updater, raw_step
@@ -96,6 +97,7 @@ class Engine:
         self.profiler = Profiler(type(model).__name__, len(layout.members), lane.clock)
         self.backward = Backward(lane, peers, self.profiler, self._backward_ended)
         self.after_backward: Callable[[Engine, Sequence[Member]], None] = nobody
+        self._structure = Structure(model)
         self._entries = compiled.Entries(model)
         self._module_hooks = guard.ModuleHooks(self._entries.outside())
         self._aliases = Aliases()
@@ -119,6 +121,7 @@ class Engine:
         )
         self.profiler.bind(plan, layout.members)
         self.gradients = Gradients(layout, self.ranks.group.size(), self._peers)
+        layout.note_memory()
         self._landing = Landing(self.program, self.lane, self._module_hooks, self.profiler)
         newcomers = self._newcomers.look(layout.members) if self._newcomers is not None else ()
         self.backward.bind(self.program, self._landing, self.gradients, newcomers)
@@ -132,10 +135,16 @@ class Engine:
 
     def forward_begins(self, *inputs: Any) -> None:
         self.lane.enter()
+        try:
+            wrapping.check_caller()
+        except ValueError as error:
+            raise self._peers.at_fault(error) from None
         self.backward.forward_begins()
-        self._take_back()
+        self._follow()
+        if self._structure.has_changed():
+            self._restructure()
         if self._buffers is not None:
-            self._buffers.land()
+            self._buffers.forward_begins()
         if self.profiler.observing:  # what was read before it does not show the order of use
             self.inputs = [f"{tuple(x.shape)} {x.dtype}" for x in guard.tensors_in(inputs)]
             self.profiler.record = self.profiler.new_record()
@@ -147,25 +156,57 @@ class Engine:
 
     def forward_ends(self, inputs: Any = None, output: Any = None, *_: Any) -> None:
         self.profiler.forward_ended()
+        if self._buffers is not None:
+            combined = torch.is_grad_enabled() and self.backward.synchronizing
+            self._buffers.forward_ended(synchronizing=combined)
         if torch.is_grad_enabled() and modes.is_plain():
             self.backward.expect(output)
 
-    def _take_back(self) -> None:
-        """Parameters that the user has given other memory come back into the buffers."""
+    def _follow(self) -> None:
+        """Parameters that the user has given other memory are updated there from now on."""
         with guard.DisableGuard():
-            for member in self.layout.members:
-                if member.parameter.data_ptr() != member.address:
-                    try:
-                        self.layout.take_back(member)
-                    except SoonestError as error:
-                        raise self._peers.at_fault(error) from None
-                    self.backward.renew_hooks(member)
+            moved = [member for member in self.layout.members if member.has_moved]
+            if not moved:
+                return
+            try:
+                self.layout.follow(moved)
+                if self.state.parts is not None:
+                    if self.layout.overlaps:
+                        raise SoonestError(checks.OVERLAP)
+                    self.state.parts.follow(moved)
+            except SoonestError as error:
+                raise self._peers.at_fault(error) from None
+        for member in moved:
+            self.backward.renew_hooks(member)
 
     def _look_at_modules(self) -> None:
         """The model has come to have other modules, or compiled ones."""
         self._land_all()
         self._entries.renew()
         self._module_hooks.move_to(self._entries.outside())
+
+    def _restructure(self) -> None:
+        """The model has other modules or parameters now; a collective call.
+
+        What ``DistributedDataParallel`` would do if it were made anew: every rank gets the first
+        one's new parameters, and its buffers.
+        """
+        self._look_at_modules()
+        self._structure.look()
+        if self._newcomers is None:
+            return
+        try:
+            wrapping.check_outside(self.model)
+            checks.check_model(self.model, self.layout.without)
+        except ValueError as error:
+            raise self._peers.at_fault(error) from None
+        self._newcomers.look(self.layout.members)
+        present = {id(parameter) for parameter in self.model.parameters()}
+        come = self._newcomers.come()
+        if come or any(id(member.parameter) not in present for member in self.layout.members):
+            self._take_in(come)
+        if self._buffers is not None:
+            self._buffers.anew()
 
     def _land_all(self) -> None:
         """Also what has arrived and is only watched."""
@@ -177,9 +218,13 @@ class Engine:
 
     def _backward_ended(self, late: Sequence[Member]) -> None:
         self._share_buffers(active=True)
-        if self._newcomers is not None and (parameters := self._newcomers.come()):
+        if self._structure.has_changed():  # since the forward pass, or without one of the model
+            self._restructure()
+        elif self._newcomers is not None and (parameters := self._newcomers.come()):
             self._take_in(parameters)
         self.after_backward(self, late)
+        if modes.is_compiling():  # what follows is compiled, too, and should find plain tensors
+            self.flush()
 
     def contribute_nothing(self) -> None:
         """Takes part in a backward pass that only others have."""
@@ -195,10 +240,9 @@ class Engine:
         """Trains these, too, from now on; a collective call."""
         assert self._anew is not None
         self.complete()
-        admit(self.ranks, parameters)
+        if parameters:
+            admit(self.ranks, parameters)
         self._look_at_modules()
-        if self._buffers is not None:
-            self._buffers.look(self.model)
         self.profiler.observing = True
         self._anew(self, self.layout.grown())
         self.state.adopt()
@@ -207,12 +251,22 @@ class Engine:
 
     def step(self, closure: Callable[[], Any] | None) -> Any:
         """What the user's ``optimizer.step(closure)`` does."""
+        if modes.is_compiling():
+            raise self._peers.at_fault(
+                ValueError(
+                    "optimizer.step() is called from code that torch.compile compiles, and soonest "
+                    "would round updates otherwise than that: call it outside, and leave out "
+                    "torch.compile(optimizer.step)"
+                )
+            )
         self.lane.check()
         self.backward.check()
         if self._updater.outdated():
             self.groups_changed()
+        self._follow()
         blocking = self.program.plan.blocking
-        whole = self.state.parts is None and (blocking or self._updater.trains_others())
+        at_once = blocking or self.layout.overlaps or self._updater.trains_others()
+        whole = self.state.parts is None and at_once
         if self._separable and not whole:
             loss = self._step_by_bucket(closure)
             if blocking:
@@ -249,8 +303,9 @@ class Engine:
             record = self.profiler.new_record()
             sweep = Sweep(self.backward.passes, self.program, record, local=True)
             self.lane.begin(sweep)
-        self._take_back()
-        gradients = self.gradients.of(self._updater.owned, self._landing.unknown)
+        gradients = self.gradients.of(
+            self._updater.owned, self._landing.unknown, self._landing.copies
+        )
         call = self._updater.call(gradients)
         aliased = self._aliases.of(self.layout.members[order] for order in gradients)
         self._landing.expect(sweep, gradients)
@@ -295,8 +350,6 @@ class Engine:
             self.lane.check()  # what has failed meanwhile is no longer waited for
             if not self.backward.under_way:
                 self._landing.all()
-        if self._buffers is not None:
-            self._buffers.land()
 
     def finish(self, limit_s: float) -> str | None:
         """Waits until nothing is under way that other ranks need, or for so long.

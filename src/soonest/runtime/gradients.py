@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import sys
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from soonest.errors import SoonestError
 from soonest.runtime import guard
-from soonest.runtime.layout import Layout, Member, changed
+from soonest.runtime.layout import Layout, Member, changed, is_shared
 from soonest.runtime.peers import Peers
+from soonest.runtime.update import IN_BUFFER
 
 
 class Gradients:
@@ -42,8 +45,17 @@ class Gradients:
             for grads in self._layout.grads
         ]
 
-    def take(self, member: Member) -> None:
+    def take(self, member: Member, *, fresh: bool) -> Tensor | None:
         """Puts ``parameter.grad`` into the flat buffer, divided as DDP does before it sums.
+
+        The tensor in the buffer then takes its place, unless the user has the other one elsewhere.
+
+        Args:
+            member: whose.
+            fresh: there was none before this backward pass.
+
+        Returns:
+            The user's own tensor, if it is to have the combined value, too.
 
         Raises:
             ValueError: it is sparse.
@@ -54,38 +66,100 @@ class Gradients:
         if gradient.is_sparse:
             sparse = f"the gradient of {member.name!r} is sparse and cannot be combined"
             raise self._peers.at_fault(ValueError(f"{sparse}: use dense gradients (sparse=False)"))
-        self._take_back(member)
-        if torch.is_grad_enabled():  # backward(create_graph=True)
-            gradient = gradient.detach()
         if gradient is member.grad:
+            self._take_back(member)
             member.raw_grad.mul_(self._shares[member.flat])
-            return
+            return None
+        kept = sys.getrefcount(gradient) > _NAMES or (not fresh and is_shared(gradient))
+        if gradient.dtype != member.raw_grad.dtype:
+            raise self._peers.at_fault(_of_another_dtype(member, gradient))
         try:
-            torch.mul(gradient, self._shares[member.flat], out=member.raw_grad)
+            # Detached for the sake of backward(create_graph=True).
+            torch.mul(gradient.detach(), self._shares[member.flat], out=member.raw_grad)
+            if kept:
+                return gradient
             member.parameter.grad = member.grad
         except RuntimeError as error:
             raise self._peers.at_fault(changed(member)) from error
+        return None
 
-    def of(self, members: Iterable[Member], unknown: Collection[int]) -> dict[int, Tensor]:
+    def of(
+        self, members: Iterable[Member], unknown: Collection[int], copies: Mapping[int, Tensor]
+    ) -> dict[int, Tensor | None]:
         """By order of the member, the gradients that the optimizer is to use.
 
         Args:
             members: whose.
             unknown: orders of those of which another rank may have one; see ``Landing``.
+            copies: of those in the buffer that the user has and that have not been written yet.
         """
-        found: dict[int, Tensor] = {}
+        found: dict[int, Tensor | None] = {}
         with guard.DisableGuard():
             for member in members:
                 gradient = member.parameter.grad
-                if gradient is member.grad:
+                if gradient is None:
+                    if member.order in unknown:
+                        found[member.order] = IN_BUFFER
+                elif gradient is member.grad:
                     self._take_back(member)
-                if gradient is None and member.order in unknown:
-                    gradient = member.grad
-                if gradient is not None:
+                    found[member.order] = IN_BUFFER
+                elif copies.get(member.order) is gradient:
+                    found[member.order] = IN_BUFFER
+                else:
                     found[member.order] = gradient
+        if any(gradient is not IN_BUFFER for gradient in found.values()):
+            self._part(found)
         return found
+
+    def _part(self, found: dict[int, Tensor | None]) -> None:
+        """Where the user has given a parameter the gradient of another, takes its value."""
+        places = self._places()
+        for order, gradient in found.items():
+            if gradient is not IN_BUFFER and _place(gradient) in places:
+                guard.land(gradient)
+                found[order] = gradient.detach().clone()
+
+    def check_own(self, member: Member, gradient: Tensor) -> None:
+        """Raises SoonestError if what is about to be added to is the gradient of another, too."""
+        other = self._places().get(_place(gradient))
+        if other is not None:
+            raise self._peers.at_fault(
+                SoonestError(
+                    f"{member.name!r} has been given the gradient of {other!r} as its own, so both "
+                    "would be added up in one tensor: give it a copy, as in p.grad = q.grad.clone()"
+                )
+            )
+
+    def _places(self) -> dict[int, str]:
+        """By what stands for its memory, the member whose gradient in the buffer that is."""
+        with guard.DisableGuard():
+            return {_place(member.grad): member.name for member in self._layout.members}
 
     def _take_back(self, member: Member) -> None:
         """The user may have given the gradient in the buffer other memory."""
         if member.grad.data_ptr() != member.grad_address:
             self._layout.take_back_gradient(member)
+
+
+def _place(gradient: Tensor) -> int:
+    with guard.DisableGuard():
+        return gradient.untyped_storage()._cdata
+
+
+def _of_another_dtype(member: Member, gradient: Tensor) -> SoonestError:
+    return SoonestError(
+        f"the gradient of {member.name!r} is {gradient.dtype}, but its parameter was "
+        f"{member.raw_grad.dtype} when prioritize was called, and gradients are combined as such: "
+        "leave its grad_dtype alone, or detach() the handle and call prioritize again"
+    )
+
+
+def _names_of_a_gradient() -> int:
+    """How many references Python counts to a gradient that only its parameter has."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    gradient = parameter.grad
+    return sys.getrefcount(gradient)
+
+
+_NAMES = _names_of_a_gradient()

@@ -12,12 +12,15 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from soonest.errors import ReadTooEarlyError
 
 DisableGuard = torch._C.DisableTorchFunctionSubclass
 """Within this context, in this thread, held tensors are taken as they are."""
@@ -31,19 +34,37 @@ class Hold:
         land: waits until the tensor has its value; called once per flight, before the first read.
         zero: takes note that the tensor is to become zero after it has landed; without it,
             zeroing waits like everything else.
+        set_grad: takes note that ``tensor.grad`` is what the user has just made it, where that was
+            unknown.
 
     Attributes:
         hides_grad: whether ``tensor.grad`` is unknown, too, until the tensor has landed.
     """
 
-    __slots__ = ("__weakref__", "_free", "_held", "_me", "hides_grad", "land", "tensor", "zero")
+    __slots__ = (
+        "__weakref__",
+        "_free",
+        "_held",
+        "_me",
+        "hides_grad",
+        "land",
+        "set_grad",
+        "tensor",
+        "zero",
+    )
 
     def __init__(
-        self, tensor: Tensor, land: Callable[[], None], *, zero: Callable[[], None] | None = None
+        self,
+        tensor: Tensor,
+        land: Callable[[], None],
+        zero: Callable[[], None] | None = None,
+        *,
+        set_grad: Callable[[], None] | None = None,
     ) -> None:
         self.tensor = tensor  # keeps the tensor, and so its id, alive
         self.land = land
         self.zero = zero
+        self.set_grad = set_grad
         self.hides_grad = False
         self._free: Any = None
         self._held: Any = None
@@ -101,6 +122,22 @@ def land(tensor: Tensor) -> None:
         tensor.__class__ = type(tensor).held_from  # pyright: ignore
 
 
+def any_held() -> bool:
+    """Whether anything may be in flight in this process."""
+    return bool(_holds)
+
+
+def land_all(tensors: Iterable[Tensor] | None = None) -> None:
+    """Lands these, or all that are held; but for gradients of a backward pass that still runs."""
+    if tensors is None:
+        holds = [entry() for entry in list(_holds.values())]
+        tensors = [hold.tensor for hold in holds if hold is not None]
+    for tensor in tensors:
+        if is_held(tensor):
+            with suppress(ReadTooEarlyError):
+                land(tensor)
+
+
 def is_held(tensor: Tensor) -> bool:
     return issubclass(type(tensor), _Held)
 
@@ -108,9 +145,19 @@ def is_held(tensor: Tensor) -> bool:
 def land_module(module: nn.Module, args: Any = None) -> None:
     """Lands the parameters that a module owns itself; a forward pre-hook.
 
+    Some of torch's own modules look at all that is below them when they evaluate, and take another
+    way, with other rounding, if a parameter there is no plain tensor or a module has a hook.
+
     A plain tensor in the place of a parameter comes from ``functional_call``, and under a transform
     of ``torch.func`` it may wrap any parameter unseen, so everything lands then.
     """
+    if not module.training and isinstance(module, _LOOK_BELOW):
+        for parameter in module.parameters():
+            if is_held(parameter):
+                land(parameter)
+        for hooks in list(_module_hooks):
+            hooks.leave(module)
+        return
     for parameter in module._parameters.values():
         if issubclass(type(parameter), _Held):
             land(parameter)  # type: ignore[arg-type]
@@ -119,6 +166,9 @@ def land_module(module: nn.Module, args: Any = None) -> None:
                 hold = entry()
                 if hold is not None and isinstance(hold.tensor, nn.Parameter):
                     land(hold.tensor)
+
+
+_LOOK_BELOW = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class ModuleHooks:
@@ -131,30 +181,45 @@ class ModuleHooks:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._hooks: list[tuple[Any, RemovableHandle]] = []
+        self._hooks: dict[int, tuple[Any, RemovableHandle]] = {}
         self.move_to(modules)
+        _module_hooks.add(self)
 
     def move_to(self, modules: Iterable[nn.Module]) -> None:
         """From now on these modules have the hooks."""
         self.remove()
-        self._hooks = [
-            (module._forward_pre_hooks, module.register_forward_pre_hook(land_module, prepend=True))
+        self._hooks = {
+            id(module): (
+                module._forward_pre_hooks,
+                module.register_forward_pre_hook(land_module, prepend=True),
+            )
             for module in modules
-            if any(parameter is not None for parameter in module._parameters.values())
-        ]
+            if isinstance(module, _LOOK_BELOW)
+            or any(parameter is not None for parameter in module._parameters.values())
+        }
         self._there = True
 
     def put(self) -> None:
         if not self._there:
-            for hooks, handle in self._hooks:
+            for hooks, handle in self._hooks.values():
                 hooks[handle.id] = land_module
                 hooks.move_to_end(handle.id, last=False)
             self._there = True
 
+    def leave(self, module: nn.Module) -> None:
+        """No hook is needed any more on this module and all below it, for now."""
+        for inner in module.modules():
+            if (known := self._hooks.get(id(inner))) is not None:
+                known[1].remove()
+        self._there = False
+
     def remove(self) -> None:
-        for _, handle in self._hooks:
+        for _, handle in self._hooks.values():
             handle.remove()
         self._there = False
+
+
+_module_hooks: weakref.WeakSet[ModuleHooks] = weakref.WeakSet()
 
 
 class _Held:
@@ -169,6 +234,8 @@ class _Held:
     ) -> Any:
         kwargs = kwargs or {}
         if func in _KEEPS_FLYING or (func == _GET_GRAD and not _hides_grad(args[0])):
+            if func == _SET_GRAD:
+                _know_grad(args[0])
             with DisableGuard():
                 return func(*args, **kwargs)
         held = [tensor for tensor in tensors_in((args, kwargs)) if is_held(tensor)]
@@ -208,6 +275,13 @@ def _hides_grad(tensor: Tensor) -> bool:
     return hold is not None and hold.hides_grad
 
 
+def _know_grad(tensor: Tensor) -> None:
+    hold = _hold_of(tensor)
+    if hold is not None and hold.hides_grad and hold.set_grad:
+        hold.hides_grad = False
+        hold.set_grad()
+
+
 def _zero_later(held: list[Tensor]) -> bool:
     """Notes that these are to be zero once they have landed; False if one of them cannot be."""
     zeros = [hold.zero for tensor in held if (hold := _hold_of(tensor)) and hold.zero]
@@ -242,12 +316,13 @@ def _getters(*names: str) -> set[Any]:
 
 _foreach_zero: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
 (_GET_GRAD,) = _getters("grad")
+_SET_GRAD: Any = getattr(Tensor, "grad").__set__  # noqa: B009
 _ZERO = {Tensor.zero_, _foreach_zero}
 # What a tensor is, rather than what it holds: reading this need not wait.
 _KEEPS_FLYING = {
     *_getters("shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "grad_fn"),
     *_getters("is_sparse", "is_cuda", "is_meta", "is_quantized", "is_nested", "itemsize", "nbytes"),
-    getattr(Tensor, "grad").__set__,  # noqa: B009
+    _SET_GRAD,
     Tensor.requires_grad_,
     Tensor.size,
     Tensor.numel,

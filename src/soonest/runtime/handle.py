@@ -19,7 +19,8 @@ from soonest.core.explain import Report, explain
 from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
-from soonest.runtime import agree, checkpoint, ending, pinned
+from soonest.runtime import agree, alone, checkpoint, ending, pinned
+from soonest.runtime.alone import Alone
 from soonest.runtime.choice import Choice
 from soonest.runtime.engine import Engine
 from soonest.runtime.learn import Learner
@@ -44,6 +45,7 @@ class Handle(Joinable):
         engine: Engine | None = None,
         choice: Choice | None = None,
         learner: Learner | None = None,
+        alone: Alone | None = None,
     ) -> None:
         super().__init__()
         self._group = group
@@ -52,6 +54,7 @@ class Handle(Joinable):
         self._optimizer = optimizer
         self._choice = choice
         self._learner = learner
+        self._alone = alone
         self._parts: ShardedState | None = None
         if engine:
             _engines.add(engine)
@@ -218,10 +221,11 @@ class Handle(Joinable):
         """Why each bucket is combined as it is, with predicted and measured times.
 
         Printed, it is a table. Predictions are of the calibrated network, at the pace seen in the
-        last measured steps on this rank. None in a group of one rank and after ``detach``.
+        last measured steps on this rank. In a group of one rank it says that there is nothing to
+        send. None after ``detach``.
         """
         if not self._engine:
-            return None
+            return Report((), ("one rank: nothing to send",)) if self._alone else None
         assert self._choice
         calibrated, methods, given, notes = self._choice
         measured_s, pace = self._engine.profiler.measured(calibrated)
@@ -352,6 +356,9 @@ class Handle(Joinable):
             SoonestError: something has failed that nobody has been told of yet. Model and optimizer
                 are plain objects all the same.
         """
+        if self._alone:
+            self._alone.detach()
+            self._alone = None
         if self._engine:
             engine, self._engine = self._engine, None
             _engines.discard(engine)
@@ -366,8 +373,9 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 def is_shared(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether gradients of any of these are combined already."""
-    mine = {id(parameter) for parameter in parameters}
-    return any(
+    given = list(parameters)
+    mine = {id(parameter) for parameter in given}
+    return alone.holds_any(given) or any(
         id(member.parameter) in mine for engine in _engines for member in engine.layout.members
     )
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from soonest.errors import SoonestError
@@ -15,6 +16,7 @@ from soonest.runtime.layout import Member
 from soonest.runtime.profiler import Profiler
 from soonest.runtime.program import Program
 from soonest.runtime.sweep import Sweep
+from soonest.runtime.update import IN_BUFFER
 
 
 class Landing:
@@ -30,6 +32,8 @@ class Landing:
         flying: whether anything may be in flight.
         unknown: members that got no gradient on this rank, as long as it is not known whether
             another rank had one, and with it whether ``parameter.grad`` is None.
+        copies: by order of the member, gradients of the user's own that still have to be given
+            the combined values.
     """
 
     def __init__(
@@ -41,12 +45,13 @@ class Landing:
         self._hooks = hooks
         self._profiler = profiler
         self._members = program.layout.members
-        self._parameters = [guard.Hold(m.parameter, partial(self.land, m)) for m in self._members]
-        self._gradients = [
-            guard.Hold(m.grad, partial(self.settle, m), zero=partial(self._zero, m))
+        self._parameters = [
+            guard.Hold(m.parameter, partial(self.land, m), set_grad=partial(self._know, m))
             for m in self._members
         ]
+        self._gradients = [self._hold_of(m) for m in self._members]
         self._held: list[guard.Hold | None] = [None] * len(self._members)
+        self.copies: dict[int, Tensor] = {}  # by order of the member
         self._awaited: set[int] = set()  # buckets
         self._zeroing: dict[int, Callable[[], None]] = {}  # by order of the member
         self.flying = False
@@ -66,22 +71,46 @@ class Landing:
         hold.hides_grad = member.order in self.unknown
         hold.take_off()
 
+    def _hold_of(self, member: Member) -> guard.Hold:
+        return guard.Hold(member.grad, *self._ways(member, self._zero))
+
+    def _ways(self, member: Member, zero: Callable[[Member], None]) -> tuple[partial[None], ...]:
+        return partial(self.settle, member), partial(zero, member)
+
+    def _know(self, member: Member) -> None:
+        """The user says what its gradient is, whatever other ranks have."""
+        self.unknown.discard(member.order)
+
+    def hold_copy(self, member: Member, gradient: Tensor) -> None:
+        """The user's own gradient gets the combined values once they are there."""
+        self._hold(member, guard.Hold(gradient, *self._ways(member, self._forget_copy)))
+        self.copies[member.order] = gradient
+
+    def _forget_copy(self, member: Member) -> None:
+        """The user zeroes a gradient that is still to get its value: it needs none."""
+        gradient = self.copies.pop(member.order)
+        self._release_gradient(member)
+        with torch.no_grad(), guard.DisableGuard():
+            gradient.zero_()
+
     def hold_gradient(self, member: Member, gradient: Tensor) -> None:
         """This gradient of the member is to change or still to be read."""
-        order = member.order
-        before = self._held[order]
-        if before is not None:
-            if before.tensor is gradient:
-                return
-            before.release()
+        before = self._held[member.order]
+        if before is not None and before.tensor is gradient:
+            return
         if gradient is member.grad:
-            hold = self._gradients[order]
+            self._hold(member, self._gradients[member.order])
         else:
-            hold = guard.Hold(gradient, partial(self.settle, member))
-        self._held[order] = hold
+            self._hold(member, guard.Hold(gradient, partial(self.settle, member)))
+
+    def _hold(self, member: Member, hold: guard.Hold) -> None:
+        before = self._held[member.order]
+        if before is not None:
+            before.release()
+        self._held[member.order] = hold
         hold.take_off()
 
-    def expect(self, sweep: Sweep, gradients: Mapping[int, Tensor]) -> None:
+    def expect(self, sweep: Sweep, gradients: Mapping[int, Tensor | None]) -> None:
         """A step is to change parameters.
 
         Args:
@@ -90,9 +119,12 @@ class Landing:
         """
         for order, gradient in gradients.items():
             member = self._members[order]
+            if gradient is not IN_BUFFER and order in self.copies:
+                self.settle(member)
             member.sweep = sweep
             self.hold(member)
-            self.hold_gradient(member, gradient)
+            if order not in self.copies:
+                self.hold_gradient(member, member.grad if gradient is IN_BUFFER else gradient)
         if sweep.plan.sharded:  # gathering writes to all parameters, if only what is there
             for member in self._members:
                 if member.order not in gradients:
@@ -105,6 +137,10 @@ class Landing:
         if held is not None:
             held.release()
             self._held[member.order] = None
+        copy = self.copies.pop(member.order, None)
+        if copy is not None:
+            with torch.no_grad(), guard.DisableGuard():
+                copy.copy_(member.raw_grad)
 
     def settle(self, member: Member) -> None:
         """Waits until the member's gradient has its value, and nothing still reads it."""
@@ -122,11 +158,20 @@ class Landing:
 
     def make_room(self, member: Member) -> None:
         """Waits until the member's gradient can be written, or added to if it is still there."""
-        if self._held[member.order] is None:
-            return
         with guard.DisableGuard():
             added_to = member.parameter.grad is member.grad
-        (self.settle if added_to else self.free)(member)
+        if self._held[member.order] is not None:
+            (self.settle if added_to or member.order in self.copies else self.free)(member)
+        with guard.DisableGuard():
+            if added_to or not member.gradient_is_kept:
+                return
+        self.give_away(member)
+
+    def give_away(self, member: Member) -> None:
+        """The gradient in the buffer becomes the user's own; it has its value."""
+        self._release_gradient(member)
+        self._program.layout.give_away(member)
+        self._gradients[member.order] = self._hold_of(member)
 
     def _partial(self, member: Member) -> bool:
         """Whether this rank has only its part of the member's gradient."""
@@ -135,7 +180,7 @@ class Landing:
             return False
         if sweep.step is not None and member.order in sweep.step.zeroed:
             return False
-        return held is not None and held.tensor is member.grad
+        return held is not None and (held.tensor is member.grad or member.order in self.copies)
 
     def _complete(self, member: Member) -> None:
         """A gradient of which this rank has but a part is to be read."""

@@ -1,10 +1,14 @@
-"""Flat buffers: parameters and gradients are views of them."""
+"""Where parameters and gradients lie: parameters where the user made them, gradients in flat
+buffers."""
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class Member:
-    """One trainable parameter in its place in the flat buffers.
+    """One trainable parameter, and the place of its gradient in the flat buffers.
 
     Args:
         name: as in ``model.named_parameters()``.
         layer: name of the module that owns it.
-        parameter: the user's own object.
+        parameter: the user's own object, in the user's own memory.
         order: its rank in the order of first use.
         flat: index of its flat buffer.
         slot: its place there.
@@ -32,9 +36,12 @@ class Member:
         raw_grad: the same memory as a tensor that only the engine sees; it is never held.
         twin: the same memory as ``parameter``, sharing its version counter; what the optimizer
             updates, so that an update never meets the guard.
-        address, grad_address: of that memory, and of the gradient's.
-        storage: what stands for it, as torch counts who refers to it.
+        address: where that memory was when it was last looked at.
+        grad_address: the same of the gradient.
+        is_exposed: others may read or write that memory without a tensor of this process.
+        storage: what stands for that memory, as torch counts who refers to it.
         references: how many do if nobody else has a tensor over the same memory.
+        extra: tensors over the parameter's memory that the engine has besides ``twin``.
         sweep: the last backward pass whose gradient was or is being combined.
     """
 
@@ -49,35 +56,53 @@ class Member:
     twin: nn.Parameter
     address: int = 0
     grad_address: int = 0
+    is_exposed: bool = False
     storage: int = 0
     references: int = 0
+    extra: int = 0
     sweep: Sweep | None = field(default=None)
-
-    def note_memory(self) -> None:
-        """Takes note of where the parameter is now."""
-        self.address = self.twin.data_ptr()
-        self.storage = self.twin.untyped_storage()._cdata
-        self.references = _references(self.storage)
 
     @property
     def is_aliased(self) -> bool:
-        """Whether another tensor shares the parameter's memory, which the guard cannot hold."""
-        return _references(self.storage) > self.references
+        """Whether another tensor or process shares its memory, which the guard cannot hold."""
+        return self.is_exposed or _references(self.storage) > self.references
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the user has given the parameter other memory, or laid it out differently."""
+        now = self.parameter
+        return now.data_ptr() != self.address or now.stride() != self.twin.stride()
+
+    @property
+    def gradient_is_kept(self) -> bool:
+        """Whether the user still has the gradient that was last in the buffer, or a view of it.
+
+        Or it lies elsewhere by now, as the user has given it other memory.
+        """
+        return (
+            sys.getrefcount(self.grad) > _OWN_NAMES
+            or self.grad.data_ptr() != self.grad_address
+            or _references(self.grad.untyped_storage()._cdata) > _OWN_VIEWS
+        )
 
 
 class Layout:
-    """All trainable parameters of a model, moved into flat buffers.
+    """All trainable parameters of a model, with flat buffers for their gradients.
+
+    Parameters stay in the memory in which the user made them, wherever that is at the time.
 
     Args:
-        model: its trainable parameters become views of new buffers, with their values kept.
+        model: its trainable parameters' gradients lie in new buffers from now on.
         order: names of parameters, first used first; what is not named comes behind, as registered.
-        without: names of parameters that stay as they are.
+        without: names of parameters that are left alone.
         frozen: ids of parameters that belong here, though they require no gradient now.
+        before: in which gradients have been until now.
 
     Attributes:
         flats: the description of the buffers, one per dtype.
-        parameters, grads: the buffers, one pair per entry of ``flats``.
+        grads: the buffers, one per entry of ``flats``.
         members: by order of first use.
+        overlaps: some parameters share memory, so the order of their updates counts.
     """
 
     def __init__(
@@ -87,6 +112,7 @@ class Layout:
         *,
         without: Collection[str] = (),
         frozen: Collection[int] = (),
+        before: Layout | None = None,
     ) -> None:
         self._model, self.without = model, without
         rank = {name: index for index, name in enumerate(order)}
@@ -94,33 +120,30 @@ class Layout:
         named.sort(key=lambda item: rank.get(item[0], len(rank)))
         place = {name: index for index, (name, _, _) in enumerate(named)}
         self.flats = flats_for(named)
-        dtypes = [getattr(torch, flat.dtype) for flat in self.flats]
         device = named[0][2].device
-        self.parameters = [
-            torch.zeros(flat.numel, dtype=dtype, device=device)
-            for flat, dtype in zip(self.flats, dtypes, strict=True)
+        self.grads = [
+            torch.zeros(flat.numel, dtype=getattr(torch, flat.dtype), device=device)
+            for flat in self.flats
         ]
-        self.grads = [torch.zeros_like(buffer) for buffer in self.parameters]
         by_name = {name: parameter for name, _, parameter in named}
+        known = {id(member.parameter): member for member in before.members} if before else {}
         self.members = sorted(
             (
-                self._move_in(by_name[slot.name], index, slot, place[slot.name])
+                self._place(by_name[slot.name], index, slot, place[slot.name], known)
                 for index, flat in enumerate(self.flats)
                 for slot in flat.slots
             ),
             key=lambda member: member.order,
         )
-        for member in self.members:
-            member.note_memory()
-            member.grad_address = member.raw_grad.data_ptr()
+        self.note_memory()
 
     def in_order(self, order: Sequence[str]) -> Layout:
-        """The same parameters in new buffers, in another order of first use.
+        """The same parameters, with new buffers in another order of first use.
 
         With them come those that are to be trained by now.
         """
         here = {id(member.parameter) for member in self.members}
-        return Layout(self._model, order, without=self.without, frozen=here)
+        return Layout(self._model, order, without=self.without, frozen=here, before=self)
 
     def grown(self) -> Layout:
         """These parameters, named as in the model now, and those that are to be trained by now."""
@@ -128,61 +151,86 @@ class Layout:
         here = [id(member.parameter) for member in self.members]
         return self.in_order([names[one] for one in here if one in names])
 
-    def _move_in(self, parameter: nn.Parameter, flat: int, slot: Slot, order: int) -> Member:
-        with torch.no_grad():
-            here = view_like(self.parameters[flat], slot, parameter)
-            here.copy_(parameter)
-            parameter.data = here
-            # Detached, as users may detach gradients in place, which views refuse.
-            grad = view_like(self.grads[flat], slot, parameter).detach()
-            if parameter.grad is not None:
-                grad.copy_(parameter.grad)
-                parameter.grad = grad
-        twin = nn.Parameter(parameter.detach())
+    def _place(
+        self,
+        parameter: nn.Parameter,
+        flat: int,
+        slot: Slot,
+        order: int,
+        known: dict[int, Member],
+    ) -> Member:
+        before = known.get(id(parameter))
+        like = before.raw_grad if before is not None else parameter
+        # Detached, as users may detach gradients in place, which views refuse.
+        grad = view_like(self.grads[flat], slot, like).detach()
+        if before is not None and parameter.grad is before.grad:
+            # The user's own object, and all views of it, move along.
+            grad.copy_(before.raw_grad)
+            grad = _move(before.grad, grad)
+        twin = before.twin if before is not None else nn.Parameter(parameter.detach())
         for name, value in vars(parameter).items():  # optimizers may look for marks on a parameter
             setattr(twin, name, value)
-        return Member(
-            slot.name, slot.layer, parameter, order, flat, slot, grad, grad.detach(), twin
-        )
+        raw_grad = grad.detach()
+        member = Member(slot.name, slot.layer, parameter, order, flat, slot, grad, raw_grad, twin)
+        member.grad_address = raw_grad.data_ptr()
+        return member
 
-    def take_back(self, member: Member) -> None:
-        """Moves a parameter in again that the user has given other memory, with its values there.
+    def note_memory(self) -> None:
+        """Takes note of where parameters are now, and of who else has that memory."""
+        for member in self.members:
+            here = member.twin.untyped_storage()
+            member.address = member.twin.data_ptr()
+            member.storage = here._cdata
+            member.is_exposed = member.twin.is_cpu and (here.is_shared() or not here.resizable())
+        own = Counter[int]()
+        for member in self.members:
+            own[member.storage] += 2 + member.extra  # the parameter and its twin
+        for member in self.members:
+            member.references = own[member.storage] + _COUNTED_BESIDE
+        self.overlaps = overlap([member.twin for member in self.members])
 
-        That is what ``p.data = ...``, ``vector_to_parameters`` and ``share_memory`` do.
+    def follow(self, moved: Sequence[Member]) -> None:
+        """From now on, updates go to the memory that these parameters have by now.
+
+        That is what ``p.data = ...``, ``vector_to_parameters`` and ``share_memory`` change.
 
         Raises:
-            SoonestError: it is of another dtype, shape or device now.
+            SoonestError: one is of another dtype, shape or device now.
         """
-        now, before = member.parameter, member.raw_grad
-        if now.shape != before.shape or now.dtype != before.dtype or now.device != before.device:
-            raise changed(member)
-        with torch.no_grad():
-            here = view_like(self.parameters[member.flat], member.slot, before)
-            here.copy_(now)
-            now.data = here
-            member.twin.data = here
-        del here
-        member.note_memory()
+        for member in moved:
+            now, before = member.parameter, member.raw_grad
+            if (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device):
+                raise changed(member)
+            member.twin.data = now.data
+        self.note_memory()
 
     def take_back_gradient(self, member: Member) -> None:
-        """The same of its gradient: ``p.grad.data = ...`` gives that other memory."""
+        """Moves a gradient in again whose memory the user has exchanged: ``p.grad.data = ...``."""
         here = view_like(self.grads[member.flat], member.slot, member.raw_grad).detach()
         with torch.no_grad():
             if member.grad.shape == here.shape:
                 here.copy_(member.grad)
             member.grad.data = member.raw_grad = here
 
+    def give_away(self, member: Member) -> None:
+        """Leaves the gradient in the buffer to the user, as it is, and the buffer to the next."""
+        if member.grad.data_ptr() == member.grad_address:
+            with torch.no_grad():
+                copied = member.raw_grad.clone(memory_format=torch.preserve_format)
+                _exchange(member.grad, copied)
+        here = view_like(self.grads[member.flat], member.slot, member.raw_grad).detach()
+        member.grad, member.raw_grad = here, here.detach()
+        member.grad_address = here.data_ptr()
+
     def move_out(self) -> None:
-        """Gives every parameter, and every gradient in the buffers, memory of its own again."""
+        """Gives every gradient in the buffers memory of its own again."""
         for member in self.members:
-            parameter = member.parameter
-            parameter.data = parameter.data.clone(memory_format=torch.preserve_format)
-            if parameter.grad is member.grad:
-                parameter.grad = member.raw_grad.clone(memory_format=torch.preserve_format)
+            if member.parameter.grad is member.grad:
+                member.parameter.grad = member.raw_grad.clone(memory_format=torch.preserve_format)
 
 
 def changed(member: Member) -> SoonestError:
-    """What is wrong with a parameter of another dtype, shape or device than in the buffers."""
+    """What is wrong with a parameter of another dtype, shape or device than its place."""
     now, before = member.parameter, member.raw_grad
     return SoonestError(
         f"parameter {member.name!r} is {_described(now)} now, but was {_described(before)} when "
@@ -260,4 +308,59 @@ def _own_storage(part: Tensor) -> Tensor:
     return own.view(part.dtype)
 
 
-_references = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
+def _move(tensor: Tensor, here: Tensor) -> Tensor:
+    """Gives a tensor, and all others over its memory, the memory of one that equals it."""
+    if tensor.untyped_storage().nbytes() == here.untyped_storage().nbytes():
+        _exchange(tensor, here)
+    else:
+        tensor.data = here
+    return tensor
+
+
+def _exchange(one: Tensor, other: Tensor) -> None:
+    """Lets what lies over the memory of one lie over that of the other, and the other way round."""
+    one.untyped_storage()._swap_data_ptr_(other.untyped_storage())
+
+
+class _Span(NamedTuple):
+    storage: int
+    start: int
+    stop: int
+
+
+def overlap(tensors: Sequence[Tensor]) -> bool:
+    """Whether two of these may share memory."""
+    spans = sorted(
+        _Span(t.untyped_storage()._cdata, t.storage_offset(), t.storage_offset() + _extent(t))
+        for t in tensors
+        if t.numel()
+    )
+    return any(
+        one.storage == other.storage and other.start < one.stop for one, other in pairwise(spans)
+    )
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements from its first one in memory to behind its last."""
+    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def is_shared(gradient: Tensor) -> bool:
+    """Whether another tensor lies over the memory of a gradient outside of the buffers."""
+    return _references(gradient.untyped_storage()._cdata) > 1 + _COUNTED_BESIDE
+
+
+_references: Any = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _counted_beside() -> int:
+    alone = torch.empty(1)
+    return _references(alone.untyped_storage()._cdata) - 1
+
+
+_COUNTED_BESIDE = _counted_beside()
+"""Torch also counts what stands for the memory in Python."""
+_OWN_VIEWS = 2 + _COUNTED_BESIDE
+"""``Member.grad`` and ``raw_grad``."""
+_OWN_NAMES = 3
+"""Of ``Member.grad``: that one, its hold's, and that of whoever asks."""

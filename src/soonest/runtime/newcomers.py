@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from soonest.runtime import collectives
 from soonest.runtime.collectives import Ranks
@@ -50,8 +51,9 @@ class Newcomers:
 
 def _may_train(parameter: nn.Parameter) -> bool:
     """Whether it can require a gradient at all; quantized ones, say, cannot."""
+    plain = type(parameter).__torch_function__ is torch._C._disabled_torch_function_impl
     numbers = parameter.is_floating_point() or parameter.is_complex()
-    return type(parameter) is nn.Parameter and numbers and not parameter.is_inference()
+    return plain and numbers and not (is_lazy(parameter) or parameter.is_inference())
 
 
 def admit(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:

@@ -43,7 +43,15 @@ class Share:
 
     def cut(self, whole: Tensor) -> Tensor:
         """This part of a tensor of the parameter's shape; a view only if its strides are alike."""
-        return in_memory(whole, self.member.twin)[self.start : self.stop]
+        return in_memory(whole, self.member.raw_grad)[self.start : self.stop]
+
+    def follow(self) -> None:
+        """The parameter has other memory now."""
+        here = part_of(self.member, self.start, self.stop)
+        if self.shown is None:
+            self.twin.data = here
+        else:
+            self.shown = here
 
     def recall(self) -> None:
         """Makes ``twin`` the present value: it is, unless something else was written since."""
@@ -63,14 +71,15 @@ def shares_of(plan: Plan, layout: Layout, rank: int, wire: Wire) -> list[list[Sh
     by_slot = {(member.flat, member.slot.start): member for member in layout.members}
     for index, bucket in enumerate(plan.buckets):
         shares: list[Share] = []
-        parameters, grads = layout.parameters[bucket.flat], layout.grads[bucket.flat]
-        narrow = wire.of(parameters.element_size()).parameters
+        grads = layout.grads[bucket.flat]
+        narrow = wire.of(grads.element_size()).parameters
         for start, stop, slot in _overlaps(plan, index, rank):
             member = by_slot[bucket.flat, slot]
-            shown = parameters[start:stop].detach()
+            shown = part_of(member, start - slot, stop - slot)
             twin = nn.Parameter(shown.clone() if narrow else shown)
             for name, value in vars(member.parameter).items():
                 setattr(twin, name, value)
+            member.extra += 1
             part = (start - slot, stop - slot, grads[start:stop], twin)
             shares.append(Share(member, *part, shown if narrow else None, narrow))
         found.append(shares)
@@ -98,6 +107,11 @@ def _overlaps(plan: Plan, index: int, rank: int) -> Iterator[tuple[int, int, int
             yield start, stop, slot.start
         elif not slot.numel and not rank:  # its state is all in one hand, whoever's
             yield slot.start, slot.start, slot.start
+
+
+def part_of(member: Member, start: int, stop: int) -> Tensor:
+    """Consecutive elements of a parameter, in the memory that it has now."""
+    return in_memory(member.twin.detach(), member.raw_grad)[start:stop]
 
 
 def in_memory(whole: Tensor, like: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from soonest.core.plan import SHARED_PARAMETERS, Plan
 from soonest.runtime import collectives
-from soonest.runtime.collectives import EXACT, Piece, Ranks, Running, Wire
+from soonest.runtime.collectives import EXACT, Op, Piece, Ranks, Running, Wire
 from soonest.runtime.layout import Layout, Member
-from soonest.runtime.parts import Share, firsts_of
+from soonest.runtime.parts import Share, firsts_of, part_of
 from soonest.runtime.shards import ShardedState
+from soonest.runtime.update import IN_BUFFER, Updater
 
 if TYPE_CHECKING:
     from soonest.runtime.sweep import Sweep
-    from soonest.runtime.update import Updater
 
 
 _KEPT = 2.0**-12
@@ -63,7 +63,7 @@ class Program:
         self._pieces = [
             Piece(
                 layout.grads[bucket.flat][bucket.start : bucket.stop],
-                layout.parameters[bucket.flat][bucket.start : bucket.stop],
+                layout.grads[bucket.flat][bucket.start : bucket.stop],
                 wire.of(plan.flats[bucket.flat].itemsize),
             )
             for bucket in plan.buckets
@@ -72,6 +72,7 @@ class Program:
         members = layout.members
         at = {(member.flat, member.slot.start): member.order for member in members}
         self.buckets_of: list[list[int]] = [[] for _ in members]
+        self._members_in: list[list[Member]] = []
         self._counts: list[_Marks] = []
         self._firsts: list[_Marks] = []
         for index, bucket in enumerate(plan.buckets):
@@ -85,8 +86,10 @@ class Program:
             firsts = firsts_of(plan, index) if plan.sharded else []
             marks = [(first - bucket.start, at[bucket.flat, slot]) for first, slot in firsts]
             self._firsts.append(_marks(marks, device))
-            for slot in slots:
-                self.buckets_of[at[bucket.flat, slot.start]].append(index)
+            inside = [at[bucket.flat, slot.start] for slot in slots]
+            self._members_in.append([members[order] for order in inside])
+            for order in inside:
+                self.buckets_of[order].append(index)
         self.last_of = [max(buckets, key=position.__getitem__) for buckets in self.buckets_of]
         self.awaiting: list[list[Member]] = [[] for _ in plan.buckets]
         for member in members:
@@ -97,7 +100,7 @@ class Program:
     def memory(self) -> list[Tensor]:
         """All tensors that ops and updates use, apart from the optimizer's."""
         places = [marks.offsets for marks in (*self._counts, *self._firsts)]
-        return [*self.layout.parameters, *self.layout.grads, *places]
+        return [*(m.twin for m in self.layout.members), *self.layout.grads, *places]
 
     def issue(self, sweep: Sweep, op: int) -> Running:
         """Starts one op."""
@@ -106,7 +109,27 @@ class Program:
             self._count(sweep, bucket)
             if self.plan.sharded:
                 self._sign(sweep, bucket)
+        if kind == SHARED_PARAMETERS:
+            return Running(self._gather(bucket))
         return collectives.start(kind, self._ranks, self._pieces[bucket])
+
+    def _gather(self, bucket: int) -> Op:
+        """Gives every rank all parts of parameters, each from the rank that has updated it."""
+        assert self.state is not None
+        piece, start = self._pieces[bucket], self.plan.buckets[bucket].start
+        with torch.no_grad():  # for lack of a place in which they lie one behind the other
+            whole = torch.empty_like(piece.gradients)
+            for share in self.state.shares[bucket]:
+                mine = share.twin.detach() if share.shown is None else share.shown
+                at = share.member.slot.start + share.start - start
+                whole[at : at + mine.numel()] = mine
+        yield from collectives.op(SHARED_PARAMETERS, self._ranks, Piece(whole, whole, piece.wire))
+        with torch.no_grad():
+            for member in self._members_in[bucket]:
+                first = max(start, member.slot.start)
+                last = min(start + whole.numel(), member.slot.start + member.slot.numel)
+                here = part_of(member, first - member.slot.start, last - member.slot.start)
+                here.copy_(whole[first - start : last - start])
 
     def _count(self, sweep: Sweep, bucket: int) -> None:
         """Puts behind every gradient whether this rank has it."""
@@ -153,6 +176,8 @@ class Program:
         """Whether the optimizer sees a gradient of this parameter."""
         if member.order not in sweep.step.gradients:
             return False
+        if sweep.step.gradients[member.order] is not IN_BUFFER:  # the user has made one
+            return True
         return member.order not in sweep.unused or self.used_anywhere(member)
 
     def _wanted_part(self, sweep: Sweep, share: Share) -> bool:
@@ -160,6 +185,8 @@ class Program:
         order = share.member.order
         if order not in sweep.step.gradients:
             return False
+        if sweep.step.gradients[order] is not IN_BUFFER:
+            return True
         return order not in sweep.unused or _positive(share.raw_grad)
 
     def parts_with_gradient(self, sweep: Sweep) -> list[Tensor]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.errors import SoonestError
 from soonest.runtime import collectives
 from soonest.runtime.collectives import EXACT, Piece, Ranks, Wire
-from soonest.runtime.layout import Layout
+from soonest.runtime.layout import Layout, Member
 from soonest.runtime.parts import Key, Share, in_memory, shares_of
 from soonest.runtime.peers import Peers
 
@@ -55,16 +56,38 @@ class ShardedState:
         return self._peers.together(what, _ADVICE)
 
     def _shares(self, plan: Plan, layout: Layout) -> list[list[Share]]:
+        for member in layout.members:
+            member.extra = 0
         return shares_of(plan, layout, self.ranks.group.rank(), self._wire)
 
     def _bind(self, plan: Plan, layout: Layout, shares: list[list[Share]]) -> None:
         self._plan, self._layout, self.shares = plan, layout, shares
 
     def _round(self) -> None:
-        for parameters in self._layout.parameters:
-            narrow = self._wire.of(parameters.element_size()).parameters
+        for member in self._layout.members:
+            narrow = self._wire.of(member.twin.element_size()).parameters
             if narrow:
-                parameters.copy_(parameters.to(narrow))
+                values = member.twin.detach()
+                values.copy_(values.to(narrow))
+
+    def follow(self, moved: Sequence[Member]) -> None:
+        """These parameters have other memory now.
+
+        Raises:
+            SoonestError: one is laid out differently there.
+        """
+        for member in moved:
+            if member.twin.stride() != member.raw_grad.stride():
+                raise SoonestError(
+                    f"parameter {member.name!r} is laid out differently in memory than when "
+                    "prioritize was called, so its parts are no longer those of the optimizer's "
+                    "state (shard_optimizer=True): give it its first memory format again, as by "
+                    "model.to(memory_format=...), on every rank"
+                )
+        orders = {member.order for member in moved}
+        for share in self._all():
+            if share.member.order in orders:
+                share.follow()
 
     def _all(self) -> Iterator[Share]:
         return (share for shares in self.shares for share in shares)
@@ -99,9 +122,10 @@ class ShardedState:
         states = {key: dict(state) for key, state in self.parts.items()}
         for key, exact in self._exact().items():
             states.setdefault(key, {})[_VALUE] = exact
-        if (plan.flats, _cuts(plan)) != (self._plan.flats, _cuts(self._plan)):
-            names = {id(member.parameter): member.name for member in layout.members}
-            renamed = {m.name: names.get(id(m.parameter), "") for m in self._layout.members}
+        names = {id(member.parameter): member.name for member in layout.members}
+        renamed = {m.name: names.get(id(m.parameter), "") for m in self._layout.members}
+        same = all(before == now for before, now in renamed.items())
+        if not same or (plan.flats, _cuts(plan)) != (self._plan.flats, _cuts(self._plan)):
             states = self._moved(states, coming, renamed)
         for share in (share for shares in coming for share in shares):
             exact = states.get(share.key, {}).pop(_VALUE, None)
@@ -169,11 +193,11 @@ class ShardedState:
         found: dict[str, dict[str, Any]] = {}
 
         def take(name: str, key: str, start: int, piece: Tensor) -> None:
-            twin = members[name].twin
+            like = members[name].raw_grad
             values = found.setdefault(name, {})
             if key not in values:
-                values[key] = torch.empty_like(twin, dtype=piece.dtype, requires_grad=False)
-            in_memory(values[key], twin)[start : start + piece.numel()] = piece
+                values[key] = torch.empty_like(like, dtype=piece.dtype)
+            in_memory(values[key], like)[start : start + piece.numel()] = piece
 
         for name, scalars in self._gather(states, take).items():
             copies = {key: _copy(value) for key, value in scalars.items()}

@@ -7,18 +7,34 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.planner import first_plan
 from soonest.errors import SoonestError
-from soonest.runtime import agree, calibrate, collectives, consistency, groups, pinned, update
+from soonest.runtime import (
+    agree,
+    calibrate,
+    collectives,
+    consistency,
+    groups,
+    pinned,
+    update,
+    wrapping,
+)
+from soonest.runtime.alone import Alone
 from soonest.runtime.buffers import Buffers
 from soonest.runtime.calls import nobody
-from soonest.runtime.checks import check, check_options, check_real
-from soonest.runtime.choice import Choice, can_shard, methods_for, note_on
+from soonest.runtime.checks import check, check_options, check_parts
+from soonest.runtime.choice import (
+    Choice,
+    can_shard,
+    methods_for,
+    note_on,
+    warn_of_replaced_step,
+)
 from soonest.runtime.device import check_group, lane_for
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Handle, is_shared
@@ -28,6 +44,7 @@ from soonest.runtime.layout import Layout, trainable
 from soonest.runtime.learn import Learner
 from soonest.runtime.newcomers import Newcomers
 from soonest.runtime.peers import Peers
+from soonest.runtime.takeover import optimizer_in
 
 UNKNOWN = Network.linear(0.0, 1e9)
 """Stands for the network where it chooses nothing."""
@@ -67,7 +84,12 @@ def start(
         own_lane: executes the plan, which must be given, in a group of any size.
         turns: given what learns from a step and compares ranks, says what to do at the end of each.
     """
-    refused = _refusal(model, optimizer, without)
+    refused: ValueError | TypeError | None = None
+    try:
+        optimizer = optimizer_in(optimizer)
+    except TypeError as error:
+        refused = error
+    refused = refused or _refusal(model, optimizer, without, outside=not equal)
     if not (dist.is_available() and dist.is_initialized()):
         assert refused
         raise refused
@@ -84,7 +106,7 @@ def start(
     if parent.size() == 1 and own_lane is None:
         if refused:
             raise refused
-        return Handle(model, optimizer, parent)
+        return Handle(model, optimizer, parent, alone=None if equal else Alone(model, without))
     device = torch.device("cpu")
     if not refused:
         device = next(p.device for _, _, p in trainable(model, without))
@@ -113,9 +135,10 @@ def start(
             agree.agree_on_plan(group, given)
         ranks = groups.ranks_of(group, native=device.type != "cpu")
     note = note_on(optimizer, shard_optimizer, group.size())
+    warn_of_replaced_step(optimizer)
     sharded = shard_optimizer and can_shard(optimizer, separable)
     if sharded:
-        check_real(model, without)
+        check_parts(model, without)
     methods = methods_for(method, given, ranks, sharded=sharded)
     sharing = collectives.Ranks(ranks.second, ranks.second) if sharded else None
     order = [slot.name for flat in given.flats for slot in flat.slots] if given else []
@@ -126,7 +149,7 @@ def start(
             pinned.check(given, layout, group.size())
         with peers.together("prioritize()"):
             if not equal:
-                collectives.broadcast(group, [*layout.parameters, *_others(model, layout)])
+                collectives.broadcast(group, [*model.parameters(), *model.buffers()])
             network = UNKNOWN
             if own_lane is None:
                 network = calibrate.network_of(ranks, methods=methods, device=device, wire=wire)
@@ -150,7 +173,7 @@ def start(
 
         def anew(engine: Engine, grown: Layout) -> None:
             if sharded:
-                check_real(model, without)
+                check_parts(model, without)
             with peers.together("taking in parameters"):
                 agree.agree_on_model(group, model, without)
                 engine.bind(grown, _agreed_plan(group, grown, network, methods))
@@ -215,9 +238,14 @@ def _together(peers: Peers, after_step: AfterStep) -> AfterStep:
 
 
 def _refusal(
-    model: nn.Module, optimizer: Optimizer, without: Collection[str]
+    model: nn.Module, optimizer: Optimizer, without: Collection[str], *, outside: bool
 ) -> ValueError | TypeError | None:
-    """What is wrong with these two on this rank; the others have to be told."""
+    """What is wrong with these two on this rank; the others have to be told.
+
+    Args:
+        model, optimizer, without: as for ``start``.
+        outside: look for what else may share the model's gradients.
+    """
     try:
         if isinstance(model, nn.Module) and is_shared(p for _, _, p in trainable(model, without)):
             raise ValueError(
@@ -226,14 +254,8 @@ def _refusal(
                 "before, or call prioritize of the soonest.DistributedDataParallel that it is in"
             )
         check(model, optimizer, without)
+        if outside:
+            wrapping.check_outside(model)
     except (ValueError, TypeError) as error:
         return error
     return None
-
-
-def _others(model: nn.Module, layout: Layout) -> list[Tensor]:
-    """Frozen parameters and buffers: all that is not in the flat buffers."""
-    inside = {id(member.parameter) for member in layout.members}
-    return [
-        tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in inside
-    ]

@@ -218,9 +218,7 @@ class StreamLane:
     def _keep(self, sweep: Sweep) -> None:
         """Protects the memory of what the updates are given from outside."""
         call, updater = sweep.step, sweep.program.updater
-        members = sweep.program.layout.members
-        given = [call.attributes, call.groups]
-        given += [g for order, g in call.gradients.items() if g is not members[order].grad]
+        given = [call.attributes, call.groups, list(call.gradients.values())]
         if updater.state is not updater.seen_state:  # the user has loaded another
             updater.seen_state = updater.state
             given += list(updater.state.values())

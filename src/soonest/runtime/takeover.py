@@ -7,7 +7,9 @@ before or after.
 
 from __future__ import annotations
 
+import functools
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -30,11 +32,17 @@ class Driver(Protocol):
 
 
 def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> None:
-    """Lets ``optimizer`` call ``driver``; ``check_step`` has said that it can."""
+    """Lets ``optimizer`` call ``driver``."""
     cls = type(optimizer)
+    mine = weakref.ref(optimizer)
     loading: list[bool] = []
 
     def step(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        if self is not mine():
+            raise ValueError(
+                f"this {type(self).__name__} was made from the class of a prioritized optimizer, "
+                "as some libraries do to share gradients themselves: leave that out"
+            )
         return driver.step(closure)
 
     def zero_grad(self: Any, set_to_none: bool = True) -> None:
@@ -104,35 +112,99 @@ def is_taken_over(optimizer: Optimizer) -> bool:
     return hasattr(type(optimizer), "taken_from")
 
 
-def check_step(optimizer: Optimizer) -> None:
-    """Raises ValueError if what has replaced ``optimizer.step`` cannot be seen through."""
+def optimizer_in(given: Any) -> Any:
+    """The optimizer that does the work: the only one in a wrapper that is none itself.
+
+    Wrappers of frameworks often derive from torch's class without ever making themselves one.
+
+    Args:
+        given: an optimizer, or a wrapper of one.
+
+    Raises:
+        TypeError: it is such a wrapper, and it does not show which optimizer it wraps.
+    """
+    if isinstance(given, Optimizer) and hasattr(given, "_optimizer_step_pre_hooks"):
+        return given
+    inner = {
+        id(one): one
+        for one in getattr(given, "__dict__", {}).values()
+        if isinstance(one, Optimizer)
+    }
+    if len(inner) == 1:
+        return optimizer_in(*inner.values())
+    kind = type(given).__name__
+    if not isinstance(given, Optimizer):
+        raise TypeError(f"an optimizer is a {kind}, but must be a torch.optim.Optimizer")
+    raise TypeError(
+        f"an optimizer is a {kind} that never called Optimizer.__init__, and it holds "
+        f"{len(inner) or 'no'} optimizers: give prioritize the torch.optim.Optimizer that it "
+        "wraps, as in soonest.prioritize(model, wrapper.optimizer)"
+    )
+
+
+def hides_step(optimizer: Optimizer) -> bool:
+    """Whether what has replaced ``optimizer.step`` is seen not to lead to the optimizer's own."""
     wrapper, step = optimizer.__dict__.get("step"), type(optimizer).step
-    if wrapper is not None and not _replace_in_closure(wrapper, step, step):
-        raise ValueError(
-            f"optimizer.step of this {type(optimizer).__name__} was replaced by {wrapper!r}, "
-            "which does not lead to the optimizer's own step: "
-            "call soonest.prioritize before replacing it"
-        )
+    return wrapper is not None and _replaced(wrapper, step, step) is None
 
 
 def _reroute(optimizer: Optimizer, old: Any, new: Any) -> None:
     """A scheduler made earlier has wrapped ``step`` on the instance: let it wrap the new one."""
     wrapper = optimizer.__dict__.get("step")
-    if wrapper is not None:
-        _replace_in_closure(wrapper, old, new)
+    if wrapper is not None and (replaced := _replaced(wrapper, old, new)) is not None:
+        optimizer.__dict__["step"] = replaced
 
 
-def _replace_in_closure(function: Any, old: Any, new: Any) -> bool:
-    function = getattr(function, "__func__", function)
+def _replaced(value: Any, old: Any, new: Any, seen: frozenset[int] = frozenset()) -> Any:
+    """A callable with one function replaced by another wherever it leads to that.
+
+    Returns:
+        The callable, changed in place where that is possible; None if it does not lead there.
+    """
+    if value is old:
+        return new
+    if id(value) in seen:
+        return None
+    seen |= {id(value)}
+    if isinstance(value, types.MethodType):
+        function = _replaced(value.__func__, old, new, seen)
+        return None if function is None else types.MethodType(function, value.__self__)
+    if isinstance(value, functools.partial):
+        parts = (value.func, value.args, value.keywords)
+        func = _replaced(value.func, old, new, seen)
+        args = [_replaced(one, old, new, seen) for one in value.args]
+        named = {key: _replaced(one, old, new, seen) for key, one in value.keywords.items()}
+        if func is None and not any(one is not None for one in (*args, *named.values())):
+            return None
+        parts = (
+            value.func if func is None else func,
+            tuple(a if b is None else b for a, b in zip(value.args, args, strict=True)),
+            {key: value.keywords[key] if one is None else one for key, one in named.items()},
+        )
+        value.__setstate__((*parts, vars(value) or None))  # pyright: ignore
+        return value
+    if not isinstance(value, types.FunctionType):
+        return None
     found = False
-    for cell in getattr(function, "__closure__", None) or ():
-        content = cell.cell_contents
-        if content is old:
-            cell.cell_contents = new
+    for cell in value.__closure__ or ():
+        if (inner := _replaced(_content(cell), old, new, seen)) is not None:
+            cell.cell_contents = inner
             found = True
-        elif isinstance(content, types.FunctionType | types.MethodType):
-            found |= _replace_in_closure(content, old, new)
-    return found
+    defaults = [_replaced(one, old, new, seen) for one in value.__defaults__ or ()]
+    if any(one is not None for one in defaults):
+        before = value.__defaults__ or ()
+        value.__defaults__ = tuple(
+            a if b is None else b for a, b in zip(before, defaults, strict=True)
+        )
+        found = True
+    return value if found else None
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not set yet
+        return None
 
 
 def _bare(cls: type[Optimizer]) -> Optimizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,10 @@ def is_separable(optimizer: Optimizer) -> bool:
     return type(optimizer) in _SEPARABLE
 
 
+IN_BUFFER: Final = None
+"""Stands for a gradient in the flat buffers: the tensor there may come to be the user's."""
+
+
 @dataclass(eq=False)
 class StepCall:
     """What one call of ``optimizer.step()`` saw.
@@ -58,7 +62,8 @@ class StepCall:
     Args:
         groups: the settings of each parameter group, as they were, without its parameters.
         attributes: the optimizer's other attributes, as they were.
-        gradients: by order of the member, what ``parameter.grad`` was, where it was not None.
+        gradients: by order of the member, what ``parameter.grad`` was, where it was not None;
+            ``IN_BUFFER`` if it was the one in the flat buffers.
 
     Attributes:
         zeroed: members whose gradient was zeroed before they were updated.
@@ -66,7 +71,7 @@ class StepCall:
 
     groups: list[dict[str, Any]]
     attributes: dict[str, Any]
-    gradients: dict[int, Tensor]
+    gradients: dict[int, Tensor | None]
     zeroed: set[int] = field(default_factory=set[int])
 
 
@@ -98,7 +103,7 @@ class Updater:
     def regroup(self) -> None:
         """Takes the optimizer's parameter groups as they are now."""
         groups = self._optimizer.param_groups
-        self._sizes = [len(group["params"]) for group in groups]
+        self._ids = _ids_of(groups)
         group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
         self.owned = [member for member in self._members if id(member.parameter) in group_of]
         self._group_of = {member.order: group_of[id(member.parameter)] for member in self.owned}
@@ -107,7 +112,7 @@ class Updater:
 
     def outdated(self) -> bool:
         """Whether the groups have changed since, by whatever way."""
-        return self._sizes != [len(group["params"]) for group in self._optimizer.param_groups]
+        return self._ids != _ids_of(self._optimizer.param_groups)
 
     def trains_others(self) -> bool:
         """Whether the optimizer has gradients of parameters that are none of the members."""
@@ -118,7 +123,7 @@ class Updater:
         """The optimizer's own, as it is now: updates may be under way."""
         return self._optimizer.__dict__["state"]
 
-    def call(self, gradients: dict[int, Tensor]) -> StepCall:
+    def call(self, gradients: dict[int, Tensor | None]) -> StepCall:
         """Remembers the optimizer as it is now: schedulers change it right after the step."""
         attributes = dict(self._optimizer.__dict__)
         groups = [
@@ -133,7 +138,7 @@ class Updater:
         jobs: list[_Job] = []
         for member in members:
             gradient = call.gradients[member.order]
-            if gradient is member.grad:
+            if gradient is IN_BUFFER:
                 gradient = member.raw_grad
             jobs.append(_Job(member.twin, gradient, member.order, member.parameter))
         self._run(call, jobs, self.state)
@@ -153,7 +158,7 @@ class Updater:
             share.recall()
             member = share.member
             gradient = call.gradients[member.order]
-            own = share.raw_grad if gradient is member.grad else share.cut(gradient)
+            own = share.raw_grad if gradient is IN_BUFFER else share.cut(gradient)
             jobs.append(_Job(share.twin, own, member.order, share.key))
         self._run(call, jobs, state)
         for share in shares:
@@ -181,6 +186,11 @@ class Updater:
             now = partial.state.get(job.twin)
             if now is not None:
                 state[job.key] = now
+
+
+def _ids_of(groups: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Which parameters are in which group."""
+    return [[id(parameter) for parameter in group["params"]] for group in groups]
 
 
 class _Job(NamedTuple):

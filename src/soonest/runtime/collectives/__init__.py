@@ -1,7 +1,7 @@
 """What goes over the network; nothing else names torch's collectives."""
 
 from soonest.runtime.collectives.broadcasts import Sent, broadcast, broadcast_of, start_broadcast
-from soonest.runtime.collectives.ops import Running, combine, run, start
+from soonest.runtime.collectives.ops import Op, Running, combine, op, run, start
 from soonest.runtime.collectives.piece import EXACT, Piece, Wire
 from soonest.runtime.collectives.ranks import Group, Ranks, check_method
 from soonest.runtime.collectives.values import (
@@ -17,6 +17,7 @@ __all__ = [
     "EXACT",
     "LOOK_S",
     "Group",
+    "Op",
     "Piece",
     "Ranks",
     "Running",
@@ -34,6 +35,7 @@ __all__ = [
     "last_of",
     "look",
     "looking",
+    "op",
     "run",
     "start",
     "start_broadcast",

@@ -164,9 +164,14 @@ class Running:
         self.work = next(self._op, None)
 
 
+def op(kind: str, ranks: Ranks, piece: Piece) -> Op:
+    """One op of a plan, which begins when it is first asked what to wait for."""
+    return _OPS[kind](ranks, piece)
+
+
 def start(kind: str, ranks: Ranks, piece: Piece) -> Running:
     """Starts one op of a plan."""
-    return Running(_OPS[kind](ranks, piece))
+    return Running(op(kind, ranks, piece))
 
 
 def run(kind: str, ranks: Ranks, piece: Piece) -> None:

@@ -1,0 +1,189 @@
+"""Random training loops, each under DistributedDataParallel and under soonest, bit for bit.
+
+Each seed stands for one loop, on two ranks. One that comes out otherwise than under
+DistributedDataParallel is made as short as it gets, and shown.
+
+    python benchmarks/fuzz_loops.py --loops 3000 --seed 0 --minutes 90
+    python benchmarks/fuzz_loops.py --replay 17
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+from fuzz.arms import ARMS, DDP  # pyright: ignore[reportMissingImports]
+from fuzz.loops import Loop, draw  # pyright: ignore[reportMissingImports]
+from fuzz.pair import (  # pyright: ignore[reportMissingImports]
+    BAD,
+    EQUAL,
+    RAISED,
+    REFUSED,
+    Outcome,
+    Pair,
+)
+from fuzz.shrink import shrink  # pyright: ignore[reportMissingImports]
+
+RECORD = Path(__file__).parent / "records" / "fuzz-loops.json"
+_EVERY_S = 10.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--loops", type=int, default=100, help="how many (100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first one (0)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="when to stop (60)")
+    parser.add_argument("--replay", type=int, metavar="SEED", help="train this loop, and show it")
+    parser.add_argument("--without", default="", help="actions to leave out, with commas")
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join((DDP, *ARMS))}")
+    parser.add_argument(
+        "--shrink", type=int, default=10, help="so many that come out wrong, at most (10)"
+    )
+    parser.add_argument("--json", type=Path, help=f"where to write the record, such as {RECORD}")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    without, arms = tuple(filter(None, args.without.split(","))), tuple(args.arms.split(","))
+    with Pair() as pair:
+        if args.replay is not None:
+            return replay(pair, draw(args.replay, without), arms)
+        record = Record(without, arms)
+        seeds = range(args.seed, args.seed + args.loops)
+        for loop, arm in record.take(pair, seeds, args.minutes * 60):
+            if args.shrink > 0:
+                args.shrink -= 1
+                small, outcome = shrink(pair, loop, arm)
+                print(f"  as short as it gets:\n{_indented(small, outcome, arm)}", flush=True)
+                record.wrong[-1]["shrunk"] = str(small).splitlines()
+    print(record)
+    if args.json:
+        args.json.write_text(json.dumps(record.to_json(), indent=1) + "\n", encoding="utf-8")
+    return bool(record.wrong)
+
+
+def replay(pair: Pair, loop: Loop, arms: tuple[str, ...]) -> int:
+    """Shows a loop and how it comes out."""
+    print(loop)
+    outcomes = pair.train(loop, arms)
+    for arm, outcome in outcomes.items():
+        print(f"{arm}: {_told(outcome)}")
+    wrong = [arm for arm, outcome in outcomes.items() if outcome.kind in BAD]
+    if wrong:
+        print(f"as short as it gets:\n{_indented(*shrink(pair, loop, wrong[0]), wrong[0])}")
+    return bool(wrong)
+
+
+def _told(outcome: Outcome) -> str:
+    where = f" at {outcome.at}" if outcome.at >= 0 else ""
+    return f"{outcome.kind}{where} {outcome.text}"
+
+
+def _indented(loop: Loop, outcome: Outcome, arm: str) -> str:
+    return "\n".join(f"    {line}" for line in f"{loop}\n{arm}: {_told(outcome)}".splitlines())
+
+
+@dataclass
+class Record:
+    """What has come out.
+
+    Args:
+        without: actions that were left out.
+        arms: that were compared with DistributedDataParallel.
+    """
+
+    without: tuple[str, ...]
+    arms: tuple[str, ...]
+    seeds: list[int] = field(default_factory=list[int])
+    outcomes: Counter[str] = field(default_factory=Counter[str])
+    by_arm: dict[str, Counter[str]] = field(default_factory=dict[str, Counter[str]])
+    lines: Counter[str] = field(default_factory=Counter[str])
+    sentences: Counter[str] = field(default_factory=Counter[str])
+    raised: Counter[str] = field(default_factory=Counter[str])
+    wrong: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    def take(self, pair: Pair, seeds: range, limit_s: float) -> Iterator[tuple[Loop, str]]:
+        """Trains the loops of these seeds, and yields each that comes out wrong, with a way."""
+        began = shown = time.monotonic()
+        for seed in seeds:
+            now = time.monotonic()
+            if now - began > limit_s:
+                return
+            if now - shown > _EVERY_S:
+                shown = now
+                print(
+                    f"{len(self.seeds)} loops in {now - began:.0f} s: {self._short()}", flush=True
+                )
+            loop = draw(seed, self.without)
+            outcomes = pair.train(loop, self.arms)
+            if wrong := self._note(loop, outcomes):
+                print(f"seed {seed}", flush=True)
+                for arm in wrong:
+                    print(f"  {arm}: {_told(outcomes[arm])}", flush=True)
+                yield loop, wrong[0]
+
+    def _note(self, loop: Loop, outcomes: dict[str, Outcome]) -> list[str]:
+        self.seeds.append(loop.seed)
+        kinds = {outcome.kind for outcome in outcomes.values()}
+        self.outcomes[
+            next((kind for kind in (*BAD[::-1], RAISED, REFUSED) if kind in kinds), EQUAL)
+        ] += 1
+        if RAISED not in kinds:
+            self.lines.update(line.name for line in loop.lines)
+        for arm, outcome in outcomes.items():
+            self.by_arm.setdefault(arm, Counter())[outcome.kind] += 1
+            if outcome.kind == REFUSED:
+                self.sentences[_general(outcome.text)] += 1
+        if RAISED in kinds:
+            self.raised[_general(next(iter(outcomes.values())).text)[:160]] += 1
+        wrong = [arm for arm, outcome in outcomes.items() if outcome.kind in BAD]
+        if wrong:
+            told = {arm: _told(outcomes[arm]) for arm in wrong}
+            self.wrong.append({"seed": loop.seed, "outcomes": told})
+        return wrong
+
+    def _short(self) -> str:
+        return ", ".join(f"{count} {kind}" for kind, count in self.outcomes.most_common())
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.seeds)} loops: {self._short()}"]
+        lines += [f"  {arm}: {dict(counts)}" for arm, counts in self.by_arm.items()]
+        lines += [f"  {count} × {text}" for text, count in self.sentences.most_common()]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as it is written."""
+        return {
+            "loops": len(self.seeds),
+            "seeds": [min(self.seeds, default=0), max(self.seeds, default=0)],
+            "without": list(self.without),
+            "outcomes": dict(self.outcomes.most_common()),
+            "by_arm": {arm: dict(counts.most_common()) for arm, counts in self.by_arm.items()},
+            "actions": dict(sorted(self.lines.items())),
+            "sentences": dict(self.sentences.most_common()),
+            "raised_by_ddp": dict(self.raised.most_common()),
+            "wrong": self.wrong,
+        }
+
+
+def _general(sentence: str) -> str:
+    """A sentence without what it names."""
+    return re.sub(r"\d+", "N", re.sub(r"'[^']*'", "'…'", sentence.splitlines()[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
