@@ -151,10 +151,9 @@ def sparse_module() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def replaced_step() -> tuple[nn.Module, torch.optim.Optimizer]:
-    model, optimizer = model_and_optimizer()
-    optimizer.step = print  # type: ignore[method-assign]
-    return model, optimizer
+def foreign_parameter() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model, _ = model_and_optimizer()
+    return model, torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
 
 
 class Words(nn.Module):
@@ -299,7 +298,7 @@ RUNS = {
     "one step less": Run(one_step_less, 3),
     "bad option": Run(refuses, 3, ({"method": "pigeon"}, model_and_optimizer)),
     "sparse module": Run(refuses, 3, ({}, sparse_module)),
-    "replaced step": Run(refuses, 3, ({}, replaced_step)),
+    "foreign parameter": Run(refuses, 3, ({}, foreign_parameter)),
     "sparse gradient": Run(sparse_later, 3),
     "failing update": Run(update_fails, 3, (False,)),
     "failing step": Run(update_fails, 3, (True,)),
@@ -400,7 +399,7 @@ def test_ranks_at_different_points_say_where_they_are(runs: Runs) -> None:
 REFUSED = {
     "bad option": "no method 'pigeon': there are ",
     "sparse module": "module '0' produces sparse gradients",
-    "replaced step": "optimizer.step of this SGD was replaced by",
+    "foreign parameter": "the optimizer holds a parameter that is not the model's",
 }
 
 

@@ -41,6 +41,11 @@ def check(plan: Plan, layout: Layout, ranks: int) -> None:
         )
 
 
+def fits(plan: Plan, layout: Layout, ranks: int) -> bool:
+    """Whether a plan is for this model and group."""
+    return _misfit(plan, layout, ranks) is None
+
+
 def _misfit(plan: Plan, layout: Layout, ranks: int) -> str | None:
     """The first thing in which a plan differs from model and group, in words."""
     if plan.ranks != ranks:
