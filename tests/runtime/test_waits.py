@@ -23,7 +23,7 @@ LIMITS = {
     "calibrate._now_s torch.accelerator.synchronize": "the backend's watchdog",
     "reducer._set_forward_pass_work_handle work.wait": _GROUP,
     "reducer._set_forward_pass_work_handle work.result": "has ended already",
-    "buffers.land part.work.wait": _DEVICE,
+    "buffers._wait part.work.wait": _DEVICE,
     "streams.seconds first.synchronize": "an event that is over",
     "streams.seconds last.synchronize": "an event that is over",
     "enqueued.drain time.sleep": "``look``, which raises after the time-out",

@@ -254,9 +254,9 @@ class Learner:
     def _searched(self, engine: Engine) -> Plan | None:
         """The plan that a search finds, or found in an earlier run; None if the usual cut is it."""
         assert self._trace is not None
-        known = self._memory.searched
-        if known is None or not pinned.fits(known, engine.layout, self._ranks):
-            self._memory.searched = best_plan(
+        searched = self._memory.searched
+        if searched is None or not pinned.fits(searched, engine.layout, self._ranks):
+            searched = self._memory.searched = best_plan(
                 self._trace,
                 engine.layout.flats,
                 self._network.slowed(self._pace()),
@@ -264,7 +264,7 @@ class Learner:
                 methods=self._methods,
             )
             self._memory.keep_turns([])
-        searched, usual = self._memory.searched, self._plan(engine.layout, self._to_try[0])
+        usual = self._plan(engine.layout, self._to_try[0])
         return None if searched.buckets == usual.buckets else searched
 
     def _compare(self, engine: Engine) -> None:
