@@ -86,6 +86,7 @@ def run_ranks(
     collective_timeout_s: float = 60,
     may_die: bool = False,
     calibrated: bool = False,
+    first_has_store: bool = False,
 ) -> list[Any]:
     """Calls ``function(*args)`` on every rank, in a gloo group on loopback.
 
@@ -94,13 +95,15 @@ def run_ranks(
         ranks: how many processes.
         may_die: a rank that dies without an answer yields None instead of an error.
         calibrated: measure the network, instead of taking ``mixed_network`` for it.
+        first_has_store: the key-value store lives and dies with the first rank.
 
     Returns:
         What each rank returned, by rank.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        given = (store.port, collective_timeout_s, folder, calibrated)
+        port = 0 if first_has_store else store.port
+        given = (port, collective_timeout_s, folder, calibrated)
         processes = [
             context.Process(
                 target=_rank,
@@ -160,6 +163,23 @@ def join(rank: int, ranks: int, port: int, timeout_s: float, *, calibrated: bool
     )
 
 
+_served: list[dist.TCPStore] = []
+"""By this process, as long as it lives."""
+
+
+def _port_of_first(rank: int, folder: Path) -> int:
+    """Where the first rank's key-value store is; that rank starts it."""
+    known = folder / "port"
+    if rank == 0:
+        _served.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        partial = folder / "port.partial"
+        partial.write_text(str(_served[0].port))
+        partial.rename(known)
+    while not known.exists():
+        time.sleep(0.02)
+    return int(known.read_text())
+
+
 def _rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -170,6 +190,7 @@ def _rank(
     folder: str,
     calibrated: bool,
 ) -> None:
+    port = port or _port_of_first(rank, Path(folder))
     join(rank, ranks, port, collective_timeout_s, calibrated=calibrated)
     try:
         result = function(*args)

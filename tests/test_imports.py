@@ -13,18 +13,21 @@ SOURCE = Path(__file__).parent.parent / "src" / "soonest"
 ROOT = "soonest"
 """The package itself, ``import soonest``: what users import, above the runtime."""
 ERRORS = "errors"
+WRITING = "writing"
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     ERRORS: set(),
-    "runtime": {"core", ERRORS},
-    "lab": {"core", ERRORS, "runtime", ROOT},
-    "bench": {"core", ERRORS, "runtime", "lab", "report", ROOT},
-    "report": {"core", ERRORS},
-    "caffe": {"core", ERRORS, "runtime", ROOT},
-    "integrations": {"core", ERRORS, "runtime", ROOT},
-    "demo": {"core", ERRORS, "runtime", "lab", "bench", "report", ROOT},
+    WRITING: set(),
+    "runtime": {"core", ERRORS, WRITING},
+    "lab": {"core", ERRORS, WRITING, "runtime", ROOT},
+    "bench": {"core", ERRORS, WRITING, "runtime", "lab", "report", ROOT},
+    "report": {"core", ERRORS, WRITING},
+    "caffe": {"core", ERRORS, WRITING, "runtime", ROOT},
+    "integrations": {"core", ERRORS, WRITING, "runtime", ROOT},
+    "demo": {"core", ERRORS, WRITING, "runtime", "lab", "bench", "report", ROOT},
     "cli": {
-        "core", ERRORS, "runtime", "lab", "bench", "report", "caffe", "integrations", "demo", ROOT
+        "core", ERRORS, WRITING, "runtime", "lab", "bench", "report", "caffe", "integrations",
+        "demo", ROOT,
     },
     "__main__": {"cli"},
     "__init__": {"core", ERRORS, "runtime"},

@@ -101,7 +101,7 @@ def test_what_a_device_makes_first_is_no_cost(device: str, monkeypatch: pytest.M
     assert (seen == list(calibrate.SIZES)) == (device != "cpu")
 
 
-def remembers(folder: str, change: float | None, garble: bool = False) -> int:
+def remembers(folder: str, change: float | None, damage: str | None = None) -> int:
     """How often the network is measured if the calibration left is off by a factor."""
     os.environ["SOONEST_CACHE"] = folder
     measure, measured = calibrate.measure, 0
@@ -122,8 +122,8 @@ def remembers(folder: str, change: float | None, garble: bool = False) -> int:
                 for cost in costs.values():
                     cost["seconds"] = [change * seconds for seconds in cost["seconds"]]
                 file.write_text(json.dumps(costs))
-            if garble:
-                file.write_text("{")
+            if damage is not None:
+                file.write_text(damage)
         dist.barrier()
     return measured
 
@@ -140,8 +140,16 @@ def test_a_calibration_of_another_network_is_not_used(tmp_path: Path) -> None:
     assert run_ranks(remembers, 2, str(tmp_path), 1e3, calibrated=True) == [2, 2]
 
 
-def test_a_broken_file_is_measured_anew(tmp_path: Path) -> None:
-    assert run_ranks(remembers, 2, str(tmp_path), None, True, calibrated=True) == [2, 2]
+_COST = {"sizes_bytes": [1024], "seconds": [1e-3]}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["{", "[]", json.dumps({"all_reduce": _COST}), json.dumps({"exchange": _COST})],
+    ids=["cut off", "nothing", "without an op", "without the usual one"],
+)
+def test_a_damaged_calibration_is_measured_anew(damage: str, tmp_path: Path) -> None:
+    assert run_ranks(remembers, 2, str(tmp_path), None, damage, calibrated=True) == [2, 2]
 
 
 @pytest.mark.parametrize("folder", ["", "/proc/nowhere"])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from soonest.errors import PeerLostError
 from soonest.runtime import device as devices
-from soonest.runtime import groups, peers
+from soonest.runtime import groups, joining
 from soonest.runtime.streams import DeviceStreams
 from soonest.runtime.threadlane import ThreadLane
 
@@ -145,10 +145,10 @@ def test_ranks_that_do_not_come_are_named_before_a_device_waits(
     for rank in came:
         call.set(rank, "here")
     if len(came) == 2:
-        assert peers.private_group(parent, 0.1) is made
+        assert joining.private_group(parent, 0.1) is made
         return
     with pytest.raises(PeerLostError, match=r"rank 1 did not call it \(waited 0 s"):
-        peers.private_group(parent, 0.1)
+        joining.private_group(parent, 0.1)
 
 
 def _like(real: Callable[..., Any], *, skip: int = 0) -> Callable[..., Any]:

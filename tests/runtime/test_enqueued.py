@@ -35,6 +35,9 @@ class Peers:
         self.asked.append((what, failed))
         return "rank 3 did not take part" if failed else self.given_up
 
+    def failed(self, what: str, how: str, error: Exception, advice: str = "") -> SoonestError:
+        return PeerLostError(f"{what} {how}: {self.blame(what, True)} ({error})")
+
     def tell(self, fault: str) -> None:
         self.told.append(fault)
 
@@ -98,7 +101,9 @@ def test_after_the_timeout_it_is_an_error_for_good(world: Any) -> None:
     add(world, "bucket 7", 10_000)
     world.time.now_s += 61
     for _ in range(2):
-        with pytest.raises(PeerLostError, match=r"bucket 7 .* for 61 s: rank 3 did not take part"):
+        with pytest.raises(
+            PeerLostError, match=r"bucket 7 .*: rank 3 did not take part .*for 61 s"
+        ):
             world.enqueued.look()
     assert world.peers.asked == [("bucket 7", True)]
 
@@ -117,8 +122,16 @@ def test_it_can_be_waited_for(world: Any) -> None:
     assert 100.5 <= world.time.now_s < 101
 
 
+def test_it_can_be_waited_for_until_a_limit(world: Any) -> None:
+    add(world, "first", 101)
+    add(world, "second", 105)
+    assert world.enqueued.drain(2) == "second"
+    assert 102 <= world.time.now_s < 103
+    assert world.enqueued.drain(60) is None
+
+
 def test_waiting_for_it_does_not_hang(world: Any) -> None:
     add(world, "op", 10_000)
-    with pytest.raises(PeerLostError, match="op has not been combined"):
+    with pytest.raises(PeerLostError, match="op could not be combined"):
         world.enqueued.drain()
     assert world.time.now_s < 170

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -16,80 +13,28 @@ import torch.distributed as dist
 from torch import nn
 
 import soonest
-from ranks import run_ranks, say_done, wait_for_the_others
+from ranks import say_done, wait_for_the_others
+from runtime.failing import (
+    ODD,
+    SHORT_S,
+    TIMEOUT_S,
+    Run,
+    Runs,
+    Said,
+    backward,
+    end,
+    error_of,
+    left,
+    meets_again,
+    model_and_optimizer,
+    odd,
+    started,
+    steps,
+    told,
+)
 from runtime.steering import keep_to_the_usual_plan
 from soonest import PeerLostError, PlanMismatchError, SoonestError
 from soonest.runtime import calibrate, learn
-
-ODD = 1
-"""The rank that does otherwise than the others."""
-SHORT_S = 4.0
-
-
-class Said(NamedTuple):
-    """The error that a call raised: its name, its message, and after how long."""
-
-    name: str
-    message: str
-    took_s: float
-
-
-def model_and_optimizer(width: int = 64) -> tuple[nn.Sequential, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 8))
-    return model, torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def odd() -> bool:
-    return dist.get_rank() == ODD
-
-
-def backward(model: nn.Module) -> None:
-    model(torch.randn(4, 8)).square().sum().backward()
-
-
-def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
-    for _ in range(count):
-        optimizer.zero_grad()
-        backward(model)
-        optimizer.step()
-
-
-def error_of(function: Any, *args: Any, **options: Any) -> Said:
-    began = time.monotonic()
-    try:
-        function(*args, **options)
-    except Exception as error:
-        return Said(type(error).__name__, str(error), time.monotonic() - began)
-    return Said("", "", time.monotonic() - began)
-
-
-def end(how: str) -> None:
-    """What may happen to a process."""
-    if how == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif how == "stops":
-        dist.distributed_c10d._get_default_store().set("stopped", str(os.getpid()))
-        os.kill(os.getpid(), signal.SIGSTOP)
-    elif how == "leaves":
-        os._exit(0)
-    else:
-        wait_for_the_others()
-
-
-def end_what_stopped() -> None:
-    store = dist.distributed_c10d._get_default_store()
-    if store.check(["stopped"]):
-        os.kill(int(store.get("stopped")), signal.SIGKILL)
-
-
-def told(*found: Said) -> tuple[Said, ...]:
-    """To be called by those that are left."""
-    say_done()
-    if dist.get_rank() == 0:
-        end_what_stopped()
-    return found
-
 
 # Losses: all others raise one error that says who is missing, and what for
 
@@ -206,10 +151,9 @@ def sparse_module() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def replaced_step() -> tuple[nn.Module, torch.optim.Optimizer]:
-    model, optimizer = model_and_optimizer()
-    optimizer.step = print  # type: ignore[method-assign]
-    return model, optimizer
+def foreign_parameter() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model, _ = model_and_optimizer()
+    return model, torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
 
 
 class Words(nn.Module):
@@ -248,13 +192,6 @@ def other_dtype() -> tuple[Said, ...]:
         model.double()
         model.register_forward_pre_hook(lambda module, args: (args[0].double(),))
     return meets_again(error_of(steps, model, optimizer, 1000))
-
-
-def meets_again(found: Said) -> tuple[Said, ...]:
-    """The rank at fault lives on; that its process ends is not what tells the others."""
-    say_done()
-    wait_for_the_others()
-    return (found,)
 
 
 # Differences
@@ -343,14 +280,6 @@ def read_in_backward() -> Said:
     return error_of(steps, model, optimizer, 1)
 
 
-class Run(NamedTuple):
-    """What is to be run: on how many ranks, and with which arguments."""
-
-    function: Callable[..., Any]
-    ranks: int
-    args: tuple[Any, ...] = ()
-
-
 RUNS = {
     "killed": Run(lost_in_training, 4, ("killed", None, False)),
     "leaves": Run(lost_in_training, 3, ("leaves", None, False)),
@@ -369,7 +298,7 @@ RUNS = {
     "one step less": Run(one_step_less, 3),
     "bad option": Run(refuses, 3, ({"method": "pigeon"}, model_and_optimizer)),
     "sparse module": Run(refuses, 3, ({}, sparse_module)),
-    "replaced step": Run(refuses, 3, ({}, replaced_step)),
+    "foreign parameter": Run(refuses, 3, ({}, foreign_parameter)),
     "sparse gradient": Run(sparse_later, 3),
     "failing update": Run(update_fails, 3, (False,)),
     "failing step": Run(update_fails, 3, (True,)),
@@ -381,33 +310,15 @@ RUNS = {
     "backward raises": Run(backward_raises, 2),
     "read in backward": Run(read_in_backward, 2),
 }
-Runs = dict[str, Future[list[Any]]]
-TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[Runs]:
-    """Several at once, as they mostly wait."""
-    pool = ThreadPoolExecutor(4)
-    yield {
-        name: pool.submit(
-            run_ranks, function, ranks, *args, may_die=True, collective_timeout_s=TIMEOUT_S
-        )
-        for name, (function, ranks, args) in RUNS.items()
-    }
-    pool.shutdown(cancel_futures=True)
+    yield from started(RUNS)
 
 
 LOST_IN_TRAINING = [name for name, run in RUNS.items() if run.function is lost_in_training]
 LOST_IN_PLANNING = [name for name, run in RUNS.items() if run.function is lost_in_planning]
-
-
-def left(results: list[Any]) -> list[Said]:
-    """What was raised on the ranks that are left; nothing came of the odd one."""
-    assert results[ODD] is None
-    found = [said for rank, said in enumerate(results) if rank != ODD]
-    assert all(len(said) == 1 for said in found)
-    return [said[0] for said in found]
 
 
 @pytest.mark.parametrize("how", LOST_IN_TRAINING)
@@ -443,7 +354,7 @@ def test_a_rank_that_is_lost_with_its_buffers_is_named(runs: Runs) -> None:
 def test_a_rank_that_is_lost_in_planning_is_named(how: str, runs: Runs) -> None:
     for said in left(runs[how].result()):
         assert said.name == PeerLostError.__name__
-        assert said.message.startswith("what follows step 1, as planning")
+        assert said.message.startswith("what follows step 0, as planning")
         assert "rank 1 (host " in said.message
         assert said.took_s < TIMEOUT_S
 
@@ -480,7 +391,7 @@ def test_ranks_at_different_points_say_where_they_are(runs: Runs) -> None:
     for rank, (said,) in enumerate(runs["one step less"].result()):
         assert said.name == PeerLostError.__name__
         if rank != ODD:
-            assert said.message.startswith("what follows step 1, as planning")
+            assert said.message.startswith("what follows step 0, as planning")
             assert "the ranks are at different points: rank 1 (host " in said.message
             assert "waits for step " in said.message
 
@@ -488,7 +399,7 @@ def test_ranks_at_different_points_say_where_they_are(runs: Runs) -> None:
 REFUSED = {
     "bad option": "no method 'pigeon': there are ",
     "sparse module": "module '0' produces sparse gradients",
-    "replaced step": "optimizer.step of this SGD was replaced by",
+    "foreign parameter": "the optimizer holds a parameter that is not the model's",
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from runtime.fake_ranks import FakeGroup, Meeting, as_threads, ranks_for
 from runtime.race import FakeStreams, watched
 from soonest.core.plan import METHODS, Plan, shards
+from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime.collectives import EXACT, Ranks
 from soonest.runtime.engine import Engine
 from soonest.runtime.layout import Layout
@@ -244,8 +245,13 @@ class Soonest:
 class FakePeers:
     """Always blames the same one."""
 
-    def blame(self, what: str, failed: bool) -> str | None:
+    def blame(self, what: str, failed: bool, error: Exception | None = None) -> str | None:
         return "rank 1 did not take part" if failed else None
+
+    def failed(self, what: str, how: str, error: Exception, advice: str = "") -> SoonestError:
+        return PeerLostError(f"{what} {how}: {self.blame(what, True)}{advice} ({error})")
+
+    def answer(self, where: str) -> None: ...
 
     def tell(self, fault: str) -> None: ...
 

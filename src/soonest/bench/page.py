@@ -9,6 +9,7 @@ from soonest.bench.result import BASELINE, Result, Row
 from soonest.bench.settings import ARMS
 from soonest.bench.suite import Case
 from soonest.report import bars
+from soonest.writing import write_text
 
 _HEAD = f"""\
 # Benchmarks
@@ -50,7 +51,7 @@ def write(results: Mapping[Case, Result], folder: Path) -> None:
         parts.append("\n".join(_table(some)) + "\n")
         parts.append(f"![Step times on {hosts} hosts](records/{name})\n")
     parts.append("\n".join(_notes(list(results.values()))))
-    (folder / "README.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
+    write_text(folder / "README.md", "\n".join(parts) + "\n")
 
 
 def panel(result: Result, title: str | None = None) -> bars.Panel:

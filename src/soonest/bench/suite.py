@@ -12,6 +12,7 @@ from soonest.bench.result import Result
 from soonest.bench.scale import Capacity
 from soonest.bench.settings import ARMS, Settings, link_for
 from soonest.core.trace import Trace
+from soonest.writing import write_json
 
 TRACES = ("alexnet", "vgg16", "resnet50", "googlenet")
 HOSTS = (2, 4, 8)
@@ -88,9 +89,7 @@ def write(result: Result, file: Path) -> None:
     if soonest is not None and soonest.over_bound < _CLOSE:
         del record["timelines"]
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_json(file, record)
 
 
 def read(folder: Path) -> dict[Case, Result]:

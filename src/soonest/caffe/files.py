@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from soonest import writing
 
 Bytes = bytes | mmap.mmap
 """What stands in a file; an index gives a number, a slice gives bytes."""
@@ -64,15 +65,11 @@ def replaced(path: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: it cannot be written there.
     """
-    path = Path(path)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield new
-        os.replace(new, path)
+        with writing.replaced(path) as new:
+            yield new
     except OSError as error:
         raise ValueError(
             f"cannot write {path}: {error.strerror or error}; make sure that its folder exists "
             "and is writable"
         ) from None
-    finally:
-        new.unlink(missing_ok=True)

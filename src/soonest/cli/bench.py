@@ -18,6 +18,7 @@ from soonest.cli.request import (
     new_file,
     rate,
 )
+from soonest.writing import write_json
 
 if TYPE_CHECKING:
     from soonest.bench.result import Result
@@ -214,8 +215,7 @@ def _read(path: Path) -> Result:
 def _write(args: argparse.Namespace, results: list[Result], screen: Screen) -> None:
     if args.json:
         records = [result.record for result in results]
-        text = json.dumps(records[0] if len(records) == 1 else records, indent=1)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        write_json(args.json, records[0] if len(records) == 1 else records)
         screen.say(f"The record is in {args.json}")
     if args.picture or args.timeline:
         try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soonest.cli.request import FailedError, WrongRequestError, at_least, new_file, rate
+from soonest.writing import write_json
 
 if TYPE_CHECKING:
     from soonest.core.timeline import Timeline
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         screen.picture(timelines)
         screen.say(_draw(timelines, args.out / "demo.png"))
     if args.json:
-        args.json.write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
+        write_json(args.json, result.to_json())
     if result.differences():
         raise FailedError("the results are not identical, which they must be")
     return 0

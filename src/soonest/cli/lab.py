@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shlex
 import signal
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from soonest.cli.request import FailedError, WrongRequestError, at_least, new_file, rate
+from soonest.writing import write_json
 
 if TYPE_CHECKING:
     from soonest.lab.registry import RunningLab
@@ -171,8 +171,7 @@ def check(args: argparse.Namespace) -> int:
         asked, carried = _rate_text(one.asked_bps), _rate_text(one.payload_bps)
         print(f"{asked:>10}  {carried:>15}  {one.share:>6.1%}  {PAYLOAD_SHARE:>8.1%}")
     if args.json:
-        figures = {"links": [one.to_json() for one in links]}
-        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, {"links": [one.to_json() for one in links]})
     return 0
 
 

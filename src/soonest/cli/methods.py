@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from soonest.cli.request import NO_PICTURES, WrongRequestError, needs_lab
+from soonest.writing import write_json
 
 if TYPE_CHECKING:
     from soonest.bench.show import Screen
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     for line in methods_show.remarks(costs):
         screen.say(line)
     if args.json:
-        args.json.write_text(json.dumps(costs.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, costs.to_json())
         screen.say(f"The record is in {args.json}")
     if args.picture:
         drawn = methods_show.draw(costs, args.picture)

@@ -17,6 +17,7 @@ from soonest.cli.request import (
     new_file,
     rate,
 )
+from soonest.writing import write_json
 
 if TYPE_CHECKING:
     from soonest.core.advice import Advice
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
             "rows": [row.to_json() for row in rows],
             "advice": advice.to_json(),
         }
-        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, figures)
         print(f"The figures are in {args.json}")
     if args.picture:
         from soonest.report import scaling

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from soonest.report.colours import GREY, INK, of_place
+from soonest.writing import replaced
 
 _DPI = 160
 _PANEL_IN = 4.4
@@ -75,7 +76,8 @@ def draw(
         _panel(axes, panel)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI, format="png")
+    with replaced(path) as new:
+        figure.savefig(new, dpi=_DPI, format="png")
     return path
 
 

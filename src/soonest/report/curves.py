@@ -18,6 +18,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from soonest.core.units import size_text
 from soonest.report.colours import INK, Rgb, of_place
+from soonest.writing import replaced
 
 _DPI = 160
 _WIDTH_IN, _HEIGHT_IN = 9.0, 6.0
@@ -89,7 +90,8 @@ def draw(chart: Chart, path: str | Path) -> Path:
         raise ValueError("nothing to draw: give at least one curve and one run")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _figure(chart).savefig(path, dpi=_DPI, format="png")
+    with replaced(path) as new:
+        _figure(chart).savefig(new, dpi=_DPI, format="png")
     return path
 
 

@@ -17,6 +17,7 @@ from matplotlib.transforms import ScaledTranslation
 from soonest.core.timeline import Kind, Span, Timeline, Track
 from soonest.report.colours import GREY, INK, RED, Rgb, contrast, of_place
 from soonest.report.urgency import Urgency, in_turn
+from soonest.writing import replaced
 
 _DPI = 160
 _WIDTH_IN = 12.0
@@ -60,7 +61,8 @@ def draw(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure_of(timelines, title=title).savefig(path, dpi=_DPI, format="png")
+    with replaced(path) as new:
+        figure_of(timelines, title=title).savefig(new, dpi=_DPI, format="png")
     return path
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from soonest.report.colours import INK, of_place
+from soonest.writing import replaced
 
 _DPI = 160
 _SIZE_IN = (7.2, 8.2)
@@ -118,7 +119,8 @@ def draw(pairs: Sequence[Pair], path: str | Path) -> Path:
     figure.text(0.03, 0.922, told, size=9, color=_FAINT)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI, format="png")
+    with replaced(path) as new:
+        figure.savefig(new, dpi=_DPI, format="png")
     return path
 
 

@@ -15,6 +15,7 @@ from matplotlib.transforms import ScaledTranslation
 from soonest.core.predict import SOONEST, Row
 from soonest.report.colours import INK, Rgb, of_place
 from soonest.report.curves import spread
+from soonest.writing import replaced
 
 _DPI = 160
 _WIDTH_IN, _HEIGHT_IN = 11.0, 5.2
@@ -74,7 +75,8 @@ def draw(rows: Sequence[Row], path: str | Path, *, title: str) -> Path:
     _efficiencies(right, rows)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI, format="png")
+    with replaced(path) as new:
+        figure.savefig(new, dpi=_DPI, format="png")
     return path
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from soonest.core.plan import Plan
 from soonest.errors import PlanMismatchError
 from soonest.runtime import collectives
 from soonest.runtime.layout import trainable
+from soonest.runtime.peers import said
 
 
 def agree_on_input(group: collectives.Group, refused: Exception | None) -> None:
@@ -24,12 +29,17 @@ def agree_on_input(group: collectives.Group, refused: Exception | None) -> None:
         ValueError: on every rank, with the words of the first that cannot; on that one, and others
             that cannot, what it refused.
     """
-    every = collectives.gather_objects(group, str(refused) if refused else None)
+    elsewhere = first_refusal(group, refused)
     if refused:
         raise refused
-    for rank, theirs in enumerate(every):
-        if theirs is not None:
-            raise ValueError(f"rank {rank}: {theirs}")
+    if elsewhere:
+        raise ValueError(elsewhere)
+
+
+def first_refusal(group: collectives.Group, refused: Exception | None) -> str | None:
+    """What the first rank cannot work with that cannot, in words; a collective call."""
+    every = collectives.gather_objects(group, said(refused) if refused else None)
+    return next((f"rank {rank}: {one}" for rank, one in enumerate(every) if one is not None), None)
 
 
 def agree_on_model(
@@ -54,6 +64,101 @@ def agree_on_model(
                     f"the ranks have different models: parameter {index} is {first} on rank 0 and "
                     f"{other} on rank {rank}. Every rank must build the same model"
                 )
+
+
+def agree_on_the_rest(
+    group: collectives.Group, model: nn.Module, without: Collection[str] = ()
+) -> None:
+    """Compares the frozen parameters and the buffers of all ranks' models; a collective call.
+
+    Args:
+        group: all ranks.
+        model: this rank's.
+        without: names of what may differ.
+
+    Raises:
+        PlanMismatchError: on every rank, naming the first that differs.
+    """
+    frozen = [(f"frozen parameter {n!r}", p) for n, p in model.named_parameters() if _rests(p)]
+    buffers = [(f"buffer {name!r}", buffer) for name, buffer in model.named_buffers()]
+    left_alone = {f"{kind} {name!r}" for name in without for kind in ("frozen parameter", "buffer")}
+    mine = {
+        name: f"{tuple(tensor.shape)} {tensor.dtype}"
+        for name, tensor in (*frozen, *buffers)
+        if name not in left_alone and not is_lazy(tensor)
+    }
+    every = collectives.gather_objects(group, mine)
+    for name in {name: None for theirs in every for name in theirs}:
+        found = [theirs.get(name, "missing") for theirs in every]
+        if len(set(found)) > 1:
+            raise PlanMismatchError(
+                f"the ranks have different models: {name} is {by_rank(found)}. Every rank must "
+                "build the same model"
+            )
+
+
+def _rests(parameter: nn.Parameter) -> bool:
+    return not parameter.requires_grad
+
+
+def agree_on_groups(
+    group: collectives.Group, model: nn.Module, optimizer: Optimizer, without: Collection[str] = ()
+) -> None:
+    """Compares the parameter groups of all ranks' optimizers; a collective call.
+
+    Args:
+        group: all ranks.
+        model: this rank's.
+        optimizer: this rank's.
+        without: names of parameters that may differ.
+
+    Raises:
+        PlanMismatchError: on every rank, naming the first group and option that differ.
+    """
+    names = {id(parameter): name for name, _, parameter in trainable(model, without)}
+    mine: dict[str, str] = {}
+    for number, settings in enumerate(optimizer.param_groups):
+        for option, value in settings.items():
+            if option != "params" and (readable := _readable(value)) is not None:
+                mine[f"{option} in group {number}"] = readable
+        held = [names[id(p)] for p in settings["params"] if id(p) in names]
+        mine[f"what is trained in group {number}"] = ", ".join(held) or "nothing"
+    every = collectives.gather_objects(group, mine)
+    for what in {what: None for theirs in every for what in theirs}:
+        found = [theirs.get(what, "missing") for theirs in every]
+        if len(set(found)) > 1:
+            raise PlanMismatchError(
+                f"the ranks' optimizers differ: {what} is {by_rank(found)}. Every rank must build "
+                "the same optimizer, or load the same state into it before"
+            )
+
+
+def _readable(value: Any) -> str | None:
+    """A setting in words, the same on every rank; None if it is nothing plain."""
+    if isinstance(value, Tensor):
+        return _readable(value.item()) if value.numel() == 1 else None
+    if isinstance(value, bool | int | float | complex | str | torch.dtype) or value is None:
+        return str(value)
+    if isinstance(value, tuple | list):
+        parts = [_readable(one) for one in value]
+        return None if None in parts else f"({', '.join(map(str, parts))})"
+    return None
+
+
+def by_rank(values: Sequence[str]) -> str:
+    """Which ranks have which value, the most frequent first."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    ordered = sorted(ranks.items(), key=lambda item: -len(item[1]))
+    return ", ".join(f"{value} on {_ranks(those)}" for value, those in ordered)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    numbers = [str(rank) for rank in ranks]
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    return f"ranks {', '.join(numbers[:-1])} and {numbers[-1]}"
 
 
 def agree_on_options(group: collectives.Group, options: Mapping[str, object]) -> None:

@@ -74,8 +74,8 @@ def prioritize(
             are combined but not updated. Several that train parts of one model are given together;
             each backward pass then combines all gradients, and each step updates its part.
         process_group: over which to combine; the default group if None.
-        timeout_s: how long a collective may take, seconds; torch's own default if None (30
-            minutes).
+        timeout_s: how long a collective may take, seconds; as long as in ``process_group`` if
+            None, so what ``init_process_group(timeout=...)`` says.
         plan: a plan, or the path of one that ``handle.save_plan`` saved, to use from the first step
             to the last instead of making one.
         separable: whether the optimizer updates each parameter by itself, looking at nothing but

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from soonest.errors import SoonestError
 from soonest.runtime import collectives, modes
-from soonest.runtime.collectives import Group, Sent
+from soonest.runtime.collectives import Group, Sent, ended
 from soonest.runtime.guard import DisableGuard
-from soonest.runtime.lanes import Lane, ended
+from soonest.runtime.lanes import Lane
 from soonest.runtime.peers import Peers
 
 _AFTER_BACKWARD, _BEFORE_FORWARD = 0, 1

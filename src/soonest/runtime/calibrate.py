@@ -63,7 +63,7 @@ def network_of(
         The first rank's fit, on every rank.
     """
     file = place_of("network", _key(ranks, methods, device, wire))
-    known = _known(file) if file and ranks.group.rank() == 0 else None
+    known = _known(file, methods) if file and ranks.group.rank() == 0 else None
     known = collectives.first_rank_object(ranks.group, known)
     if known is not None:
         network = Network.from_json(known)
@@ -303,10 +303,13 @@ def _key(ranks: Ranks, methods: Sequence[str], device: torch.device, wire: Wire)
     }
 
 
-def _known(file: Path) -> dict[str, Any] | None:
+def _known(file: Path, methods: Sequence[str]) -> dict[str, Any] | None:
+    """What the file holds, if it is whole; otherwise it is measured anew."""
     data = recall(file)
     try:
-        Network.from_json(data)
-    except ValueError:  # none yet, or no longer readable: it is measured anew
+        network = Network.from_json(data)
+        for method in methods:
+            network.cost_s(method, SIZES[0])
+    except ValueError:
         return None
     return data

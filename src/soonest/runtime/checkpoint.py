@@ -36,18 +36,33 @@ def form_of(
     return {"model": of_model, "optim": of_optimizer}
 
 
-def take(model: nn.Module, optimizer: Optimizer, form: dict[str, Any]) -> None:
-    """Puts into a model and an ordinary optimizer what ``form_of`` made.
-
-    Raises:
-        ValueError: a part is missing.
-    """
-    from torch.distributed.checkpoint.state_dict import set_state_dict
-
+def check(model: nn.Module, form: Mapping[str, Any]) -> None:
+    """Raises ValueError if ``take`` could not put this into a model, before anything is changed."""
     for part in ("model", "optim"):
         if part not in form:
             raise ValueError(
                 f"the state has no {part!r} (only {', '.join(map(repr, form)) or 'nothing'}): "
                 "load what handle.state_dict() or get_state_dict() gave"
             )
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    mine, given = get_model_state_dict(model), form["model"]
+    for name, value in mine.items():
+        if name not in given:
+            raise ValueError(f"the state has no {name!r}, which the model has: load one of it")
+        theirs = given[name]
+        if isinstance(value, Tensor) and isinstance(theirs, Tensor) and value.shape != theirs.shape:
+            raise ValueError(
+                f"{name!r} is {tuple(theirs.shape)} in the state, but {tuple(value.shape)} in the "
+                "model: load a state of this model"
+            )
+    for name in given:
+        if name not in mine:
+            raise ValueError(f"the state has {name!r}, which the model has not: load one of it")
+
+
+def take(model: nn.Module, optimizer: Optimizer, form: dict[str, Any]) -> None:
+    """Puts into a model and an ordinary optimizer what ``form_of`` made."""
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
     set_state_dict(model, optimizer, model_state_dict=form["model"], optim_state_dict=form["optim"])

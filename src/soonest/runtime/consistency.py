@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from soonest.errors import SoonestError
 from soonest.runtime import collectives
+from soonest.runtime.agree import by_rank
 from soonest.runtime.engine import Engine
 
 VARIABLE = "SOONEST_CHECK"
@@ -82,7 +82,7 @@ class Comparison:
         every = collectives.gather_objects(self._group, mine)
         if len(set(every)) > 1:
             raise SoonestError(
-                f"{VARIABLE}: the ranks are not equally far: {_told(every)}. Every rank must run "
+                f"{VARIABLE}: the ranks are not equally far: {by_rank(every)}. Every rank must run "
                 "as many backward passes, but for those under no_sync(), and call step() as often"
             )
 
@@ -99,7 +99,7 @@ class Comparison:
         hint = f" {settings[0].capitalize()} differ, too." if settings else ""
         raise SoonestError(
             f"{VARIABLE}: after step {self._steps} {wrong[0]} differs between the ranks{more}: "
-            f"{_told(sums)}.{hint} Something has changed it on some ranks only: look for what a "
+            f"{by_rank(sums)}.{hint} Something has changed it on some ranks only: look for what a "
             f"step does by rank; {VARIABLE}=1 finds the first such step"
         )
 
@@ -154,19 +154,3 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _weights() -> Tensor:
     """Odd numbers that differ, modulo 2 to the 64th."""
     return torch.arange(1, 2 * _CHUNK, 2) * -0x61C8864680B583EB
-
-
-def _told(values: Sequence[str]) -> str:
-    """Which ranks have which value, the most frequent first."""
-    by_value: dict[str, list[int]] = defaultdict(list)
-    for rank, value in enumerate(values):
-        by_value[value].append(rank)
-    ordered = sorted(by_value.items(), key=lambda item: -len(item[1]))
-    return ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ordered)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    numbers = [str(rank) for rank in ranks]
-    if len(numbers) == 1:
-        return f"rank {numbers[0]}"
-    return f"ranks {', '.join(numbers[:-1])} and {numbers[-1]}"

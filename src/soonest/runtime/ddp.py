@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from torch._C import _distributed_c10d  # pyright: ignore[reportAttributeAccessI
 from torch.nn.parallel import distributed as theirs
 from torch.optim import Optimizer
 
-from soonest.runtime import wrapping
+from soonest.errors import SoonestError
+from soonest.runtime import agree, wrapping
 from soonest.runtime.ddp_log import Log
 from soonest.runtime.handle import Handle
 from soonest.runtime.hooks import Hook
+from soonest.runtime.peers import Peers
 from soonest.runtime.reducer import Reducer
 
+_NAME = "DistributedDataParallel()"
 _Theirs = theirs.DistributedDataParallel
 _SIGNATURE = inspect.signature(_Theirs)
 _KNOWN = {
@@ -53,23 +57,62 @@ class DistributedDataParallel(_Theirs):
         ValueError: an argument cannot be honoured; the message says what to do.
     """
 
+    _peers: Peers | None = None
     reducer: Reducer
     """Missing where the user delays sharing all parameters (``delay_all_reduce_named_params``)."""
 
     def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         given = _SIGNATURE.bind(module, *args, **kwargs).arguments
-        _refuse(given)
+        refused = _refusal(given)
+        group = _group_of(given) if given.get("init_sync", True) else None
+        if group is not None and isinstance(module, nn.Module):
+            self._peers = peers = Peers(group, _NAME)
+            with peers.together(_NAME):
+                agree.agree_on_input(group, refused)
+                ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+                agree.agree_on_model(group, module, ignored)
+                agree.agree_on_the_rest(group, module, ignored)
+                peers.learn_connections()
+        if refused:
+            raise refused
         self._skip_unused = bool(given.get("skip_all_reduce_unused_params"))
         chosen = given.get("bucket_cap_mb") is not None or given.get("bucket_cap_mb_list")
         self._caps_are_given = bool(chosen)
-        super().__init__(module, *args, **kwargs)
+        try:
+            super().__init__(module, *args, **kwargs)
+        except Exception as error:
+            if (lost := self._lost(error)) is not None:
+                raise lost from error
+            raise
         if self._use_python_reducer:
             raise ValueError(
                 "torch._dynamo.config.optimize_ddp is 'python_reducer', which would combine "
                 "gradients as well: set it to True or False"
             )
         if given.get("init_sync", True) and hasattr(self, "reducer"):
-            self.reducer.start()
+            with self._peers.together(_NAME) if self._peers else nullcontext():
+                self.reducer.start()
+
+    def _lost(self, error: Exception) -> SoonestError | None:
+        """What to raise where other ranks are at fault for what torch's class has raised."""
+        if self._peers is None:
+            return None
+        if isinstance(error, RuntimeError) and _is_from_collective(error):
+            return self._peers.failed(_NAME, "could not be done on all ranks", error)
+        self._peers.at_fault(error)
+        return None
+
+    def __getstate__(self) -> Any:
+        state: Any = super().__getstate__()
+        state.pop("_peers", None)  # of this process
+        return state
+
+    def _sync_buffers(self) -> None:
+        if self._peers is None:
+            super()._sync_buffers()
+            return
+        with self._peers.together("sharing the first rank's buffers"):
+            super()._sync_buffers()
 
     @property
     def handle(self) -> Handle | None:
@@ -229,16 +272,33 @@ class _JoinHook(theirs._DDPJoinHook):
         super().main_hook()
 
 
-def _refuse(given: dict[str, Any]) -> None:
-    """Raises ValueError where an argument cannot be honoured."""
+def _group_of(given: dict[str, Any]) -> dist.ProcessGroup | None:
+    """The group that torch's class will take, if it takes one."""
+    mesh = given.get("device_mesh")
+    if mesh is not None:
+        return mesh.get_group(mesh_dim=0) if mesh.ndim == 1 else None
+    return given.get("process_group") or dist.group.WORLD
+
+
+def _is_from_collective(error: RuntimeError) -> bool:
+    """Whether a collective has failed, and torch has not refused something itself."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals["__name__"] == "torch.distributed.utils"
+
+
+def _refusal(given: dict[str, Any]) -> ValueError | None:
+    """What is wrong where an argument cannot be honoured."""
     for name, value in given.items():
         if name not in _KNOWN:
-            raise ValueError(
+            return ValueError(
                 f"{name} is an argument of a torch newer than 2.13 and not known here: leave it out"
             )
         if name == "mixed_precision" and value is not None:
-            raise ValueError(
+            return ValueError(
                 "mixed_precision was given, but parameters that live in flat buffers cannot change "
                 "their dtype in the forward pass: use torch.autocast, and "
                 "wire_dtype=torch.bfloat16 in prioritize"
             )
+    return None

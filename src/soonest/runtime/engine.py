@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,10 @@ from soonest.runtime.program import Program
 from soonest.runtime.state import OptimizerState
 from soonest.runtime.structure import Structure
 from soonest.runtime.sweep import Sweep
+from soonest.runtime.undone import undone
 from soonest.runtime.update import Updater, raw_step
+
+_log = logging.getLogger("soonest")
 
 
 class Engine:
@@ -341,6 +345,11 @@ class Engine:
 
     # The handle
 
+    @property
+    def peers(self) -> Peers:
+        """Who the ranks are."""
+        return self._peers
+
     def flush(self) -> None:
         """Waits until nothing is in flight: every parameter and gradient has its value."""
         self.lane.check()
@@ -350,11 +359,17 @@ class Engine:
             if not self.backward.under_way:
                 self._landing.all()
 
-    def finish(self) -> None:
-        """Waits until nothing is under way that other ranks need."""
-        self.lane.wait_all()
+    def finish(self, limit_s: float) -> str | None:
+        """Waits until nothing is under way that other ranks need, or for so long.
+
+        Returns:
+            What is under way then, in words; None if nothing is.
+        """
+        if (what := self.lane.waits_for(limit_s)) is not None:
+            return what
         if self._buffers is not None:
             self._buffers.land()
+        return None
 
     def complete(self) -> None:
         """Makes every gradient whole again where ranks have parts of it; a collective call."""
@@ -380,10 +395,39 @@ class Engine:
             )
 
     def detach(self) -> None:
-        """Leaves the model and the optimizer as they would be without soonest."""
-        if self.lane.error is None:
-            self.flush()
-            self.state.hand_back()
+        """Leaves the model and the optimizer as they would be without soonest, in any case.
+
+        Raises:
+            SoonestError: a rank was lost or an update failed, and nobody has been told so yet; the
+                message says what is missing.
+        """
+        known, found = self.lane.error, None
+        try:
+            if known is None:
+                self.flush()
+                self.state.hand_back()
+        except SoonestError as error:
+            found = error
+        finally:
+            missing = self._missing() if known or found else ""
+            self._let_go()
+        if found is not None:
+            raise type(found)(f"{found}{missing and f'. {missing}'}") from found
+        if missing:
+            _log.warning("detach() after a failure: %s", missing)
+
+    def _missing(self) -> str:
+        """What is not as it would be had nothing failed, in words."""
+        missing = undone(self.program)
+        if self.state.parts is not None:
+            missing += "; " * bool(missing) + (
+                "the optimizer's state is shared out over the ranks, and this one has only its "
+                "part: handle.local_optimizer_state() gives it"
+            )
+        return missing
+
+    def _let_go(self) -> None:
+        self.lane.close()  # so that nothing is written any more
         self.backward.detach()
         for hook in (*self._model_hooks, self._module_hooks, self._entries):
             hook.remove()
@@ -392,4 +436,3 @@ class Engine:
         self._landing.drop()
         takeover.hand_back(self.optimizer)
         self.layout.move_out()
-        self.lane.close()

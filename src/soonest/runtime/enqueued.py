@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
 from soonest.errors import PeerLostError, SoonestError
-from soonest.runtime.peers import Peers, reason_of
+from soonest.runtime.peers import Peers
 from soonest.runtime.streams import Event
 
 _LOOK_S = 1.0
@@ -82,37 +83,35 @@ class Enqueued:
         now = time.monotonic()
         idle_s = now - max(oldest.since_s, self._progressed_s)
         if idle_s > self._timeout_s:
-            what = oldest.what()
-            who = self._peers.blame(what, True) or "no rank is known to be missing"
-            raise self.fail(
-                PeerLostError(
-                    f"{what} has not been combined over the ranks for {idle_s:.0f} s: {who}"
-                )
-            )
+            raise self.stopped(oldest.what(), TimeoutError(f"nothing has moved for {idle_s:.0f} s"))
         if idle_s > _LOOK_S and now - self._asked_s > _LOOK_S:
             self._asked_s = now
             what = oldest.what()
             if (who := self._peers.blame(what, False)) is not None:
                 raise self.fail(PeerLostError(f"{what} will not be combined over the ranks: {who}"))
 
-    def drain(self) -> None:
-        """Lets the host wait until nothing is under way.
+    def drain(self, limit_s: float = math.inf) -> str | None:
+        """Lets the host wait until nothing is under way, or for so long.
+
+        Returns:
+            What is under way then, in words; None if nothing is.
 
         Raises:
             SoonestError: as ``look``.
         """
+        over_s = time.monotonic() + limit_s
         while self._entries:
             self.look()
             if self._entries:
+                if time.monotonic() > over_s:
+                    return self._entries[0].what()
                 time.sleep(_DRAIN_LOOK_S)
+        return None
 
     def stopped(self, what: str, error: Exception) -> SoonestError:
         """Takes note that something could not be done, and who is at fault; to be raised."""
-        who = self._peers.blame(what, True) or "no rank is known to be missing"
-        reason = reason_of(error)
-        return self.fail(
-            PeerLostError(f"{what} could not be combined over the ranks: {who} ({reason})")
-        )
+        how = "could not be combined over the ranks"
+        return self.fail(self._peers.failed(what, how, error))
 
     def fail(self, error: Exception) -> SoonestError:
         """Takes note of an error, also for the other ranks.

@@ -99,7 +99,7 @@ def private_group(parent: Group | None, timeout_s: float | None) -> Group:
 
     Args:
         parent: None stands for the default group.
-        timeout_s: of every collective; None keeps torch's default.
+        timeout_s: of every collective; None keeps the parent's.
     """
     parent = parent if parent is not None else dist.group.WORLD
     assert parent is not None
@@ -118,10 +118,8 @@ def private_group(parent: Group | None, timeout_s: float | None) -> Group:
 
 
 def timeout_for(parent: Group, timeout_s: float | None) -> datetime.timedelta:
-    """That of collectives in a communicator made of ``parent``; None stands for torch's default."""
-    if timeout_s is not None:
-        return datetime.timedelta(seconds=timeout_s)
-    return dist.distributed_c10d._get_default_timeout(dist.get_backend(parent))
+    """That of collectives in a communicator made of ``parent``; None stands for the parent's."""
+    return datetime.timedelta(seconds=timeout_of(parent) if timeout_s is None else timeout_s)
 
 
 def timeout_of(group: Group) -> float:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import json
-import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,16 @@ from soonest.core.explain import Report, explain
 from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
-from soonest.runtime import alone, checkpoint, pinned
+from soonest.runtime import agree, alone, checkpoint, ending, pinned
 from soonest.runtime.alone import Alone
 from soonest.runtime.choice import Choice
 from soonest.runtime.engine import Engine
 from soonest.runtime.learn import Learner
+from soonest.runtime.shards import ShardedState
 from soonest.runtime.uneven import Uneven
+from soonest.writing import write_json
+
+_ALL_CALL = "; every rank must call it, at the same point"
 
 
 class Handle(Joinable):
@@ -53,6 +55,7 @@ class Handle(Joinable):
         self._choice = choice
         self._learner = learner
         self._alone = alone
+        self._parts: ShardedState | None = None
         if engine:
             _engines.add(engine)
             # At exit, what is in flight goes first.
@@ -212,7 +215,7 @@ class Handle(Joinable):
         assert self._choice
         network, ranks = self._choice.network, self._engine.program.plan.ranks
         profile = {**trace.to_json(), "ranks": ranks, "network": network.to_json()}
-        Path(path).write_text(json.dumps(profile, indent=1) + "\n", encoding="utf-8")
+        write_json(path, profile)
 
     def report(self) -> Report | None:
         """Why each bucket is combined as it is, with predicted and measured times.
@@ -238,12 +241,15 @@ class Handle(Joinable):
     def local_optimizer_state(self) -> dict[Any, dict[str, Any]]:
         """This rank's own part of the optimizer's state; all of it if that is not shared out.
 
+        After a failure this is what is left of it, also after ``detach``.
+
         Returns:
             State by parameter; or, where it is shared out, by name, first and last but one element
             of a part of a parameter, in the order of memory.
         """
-        self.flush()
-        parts = self._engine.state.parts if self._engine else None
+        if self._engine is None or self._engine.lane.error is None:
+            self.flush()
+        parts = self._engine.state.parts if self._engine else self._parts
         return dict(parts.parts) if parts is not None else dict(self._optimizer.state)
 
     def optimizer_state_dict(self) -> dict[str, Any]:
@@ -276,15 +282,35 @@ class Handle(Joinable):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from what ``state_dict`` gave, here or elsewhere; every rank must call it.
 
+        If one rank cannot take it, all raise.
+
         Raises:
-            ValueError: it has no model or no optimizer in it.
+            ValueError: it does not fit the model or the optimizer.
         """
         plain = self._plain_optimizer()
-        checkpoint.take(self._model, plain, state_dict)
+        self._agree(lambda: checkpoint.check(self._model, state_dict))
+        self._agree(lambda: checkpoint.take(self._model, plain, state_dict))
         if self._engine:
             self._engine.state.take(plain)
             assert self._learner
-            self._learner.resume(self._engine)
+            with self._engine.peers.together("load_state_dict()", _ALL_CALL):
+                self._learner.resume(self._engine)
+
+    def _agree(self, act: Callable[[], None]) -> None:
+        """Does something that may raise; if it does on one rank, all raise. A collective call."""
+        refused: Exception | None = None
+        try:
+            act()
+        except Exception as error:
+            refused = error
+        elsewhere = None
+        if self._engine:
+            with self._engine.peers.together("load_state_dict()", _ALL_CALL):
+                elsewhere = agree.first_refusal(self._engine.ranks.group, refused)
+        if refused:
+            raise refused
+        if elsewhere:
+            raise ValueError(elsewhere)
 
     def _plain_optimizer(self) -> Optimizer:
         self.flush()
@@ -321,8 +347,14 @@ class Handle(Joinable):
 
         Where the optimizer's state is shared out over the ranks, every rank must call it.
 
-        Training may go on with them, on this rank alone. After a failure the parameters keep the
-        values that they have. Calling it again does nothing.
+        Training may go on with them, on this rank alone. After a failure this waits for nobody, the
+        parameters keep the values that they have, and a warning says which of them lack what. Where
+        the optimizer's state is shared out, ``local_optimizer_state`` then has this rank's part.
+        Calling it again does nothing.
+
+        Raises:
+            SoonestError: something has failed that nobody has been told of yet. Model and optimizer
+                are plain objects all the same.
         """
         if self._alone:
             self._alone.detach()
@@ -330,7 +362,10 @@ class Handle(Joinable):
         if self._engine:
             engine, self._engine = self._engine, None
             _engines.discard(engine)
-            engine.detach()
+            try:
+                engine.detach()
+            finally:
+                self._parts = engine.state.parts
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -345,17 +380,7 @@ def is_shared(parameters: Iterable[nn.Parameter]) -> bool:
     )
 
 
-_THREADS_END_S = 0.02
-
-
 @atexit.register
 def _finish() -> None:
     """A script that ends still owes the other ranks its part of what is in flight."""
-    engines = list(_engines)
-    for engine in engines:
-        if engine.lane.error is None:
-            engine.finish()
-        # A thread that still runs when the interpreter ends may take the process down with it.
-        engine.lane.close()
-    if engines:  # one that has been joined may still need the interpreter to free what torch kept
-        time.sleep(_THREADS_END_S)
+    ending.finish(list(_engines))

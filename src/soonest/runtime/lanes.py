@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from soonest.errors import ReadTooEarlyError, SoonestError
 from soonest.runtime.clock import DeviceClock
-from soonest.runtime.collectives import Work
 from soonest.runtime.sweep import Sweep
 
 if TYPE_CHECKING:
     from soonest.runtime.layout import Member
-
-LOOK_S = 1.0
-"""How often who waits for others looks whether one of them has given up."""
 
 
 class Lane(Protocol):
@@ -68,6 +63,14 @@ class Lane(Protocol):
         """Returns when all ops are done, and the updates of all sweeps that were stepped."""
         ...
 
+    def waits_for(self, limit_s: float) -> str | None:
+        """As ``wait_all``, but not for longer than so many seconds.
+
+        Returns:
+            What is not done then, in words; None if all is.
+        """
+        ...
+
     def spread(self, used: Iterable[Tensor] = ()) -> None:
         """What was done just now, outside of the lane, has happened for all who read it.
 
@@ -100,18 +103,3 @@ def read_too_early(sweep: Sweep, bucket: int) -> ReadTooEarlyError:
         f"a gradient in {sweep.plan.describe(bucket)} was read inside the backward pass, "
         "where it is not combined over the ranks yet: read it after backward() has returned"
     )
-
-
-def ended(work: Work) -> bool:
-    """Waits until an op has ended; False if it is still in flight after a while.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    try:
-        work.wait(timedelta(seconds=LOOK_S))
-    except RuntimeError:
-        if not work.is_completed():
-            return False
-        work.wait()  # says whether it ended just now, or why it failed
-    return True

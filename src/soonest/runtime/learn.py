@@ -13,7 +13,7 @@ from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.planner import best_plan
 from soonest.core.trace import Trace
-from soonest.runtime import collectives
+from soonest.runtime import collectives, pinned
 from soonest.runtime.agree import agree_on_plan
 from soonest.runtime.candidates import (
     CANDIDATES,
@@ -173,7 +173,7 @@ class Learner:
         """
         if engine.settled or self._ranks <= _EXACT_RANKS:
             return
-        mine = self._memory.choice() if resumed and engine.ranks.group.rank() == 0 else None
+        mine = self._choice(engine) if resumed and engine.ranks.group.rank() == 0 else None
         chosen = self._first_rank(engine, mine)
         if chosen is None:
             return
@@ -183,6 +183,14 @@ class Learner:
         engine.profiler.attention.learning = False
         engine.bind(layout, plan)
         self._stays(engine, plan, "as it stayed before, since training is resumed")
+
+    def _choice(self, engine: Engine) -> Choice | None:
+        """What stayed in an earlier run, if it was of this training."""
+        choice = self._memory.choice()
+        if choice is not None:
+            plan, layout = Plan.from_json(choice.plan), self._layout(engine, choice.order)
+            return choice if pinned.fits(plan, layout, self._ranks) else None
+        return None
 
     @staticmethod
     def _layout(engine: Engine, order: Sequence[str]) -> Layout:
@@ -246,8 +254,9 @@ class Learner:
     def _searched(self, engine: Engine) -> Plan | None:
         """The plan that a search finds, or found in an earlier run; None if the usual cut is it."""
         assert self._trace is not None
-        if self._memory.searched is None:
-            self._memory.searched = best_plan(
+        searched = self._memory.searched
+        if searched is None or not pinned.fits(searched, engine.layout, self._ranks):
+            searched = self._memory.searched = best_plan(
                 self._trace,
                 engine.layout.flats,
                 self._network.slowed(self._pace()),
@@ -255,7 +264,7 @@ class Learner:
                 methods=self._methods,
             )
             self._memory.keep_turns([])
-        searched, usual = self._memory.searched, self._plan(engine.layout, self._to_try[0])
+        usual = self._plan(engine.layout, self._to_try[0])
         return None if searched.buckets == usual.buckets else searched
 
     def _compare(self, engine: Engine) -> None:

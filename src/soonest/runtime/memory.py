@@ -77,6 +77,7 @@ class Memory:
             choice = Choice(**recall(file)) if file else None
             if choice is not None:
                 Plan.from_json(choice.plan)
+                choice = choice._replace(order=[str(name) for name in choice.order])
         except (TypeError, ValueError):  # none yet, or no longer readable
             return None
         return choice

@@ -2,8 +2,9 @@
 
 The ranks talk through torch's key-value store, which does not depend on the broken collective. A
 rank that fails leaves a note there. It says what is wrong with that rank; or else what it waited
-for in vain, and then whoever has left no note after a short while is at fault, as far as can be
-known.
+for in vain. All others then say where they are, and whoever has left no note after a short while is
+at fault, as far as can be known. Of a rank whose connection has broken without a note it is known
+at once.
 """
 
 from __future__ import annotations
@@ -13,20 +14,23 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from soonest.errors import PeerLostError, SoonestError
-from soonest.runtime import collectives, groups
+from soonest.runtime import collectives, connections
+from soonest.runtime.signals import is_from_handler
 
 _E = TypeVar("_E", bound=Exception)
-_GRACE_S = 5.0
-_MEET_S = 0.05
-_FAULT = "!"
-"""Begins a note that says what is wrong with the rank that left it."""
+_GRACE_S = 4.0
+_LOOK_S = 0.05
+_FAULT, _LOST, _BUSY = "!", "-", "~"
+"""How a note begins that says what is wrong with the rank that left it; that others left of a rank
+that is gone; and that says where a rank is that waits for nobody. Others say what is waited for."""
 
 
 class Peers:
@@ -34,16 +38,38 @@ class Peers:
 
     Args:
         group: over which to talk at the start.
+        what: the ranks do there.
     """
 
-    def __init__(self, group: collectives.Group) -> None:
+    def __init__(self, group: collectives.Group, what: str = "prioritize()") -> None:
         self.rank = group.rank()
-        store = dist.distributed_c10d._get_default_store()
-        self._store = dist.distributed_c10d.PrefixStore(f"soonest/{group.group_name}", store)
+        self._group = group
+        default = dist.distributed_c10d._get_default_store()
+        _meetings[group.group_name] += 1
+        name = f"soonest/{group.group_name}/{_meetings[group.group_name]}"
+        self._store = dist.distributed_c10d.PrefixStore(name, default)
+        self._waits_for: str | None = None
+        self._ends: Sequence[connections.Ends] = ()
+        self._store_host: int | None = None
+        self._store_is_gone = False
         self.names = [f"rank {rank}" for rank in range(group.size())]
         me = f"rank {self.rank} (host {socket.gethostname()}, process {os.getpid()})"
-        with self.together("prioritize()"):
-            self.names = collectives.gather_objects(group, me)
+        with self.together(what):
+            every = collectives.gather_objects(group, (me, _hosts(default)))
+        self.names = [name for name, _ in every]
+        hosts = [rank for rank, (_, is_host) in enumerate(every) if is_host]
+        self._store_host = hosts[0] if len(hosts) == 1 else None
+
+    def learn_connections(self) -> None:
+        """Takes note of whose are which, as they are now; a collective call."""
+        self._ends = collectives.gather_objects(self._group, connections.ends())
+
+    @property
+    def hosts_store(self) -> bool:
+        """Whether nobody can leave a note any more when this process has ended."""
+        return self.rank == self._store_host
+
+    # Errors
 
     @contextmanager
     def together(self, what: str, advice: str = "") -> Iterator[None]:
@@ -54,41 +80,43 @@ class Peers:
             advice: what to do if they failed because not all ranks made them.
 
         Raises:
-            PeerLostError: they failed.
+            SoonestError: they failed.
         """
+        before, self._waits_for = self._waits_for, what
         try:
-            yield
+            with collectives.looking(partial(self._look, what)):
+                yield
+        except SoonestError:
+            raise
         except RuntimeError as error:
-            if isinstance(error, SoonestError):
+            if is_from_handler(error):
+                self.at_fault(error)
                 raise
-            who = self.blame(what, True) or "no rank is known to be missing"
-            raise PeerLostError(
-                f"{what} could not be done on all ranks: {who}{advice} ({reason_of(error)})"
-            ) from error
+            raise self.failed(what, "could not be done on all ranks", error, advice) from error
+        except BaseException as error:  # the others are left alone in there
+            self.tell(said(error))
+            raise
+        finally:
+            self._waits_for = before
 
-    def blame(self, what: str, failed: bool) -> str | None:
-        """Says in words who is at fault.
+    def _look(self, what: str) -> None:
+        """Raises PeerLostError if another rank has given up."""
+        if (who := self.blame(what, False)) is not None:
+            raise PeerLostError(f"{what} will not be done on all ranks: {who}")
+
+    def failed(self, what: str, how: str, error: Exception, advice: str = "") -> SoonestError:
+        """The error to raise when a backend has raised one: says who is at fault, if anybody is.
 
         Args:
-            what: this rank was waiting for.
-            failed: this rank has given up; otherwise it only looks whether another has.
-
-        Returns:
-            None if nobody is known to be at fault.
+            what: has failed; what this rank waited for.
+            how: it has failed, in words that follow.
+            error: the backend's.
+            advice: what to do if other ranks are not here.
         """
-        answer: list[str | None] = ["the key-value store does not answer, so its host may be gone"]
-
-        def ask() -> None:
-            try:
-                answer[0] = self._missing(what) if failed else self._given_up(what)
-            except Exception:  # the store is what has failed
-                answer[0] = (
-                    "the key-value store is gone, and perhaps its process with it"
-                    if failed
-                    else None
-                )
-
-        return answer[0] if _in_time(ask) or failed else None
+        who = self.blame(what, True, error)
+        if who is None:
+            return SoonestError(f"{what} {how}, though all ranks were there: {reason_of(error)}")
+        return PeerLostError(f"{what} {how}: {who}{advice} ({reason_of(error)})")
 
     def tell(self, fault: str) -> None:
         """Lets the others know what is wrong with this rank, so that they need not wait for it."""
@@ -101,45 +129,145 @@ class Peers:
 
     def at_fault(self, error: _E) -> _E:
         """As ``tell``, of an error that is to be raised on this rank."""
-        self.tell(str(error))
+        self.tell(said(error))
         return error
 
-    def _note(self, text: str) -> None:
-        mine = f"failed/{self.rank}"
-        if not self._store.check([mine]):  # the first one counts
-            self._store.set(mine, text)
+    # Notes
+
+    def blame(self, what: str, failed: bool, error: Exception | None = None) -> str | None:
+        """Says in words who is at fault.
+
+        Args:
+            what: this rank was waiting for.
+            failed: this rank has given up; otherwise it only looks whether another has.
+            error: the backend's, because of which it has.
+
+        Returns:
+            None if nobody is known to be at fault.
+        """
+        gone = connections.other_end(error, self._ends) if error is not None else None
+        if self._store_is_gone:
+            return self._without_store(gone, "is gone") if failed else None
+        answer: list[str | None] = [self._without_store(gone, "does not answer")]
+
+        def ask() -> None:
+            try:
+                answer[0] = self._missing(what, gone) if failed else self._given_up(what)
+            except Exception:  # the store is what has failed
+                self._store_is_gone = True
+                answer[0] = self._without_store(gone, "is gone") if failed else None
+
+        return answer[0] if _in_time(ask) or failed else None
+
+    def answer(self, where: str) -> None:
+        """If another rank has given up: lets it know that this one is there.
+
+        Args:
+            where: this rank is; it waits for nobody in a lane.
+        """
+        if self._store_is_gone:
+            return
+        try:
+            if self._store.check(["failed"]):
+                self._note(self._waits_for or _BUSY + where)
+        except Exception:  # who is lost with it shows when this rank waits for others
+            self._store_is_gone = True
+
+    def wait_for_notes(self) -> None:
+        """Returns when all others know of a failure, or do not look; before the store goes."""
+
+        def look() -> None:
+            deadline_s = time.monotonic() + _GRACE_S
+            with suppress(Exception):
+                keys = [f"failed/{rank}" for rank in range(len(self.names)) if rank != self.rank]
+                while not self._store.check(keys) and time.monotonic() < deadline_s:
+                    time.sleep(_LOOK_S)
+
+        _in_time(look)
+
+    def _note(self, text: str, rank: int | None = None) -> None:
+        of_whom = f"failed/{self.rank if rank is None else rank}"
+        if not self._store.check([of_whom]):  # the first one counts
+            self._store.set(of_whom, text)
             self._store.set("failed", "yes")
 
     def _given_up(self, what: str) -> str | None:
         return self._missing(what) if self._store.check(["failed"]) else None
 
-    def _missing(self, what: str) -> str | None:
+    def _missing(self, what: str, gone: int | None = None) -> str | None:
+        """Who is at fault.
+
+        Args:
+            what: this rank waits for.
+            gone: a rank to which the connection has broken.
+        """
         self._note(what)
-        missing = [rank for rank in range(len(self.names)) if rank != self.rank]
-        elsewhere: list[str] = []
-        deadline = time.monotonic() + _GRACE_S
+        silent = [rank for rank in range(len(self.names)) if rank != self.rank]
+        notes: dict[int, str] = {}
+        deadline_s = time.monotonic() + _GRACE_S
         while True:
-            for rank in list(missing):
-                if self._store.check([f"failed/{rank}"]):
-                    missing.remove(rank)
-                    note = self._store.get(f"failed/{rank}").decode()
-                    if note.startswith(_FAULT):
-                        return f"{self.names[rank]} failed: {note.removeprefix(_FAULT)}"
-                    if note != what:
-                        elsewhere.append(f"{self.names[rank]} waits for {note}")
-            if not missing or time.monotonic() > deadline:
+            for rank in [rank for rank in silent if self._store.check([f"failed/{rank}"])]:
+                silent.remove(rank)
+                notes[rank] = self._store.get(f"failed/{rank}").decode()
+            for rank, note in notes.items():
+                if note.startswith(_FAULT):
+                    return f"{self.names[rank]} failed: {note.removeprefix(_FAULT)}"
+            lost = [rank for rank, note in notes.items() if note.startswith(_LOST)]
+            if lost:
+                return self._did_not_take_part(lost)
+            if gone in silent:
+                self._note(_LOST, gone)
+                continue
+            if not silent or time.monotonic() > deadline_s:
                 break
-            time.sleep(0.05)
-        if missing:
-            return " and ".join(self.names[rank] for rank in missing) + " did not take part"
-        return f"the ranks are at different points: {'; '.join(elsewhere)}" if elsewhere else None
+            time.sleep(_LOOK_S)
+        busy = {rank: note for rank, note in notes.items() if note.startswith(_BUSY)}
+        if silent:
+            why = f", and {_have(silent)} not answered within {_GRACE_S:.0f} s"
+            return self._did_not_take_part(silent) + why
+        if busy:
+            return (
+                f"{' and '.join(self._place(*one) for one in busy.items())}, and waits for nobody"
+            )
+        elsewhere = {rank: note for rank, note in notes.items() if note != what}
+        if elsewhere:
+            places = [f"{self.names[rank]} waits for {note}" for rank, note in elsewhere.items()]
+            return f"the ranks are at different points: {'; '.join(places)}"
+        return None
+
+    def _did_not_take_part(self, ranks: Sequence[int]) -> str:
+        return " and ".join(self.names[rank] for rank in ranks) + " did not take part"
+
+    def _place(self, rank: int, note: str) -> str:
+        return f"{self.names[rank]} did not take part: it is {note.removeprefix(_BUSY)}"
+
+    def _without_store(self, gone: int | None, how: str) -> str:
+        """Who is at fault, where the key-value store does not say."""
+        host = self._store_host
+        if gone is None and host not in (None, self.rank):
+            return f"{self._did_not_take_part([host])}: the key-value store in it {how}"
+        if gone is not None:
+            return self._did_not_take_part([gone])
+        return f"the key-value store {how}, and perhaps its process with it"
+
+
+def _have(ranks: Sequence[int]) -> str:
+    return "has" if len(ranks) == 1 else "have"
+
+
+def _hosts(store: Any) -> bool:
+    """Whether the key-value store is in this process."""
+    while not hasattr(store, "port") and hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    port = getattr(store, "port", None)
+    return port is not None and connections.listens_on(port)
 
 
 def _in_time(ask: Callable[[], None]) -> bool:
     """Whether the store answered: it may hang on a host that is cut off, and nobody else must."""
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(2 * _GRACE_S)
+    asking.join(_GRACE_S + 1)
     return not asking.is_alive()
 
 
@@ -148,53 +276,13 @@ def reason_of(error: Exception) -> str:
     return str(error).split(". This is typically", 1)[0]
 
 
-def private_group(parent: collectives.Group, timeout_s: float | None) -> collectives.Group:
-    """A communicator of our own over the ranks of ``parent``; a collective call.
-
-    Args:
-        parent: of which ranks.
-        timeout_s: of every collective; None keeps torch's default.
-
-    Raises:
-        PeerLostError: not all of them came.
-    """
-    members = dist.get_process_group_ranks(parent)
-    _calls[parent.group_name] += 1
-    store = dist.distributed_c10d.PrefixStore(
-        f"soonest/prioritize/{parent.group_name}/{_calls[parent.group_name]}",
-        dist.distributed_c10d._get_default_store(),
-    )
-    store.set(str(parent.rank()), "here")
-    try:
-        if dist.get_backend(parent) != "gloo":  # which connects at once; others would wait later
-            timeout = groups.timeout_for(parent, timeout_s)
-            _meet(store, len(members), timeout.total_seconds())
-        return groups.private_group(parent, timeout_s)
-    except RuntimeError as error:
-        try:
-            missing = [rank for rank in range(len(members)) if not store.check([str(rank)])]
-        except RuntimeError:
-            missing = []
-        who = " and ".join(f"rank {rank}" for rank in missing) or "no rank is known to be missing"
-        raise PeerLostError(
-            f"prioritize() could not connect the ranks: {who}{' did not call it' * bool(missing)} "
-            f"({reason_of(error)})"
-        ) from error
+def said(error: BaseException) -> str:
+    """An error in words for other ranks, in one line."""
+    text = " ".join(str(error).split())
+    if text and isinstance(error, SoonestError | ValueError):  # then it is a sentence
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _meet(store: dist.distributed_c10d.PrefixStore, ranks: int, timeout_s: float) -> None:
-    """Returns when all ranks have come.
-
-    Raises:
-        RuntimeError: not all of them have in time.
-    """
-    keys = [str(rank) for rank in range(ranks)]
-    deadline_s = time.monotonic() + timeout_s
-    while not store.check(keys):
-        if time.monotonic() > deadline_s:
-            raise RuntimeError(f"waited {timeout_s:.0f} s for all to come")
-        time.sleep(_MEET_S)
-
-
-_calls: Counter[str] = Counter()
-"""How often each group's ranks have called ``prioritize``; it is the same on all of them."""
+_meetings: Counter[str] = Counter()
+"""How often each group's ranks have met; it is the same on all of them."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from soonest.core.plan import Flat, Plan, first_difference
 from soonest.runtime.layout import Layout
-from soonest.runtime.remember import write_whole
+from soonest.writing import write_json
 
 
 def load(plan: Plan | str | Path | None) -> Plan | None:
@@ -29,7 +29,7 @@ def load(plan: Plan | str | Path | None) -> Plan | None:
 
 def save(plan: Plan, path: str | Path) -> None:
     """Writes a plan as JSON, whole or not at all."""
-    write_whole(Path(path), json.dumps(plan.to_json(), indent=1) + "\n")
+    write_json(path, plan.to_json())
 
 
 def check(plan: Plan, layout: Layout, ranks: int) -> None:
@@ -39,6 +39,11 @@ def check(plan: Plan, layout: Layout, ranks: int) -> None:
             f"the plan is not for this model and group: {wrong}. Leave out plan=, or give one "
             "that was saved with this model on as many ranks"
         )
+
+
+def fits(plan: Plan, layout: Layout, ranks: int) -> bool:
+    """Whether a plan is for this model and group."""
+    return _misfit(plan, layout, ranks) is None
 
 
 def _misfit(plan: Plan, layout: Layout, ranks: int) -> str | None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from soonest.writing import write_text
+
 
 def place_of(kind: str, key: Mapping[str, Any]) -> Path | None:
     """The file for what was found out about something; None if the user wants nothing kept.
@@ -41,18 +43,7 @@ def keep(file: Path, data: Any) -> bool:
     """Writes the file, whole or not at all; False where that is not possible."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(data))
+        write_text(file, json.dumps(data))
     except OSError:  # a place to remember things is a convenience
         return False
     return True
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file so that nobody ever sees a part of it."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

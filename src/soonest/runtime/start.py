@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from soonest.core.network import Network
 from soonest.core.plan import Plan
 from soonest.core.planner import first_plan
-from soonest.errors import PeerLostError
+from soonest.errors import SoonestError
 from soonest.runtime import (
     agree,
     calibrate,
@@ -38,11 +38,12 @@ from soonest.runtime.choice import (
 from soonest.runtime.device import check_group, lane_for
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Handle, is_shared
+from soonest.runtime.joining import private_group
 from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Layout, trainable
 from soonest.runtime.learn import Learner
 from soonest.runtime.newcomers import Newcomers
-from soonest.runtime.peers import Peers, private_group
+from soonest.runtime.peers import Peers
 from soonest.runtime.takeover import optimizer_in
 
 UNKNOWN = Network.linear(0.0, 1e9)
@@ -127,6 +128,9 @@ def start(
         agree.agree_on_input(group, refused)
         agree.agree_on_options(group, options)
         agree.agree_on_model(group, model, without)
+        if not equal:
+            agree.agree_on_the_rest(group, model)
+        agree.agree_on_groups(group, model, optimizer, without)
         if given is not None:
             agree.agree_on_plan(group, given)
         ranks = groups.ranks_of(group, native=device.type != "cpu")
@@ -200,6 +204,7 @@ def start(
     engine.settled = given is not None
     with peers.together("prioritize()"):
         learner.resume(engine, resumed=resumed)
+        peers.learn_connections()
     asked = f"method={method!r} was asked for" if method else None
     why = "as the given plan says" if given is not None else asked
     choice = Choice(network, methods, why, (note,))
@@ -219,12 +224,14 @@ def _together(peers: Peers, after_step: AfterStep) -> AfterStep:
     """The same, which says who is at fault where a rank does not take part."""
 
     def call(engine: Engine) -> None:
-        what = f"what follows step {engine.backward.passes}, as planning or {consistency.VARIABLE},"
+        step = engine.backward.passes - 1
+        what = f"what follows step {step}, as planning or {consistency.VARIABLE},"
         try:
             with peers.together(what):
                 after_step(engine)
-        except PeerLostError as error:
-            engine.lane.fail(error)
+        except SoonestError as error:
+            if error.__cause__ is not None:  # the backend has failed
+                engine.lane.fail(error)
             raise
 
     return call

@@ -21,6 +21,7 @@ gradients of the user's own, the scale of a ``GradScaler``, a learning rate, a l
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -39,6 +40,7 @@ from soonest.runtime.lanes import read_too_early
 from soonest.runtime.layout import Member
 from soonest.runtime.peers import Peers
 from soonest.runtime.program import Program
+from soonest.runtime.signals import is_from_handler
 from soonest.runtime.streams import Event, Stream, Streams
 from soonest.runtime.sweep import Sweep
 
@@ -182,6 +184,9 @@ class StreamLane:
                     SoonestError(f"{what()} was not sent: {error}")
                 ) from error
             except RuntimeError as error:
+                if is_from_handler(error):
+                    self._enqueued.fail(SoonestError(f"{what()} was interrupted: {error}"))
+                    raise
                 raise self._enqueued.stopped(what(), error) from error
             sweep.record.op_ended(op)
             sweep.issued += 1
@@ -314,11 +319,15 @@ class StreamLane:
 
     # The end
 
-    def _drain(self) -> None:
+    def waits_for(self, limit_s: float) -> str | None:
+        self.check()
+        return self._drain(limit_s)
+
+    def _drain(self, limit_s: float = math.inf) -> str | None:
         """Lets the host wait until nothing is under way; never in a step of training."""
         if self._updates in self._last:
             self._enqueued.add(self._last[self._updates].event, lambda: "an update")
-        self._enqueued.drain()
+        return self._enqueued.drain(limit_s)
 
     def close(self) -> None:
         # Whoever uses this lane again is told what was wrong.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime import modes
-from soonest.runtime.collectives import Running
-from soonest.runtime.lanes import LOOK_S, ended, read_too_early
-from soonest.runtime.peers import Peers, reason_of
+from soonest.runtime.collectives import LOOK_S, Running, ended
+from soonest.runtime.lanes import read_too_early
+from soonest.runtime.peers import Peers
 from soonest.runtime.sweep import Sweep, Sweeps
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 class ThreadLane:
     """One thread starts gloo's asynchronous ops, another waits for their ends.
 
-    Updates run in the thread that waits for them, or in the starting one where that one cannot.
+    Updates run in the thread that waits for them, or in the starting one where that one cannot. A
+    third looks whether another rank has given up, and lets such a rank know where this one is.
 
     Args:
         timeout_s: how long to wait without any progress; an op's own timeout comes before.
@@ -46,11 +48,15 @@ class ThreadLane:
         self._issuing = threading.Lock()
         self._updating = threading.Lock()
         self._delegated = 0
+        self._latest: weakref.ref[Sweep] | None = None
         self._progressed_at = time.monotonic()
+        self._over = threading.Event()
+        self._blaming = False
         self._error: SoonestError | None = None
+        runs = {"start": self._start_ops, "end": self._end_ops, "watch": self._watch}
         self._threads = [
             threading.Thread(target=self._run, args=(run,), name=f"soonest {name}", daemon=True)
-            for name, run in (("start", self._start_ops), ("end", self._end_ops))
+            for name, run in runs.items()
         ]
         for thread in self._threads:
             thread.start()
@@ -62,6 +68,7 @@ class ThreadLane:
     def begin(self, sweep: Sweep) -> None:
         with self._changed:
             self._sweeps.add(sweep)
+            self._latest = weakref.ref(sweep)
 
     def enter(self) -> None: ...
 
@@ -92,13 +99,7 @@ class ThreadLane:
                 self.check()
                 if not (here and self._update()):
                     self._wait_for_news_until(lambda: bool(done[bucket]), here=here)
-                # The lane's own waits end first; this is the last resort.
-                idle_s = time.monotonic() - max(began_at, self._progressed_at)
-                if idle_s > self._timeout_s + 10 * LOOK_S:
-                    raise PeerLostError(
-                        f"step {sweep.number}: waited more than {self._timeout_s:.0f} s for "
-                        f"{sweep.plan.describe(bucket)} without progress"
-                    )
+                self._give_up_in_time(began_at, sweep, bucket)
 
     def spread(self, used: Iterable[Tensor] = ()) -> None: ...
 
@@ -109,13 +110,41 @@ class ThreadLane:
             raise SoonestError("a thread that communicates has ended, so nothing can arrive")
 
     def wait_all(self) -> None:
+        self._wait_all(None)
+
+    def waits_for(self, limit_s: float) -> str | None:
+        over_at = time.monotonic() + limit_s
+        if self._wait_all(over_at):
+            return None
+        sweep = next((r for r in self._sweeps if not self._settled(r)), None)
+        return self._place(sweep) if sweep else "what is in flight"
+
+    def _wait_all(self, over_at: float | None) -> bool:
+        """Whether all is done, by a point in time if there is one."""
+        began_at = time.monotonic()
         with self._updates_here() as here:
             while not self._all_settled():
                 self.check()
                 if not (here and self._update()):
                     self._wait_for_news_until(self._all_settled, here=here)
+                if over_at is not None and time.monotonic() > over_at:
+                    return self._all_settled()
+                if (sweep := next((r for r in self._sweeps if not self._settled(r)), None)) is None:
+                    continue
+                self._give_up_in_time(began_at, sweep)
         if self._error is not None:  # then there is nothing left to wait for
             self.check()
+        return True
+
+    def _give_up_in_time(self, began_at: float, sweep: Sweep, bucket: int | None = None) -> None:
+        """Ends the lane if nothing has moved for too long; what ends its own waits comes before."""
+        idle_s = time.monotonic() - max(began_at, self._progressed_at)
+        if idle_s <= self._timeout_s + LOOK_S or self._blaming:
+            return
+        what = self._place(sweep, bucket)
+        late = TimeoutError(f"nothing has moved for {idle_s:.0f} s")
+        self.fail(self._peers.failed(what, "could not be combined over the ranks", late))
+        self.check()
 
     @contextmanager
     def _updates_here(self) -> Iterator[bool]:
@@ -151,6 +180,7 @@ class ThreadLane:
         return sweep.finished or not sweep.closed
 
     def close(self) -> None:
+        self._over.set()
         self._news.put(False)
         self._running.put(None)
         for thread in self._threads:
@@ -179,7 +209,6 @@ class ThreadLane:
             while not self._complete(running):
                 if self._error is not None:
                     return
-                self._look_around()
             self._issue()
             if self._updates_in_lane():
                 self._news.put(True)
@@ -196,7 +225,7 @@ class ThreadLane:
                     return False
                 running.go_on()
         except RuntimeError as error:
-            raise self._stopped(sweep, op, error) from error
+            raise self._stopped(sweep, error) from error
         sweep.record.op_ended(op)
         with self._changed:
             sweep.complete_op()
@@ -205,24 +234,44 @@ class ThreadLane:
         self._progressed_at = time.monotonic()
         return True
 
+    def _watch(self) -> None:
+        while not self._over.wait(LOOK_S):
+            self._look_around()
+
     def _look_around(self) -> None:
         """Ends the lane if another rank has found out that somebody is lost."""
         sweep = next((r for r in self._sweeps if r.in_flight), None)
-        what = self._waited_for(sweep, sweep.combined) if sweep else "what is in flight"
-        who = self._peers.blame(what, False)
+        if sweep is None:
+            self._peers.answer(self._where())
+            return
+        what = self._place(sweep)
+        who = None if self._blaming else self._peers.blame(what, False)
         if who is not None:
             raise PeerLostError(f"{what} will not be combined over the ranks: {who}")
 
-    def _stopped(self, sweep: Sweep, op: int, error: Exception) -> PeerLostError:
-        what = self._waited_for(sweep, op)
-        who = self._peers.blame(what, True) or "no rank is known to be missing"
-        return PeerLostError(
-            f"{what} could not be combined over the ranks: {who} ({reason_of(error)})"
-        )
+    def _stopped(self, sweep: Sweep, error: Exception) -> SoonestError:
+        self._blaming = True
+        how = "could not be combined over the ranks"
+        return self._peers.failed(self._place(sweep), how, error)
 
     @staticmethod
-    def _waited_for(sweep: Sweep, op: int) -> str:
-        return f"step {sweep.number}: {sweep.plan.describe(sweep.plan.ops[op].bucket)}"
+    def _place(sweep: Sweep, bucket: int | None = None) -> str:
+        """What is waited for, in words: by default what comes next."""
+        if bucket is None:
+            op = min(sweep.combined, len(sweep.plan.ops) - 1)
+            bucket = sweep.plan.ops[op].bucket
+        return f"step {sweep.number}: {sweep.plan.describe(bucket)}"
+
+    def _where(self) -> str:
+        """Where the training loop is, in words."""
+        sweep = self._latest() if self._latest is not None else None
+        if sweep is None:
+            return "not in a step"
+        if not sweep.closed:
+            return f"in the backward pass of step {sweep.number}"
+        if sweep.step is None:
+            return f"between the backward pass and optimizer.step() of step {sweep.number}"
+        return f"behind optimizer.step() of step {sweep.number}"
 
     def _issue(self) -> bool:
         """Starts the next op; False if that cannot be yet."""
@@ -235,7 +284,7 @@ class ThreadLane:
             try:
                 running = sweep.program.issue(sweep, op)
             except RuntimeError as error:
-                raise self._stopped(sweep, op, error) from error
+                raise self._stopped(sweep, error) from error
             sweep.issued += 1
             self._running.put(running)
             return True
@@ -285,6 +334,7 @@ class ThreadLane:
             self._error = self._error or type(known)(*known.args)
             self._sweeps.clear()
             self._changed.notify_all()
+        self._over.set()
         self._news.put(False)
         self._running.put(None)
         if not isinstance(known, PeerLostError):

@@ -1,7 +1,7 @@
 """What goes over the network; nothing else names torch's collectives."""
 
 from soonest.runtime.collectives.broadcasts import Sent, broadcast, broadcast_of, start_broadcast
-from soonest.runtime.collectives.ops import Op, Running, Work, combine, op, run, start
+from soonest.runtime.collectives.ops import Op, Running, combine, op, run, start
 from soonest.runtime.collectives.piece import EXACT, Piece, Wire
 from soonest.runtime.collectives.ranks import Group, Ranks, check_method
 from soonest.runtime.collectives.values import (
@@ -12,9 +12,11 @@ from soonest.runtime.collectives.values import (
     last_of,
     sum_small,
 )
+from soonest.runtime.collectives.waiting import LOOK_S, Work, ended, look, looking
 
 __all__ = [
     "EXACT",
+    "LOOK_S",
     "Group",
     "Op",
     "Piece",
@@ -27,11 +29,14 @@ __all__ = [
     "broadcast_of",
     "check_method",
     "combine",
+    "ended",
     "first_rank_object",
     "gather_numbers",
     "gather_objects",
     "gather_scalars",
     "last_of",
+    "look",
+    "looking",
     "op",
     "run",
     "start",

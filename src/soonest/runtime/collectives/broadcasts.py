@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from soonest.runtime.collectives.ops import Work
 from soonest.runtime.collectives.ranks import Group
 from soonest.runtime.collectives.values import last_of, sendable
+from soonest.runtime.collectives.waiting import Work, finish
 
 _keeping_versions: Any = torch.autograd._unsafe_preserve_version_counter  # pyright: ignore[reportPrivateImportUsage]
 
@@ -59,7 +59,7 @@ def broadcast(group: Group, tensors: Sequence[Tensor], source: int = 0) -> None:
     """Overwrites tensors by those of one rank of the group; a collective call."""
     for batch in _batches(tensors):
         sent = Sent(group, batch, source)
-        sent.work.wait()
+        finish(sent.work, on_device=sent.on_device)
         sent.unpack()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,14 +14,7 @@ from torch import Tensor
 from soonest.core.plan import METHODS, borders
 from soonest.runtime.collectives.piece import Piece, Wire
 from soonest.runtime.collectives.ranks import Group, Ranks, check_method
-
-
-class Work(Protocol):
-    """Something in flight."""
-
-    def wait(self, timeout: datetime.timedelta = ...) -> bool: ...
-    def is_completed(self) -> bool: ...
-
+from soonest.runtime.collectives.waiting import Work, finish
 
 Op = Iterator[Work]
 """An op: what it yields it waits for, one after the other, and what follows is this rank's work.
@@ -184,7 +177,7 @@ def start(kind: str, ranks: Ranks, piece: Piece) -> Running:
 def run(kind: str, ranks: Ranks, piece: Piece) -> None:
     """Carries out one op and waits for it; a collective call."""
     for work in _OPS[kind](ranks, piece):
-        work.wait()
+        finish(work, on_device=ranks.native)
 
 
 def combine(method: str, ranks: Ranks, tensor: Tensor, *, wire: torch.dtype | None = None) -> None:
@@ -278,12 +271,22 @@ class _Message:
 
     def __init__(self, work: Any) -> None:
         self._work = work
+        self._over = False
+        self._error: RuntimeError | None = None
 
     def wait(self, timeout: datetime.timedelta | None = None) -> bool:
-        return self._work.wait()
+        if self._error is not None:  # another wait would last another time-out
+            raise self._error
+        try:
+            return self._work.wait()
+        except RuntimeError as error:
+            self._error = error
+            raise
+        finally:
+            self._over = True
 
     def is_completed(self) -> bool:
-        return False
+        return self._over
 
 
 def _receive(group: Group, part: Tensor, source: int, tag: int) -> list[Work]:

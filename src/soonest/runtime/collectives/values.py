@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import torch
@@ -9,21 +10,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soonest.runtime.collectives.ranks import Group
+from soonest.runtime.collectives.waiting import finish
 
 
 def sum_small(group: Group, tensor: Tensor) -> None:
     """Sums a small tensor over the ranks, in place, and waits for it; a collective call."""
     sent = sendable(group, tensor)
-    group.allreduce([sent]).wait()
+    finish(group.allreduce([sent]), on_device=not sent.is_cpu)
     if sent is not tensor:
         tensor.copy_(sent)
 
 
 def gather_objects(group: Group, value: Any) -> list[Any]:
     """Every rank's value, by rank."""
-    values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
+    data = _pickled(value)
+    sizes = [round(size) for size in gather_numbers(group, data.numel())]
+    mine = torch.zeros(max(sizes), dtype=torch.uint8)
+    mine[: data.numel()] = data
+    sent = sendable(group, mine)
+    every = sent.new_empty(group.size() * sent.numel())
+    finish(group.all_gather_single(every, sent), on_device=not sent.is_cpu)
+    parts = every.cpu().view(group.size(), -1)
+    return [
+        pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)
+    ]
+
+
+def _pickled(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
 
 
 def gather_numbers(group: Group, value: float) -> list[float]:
@@ -35,15 +49,17 @@ def gather_numbers(group: Group, value: float) -> list[float]:
 def gather_scalars(group: Group, value: Tensor) -> Tensor:
     """Every rank's number, in the order of ranks; on a device the host does not wait for it."""
     every = value.new_empty(group.size())
-    group.all_gather_single(every, value.view(1)).wait()
+    finish(group.all_gather_single(every, value.view(1)), on_device=not value.is_cpu)
     return every
 
 
 def first_rank_object(group: Group, value: Any) -> Any:
     """The value of the group's first rank."""
-    values = [value]
-    dist.broadcast_object_list(values, group=group, group_src=0)
-    return values[0]
+    data = _pickled(value) if group.rank() == 0 else torch.empty(0, dtype=torch.uint8)
+    size = round(gather_numbers(group, data.numel())[0])
+    sent = sendable(group, data if group.rank() == 0 else data.new_empty(size))
+    finish(group.broadcast(sent, 0), on_device=not sent.is_cpu)
+    return value if group.rank() == 0 else pickle.loads(sent.cpu().numpy().tobytes())
 
 
 def last_of(group: Group, *, mine: bool) -> int:

@@ -1,0 +1,70 @@
+"""Waiting for what is in flight, so that a signal or another rank's failure is seen meanwhile."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+LOOK_S = 0.5
+"""How often a rank that waits looks whether another has given up."""
+
+
+class Work(Protocol):
+    """Something in flight."""
+
+    def wait(self, timeout: datetime.timedelta = ...) -> bool: ...
+    def is_completed(self) -> bool: ...
+
+
+_look: ContextVar[Callable[[], None] | None] = ContextVar("soonest_look", default=None)
+
+
+@contextmanager
+def looking(look: Callable[[], None]) -> Iterator[None]:
+    """Within this context ``finish`` calls this every so often; what it raises ends the wait."""
+    token = _look.set(look)
+    try:
+        yield
+    finally:
+        _look.reset(token)
+
+
+def look() -> None:
+    """What ``looking`` says is to be done now and then."""
+    if (given := _look.get()) is not None:
+        given()
+
+
+def ended(work: Work) -> bool:
+    """Waits until an op has ended; False if it is still in flight after a while.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    try:
+        work.wait(datetime.timedelta(seconds=LOOK_S))
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        work.wait()  # says whether it ended just now, or why it failed
+    return True
+
+
+def finish(work: Work, *, on_device: bool = False) -> None:
+    """Waits until an op has ended.
+
+    Args:
+        work: the op.
+        on_device: to wait is then no matter of the host, which only orders what follows behind it.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    if on_device:
+        work.wait()
+        return
+    while not ended(work):
+        look()

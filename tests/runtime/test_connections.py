@@ -1,0 +1,67 @@
+"""Whose connection has broken, as far as a backend's words and the system tell."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from functools import partial
+
+import pytest
+
+from soonest.runtime import connections, signals
+
+
+def test_the_ends_of_this_process_are_known() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            ends = connections.ends()
+            assert {port, client.getsockname()[1]} <= set(ends["127.0.0.1"])
+        assert connections.listens_on(port)
+    assert not connections.listens_on(port)
+
+
+KNOWN = [{"10.0.0.1": {1000, 1001}}, {"10.0.0.2": {1000}}, {"fe80::1": {7}, "10.0.0.1": {2000}}]
+
+
+@pytest.mark.parametrize(
+    ("text", "who"),
+    [
+        ("Connection closed by peer [10.0.0.1]:1001", 0),
+        ("Connection closed by peer [10.0.0.2]:1000", 1),
+        ("Read error [10.0.0.1]:53255: Connection reset by peer", 2),  # 2000 the other way round
+        ("writev [fe80::1]:7: Broken pipe", 2),
+        ("Connection closed by peer [10.0.0.3]:1000", None),
+        ("Connection closed by peer", None),
+        ("[10.0.0.2]:1000: Timed out waiting 4000ms for recv operation to complete", None),
+        ("[/a/b/pair.cc:537] Read error [10.0.0.2]:1000", 1),
+    ],
+)
+def test_who_is_at_the_other_end(text: str, who: int | None) -> None:
+    assert connections.other_end(RuntimeError(text), KNOWN) == who
+
+
+class Handler:
+    def __call__(self, *_: object) -> None:
+        raise RuntimeError("by an object")
+
+    def method(self, *_: object) -> None:
+        raise RuntimeError("by a method")
+
+
+def function(_first: object, *_: object) -> None:
+    raise RuntimeError("by a function")
+
+
+@pytest.mark.parametrize("handler", [Handler(), Handler().method, function, partial(function, 1)])
+def test_what_a_handler_raises_is_told_from_other_errors(handler: object) -> None:
+    before = signal.signal(signal.SIGUSR1, handler)  # type: ignore[arg-type]
+    try:
+        with pytest.raises(RuntimeError) as raised:
+            signal.raise_signal(signal.SIGUSR1)
+        assert signals.is_from_handler(raised.value)
+        with pytest.raises(RuntimeError) as other:
+            raise RuntimeError("by the test")
+        assert not signals.is_from_handler(other.value)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
