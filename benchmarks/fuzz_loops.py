@@ -84,7 +84,8 @@ def replay(pair: Pair, loop: Loop, arms: tuple[str, ...]) -> int:
         print(f"{arm}: {_told(outcome)}")
     wrong = [arm for arm, outcome in outcomes.items() if outcome.kind in BAD]
     if wrong:
-        print(f"as short as it gets:\n{_indented(*shrink(pair, loop, wrong[0]), wrong[0])}")
+        small, outcome = shrink(pair, loop, wrong[0])
+        print(f"as short as it gets:\n{_indented(small, outcome, wrong[0])}")
     return bool(wrong)
 
 

@@ -236,7 +236,8 @@ def apart(kind: str, files: int, seed: int) -> list[str]:
         os.close(reader)
         signal.signal(signal.SIGALRM, _too_slow)
         has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (has + _MEMORY_BYTES,) * 2)
+        limit = has + _MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
             with os.fdopen(writer, "wb") as out:
                 pickle.dump(read_mutated(kind, files, seed), out)

@@ -12,7 +12,6 @@ from soonest.errors import SoonestError
 from soonest.runtime import guard
 from soonest.runtime.layout import Layout, Member, changed, is_shared
 from soonest.runtime.peers import Peers
-from soonest.runtime.update import IN_BUFFER
 
 
 class Gradients:
@@ -86,7 +85,7 @@ class Gradients:
     def of(
         self, members: Iterable[Member], unknown: Collection[int], copies: Mapping[int, Tensor]
     ) -> dict[int, Tensor | None]:
-        """By order of the member, the gradients that the optimizer is to use.
+        """By order of the member, the gradients that the optimizer is to use; None: in the buffer.
 
         Args:
             members: whose.
@@ -99,15 +98,15 @@ class Gradients:
                 gradient = member.parameter.grad
                 if gradient is None:
                     if member.order in unknown:
-                        found[member.order] = IN_BUFFER
+                        found[member.order] = None
                 elif gradient is member.grad:
                     self._take_back(member)
-                    found[member.order] = IN_BUFFER
+                    found[member.order] = None
                 elif copies.get(member.order) is gradient:
-                    found[member.order] = IN_BUFFER
+                    found[member.order] = None
                 else:
                     found[member.order] = gradient
-        if any(gradient is not IN_BUFFER for gradient in found.values()):
+        if any(gradient is not None for gradient in found.values()):
             self._part(found)
         return found
 
@@ -115,7 +114,7 @@ class Gradients:
         """Where the user has given a parameter the gradient of another, takes its value."""
         places = self._places()
         for order, gradient in found.items():
-            if gradient is not IN_BUFFER and _place(gradient) in places:
+            if gradient is not None and _place(gradient) in places:
                 guard.land(gradient)
                 found[order] = gradient.detach().clone()
 

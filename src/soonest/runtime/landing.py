@@ -16,7 +16,6 @@ from soonest.runtime.layout import Member
 from soonest.runtime.profiler import Profiler
 from soonest.runtime.program import Program
 from soonest.runtime.sweep import Sweep
-from soonest.runtime.update import IN_BUFFER
 
 
 class Landing:
@@ -119,12 +118,12 @@ class Landing:
         """
         for order, gradient in gradients.items():
             member = self._members[order]
-            if gradient is not IN_BUFFER and order in self.copies:
+            if gradient is not None and order in self.copies:
                 self.settle(member)
             member.sweep = sweep
             self.hold(member)
             if order not in self.copies:
-                self.hold_gradient(member, member.grad if gradient is IN_BUFFER else gradient)
+                self.hold_gradient(member, member.grad if gradient is None else gradient)
         if sweep.plan.sharded:  # gathering writes to all parameters, if only what is there
             for member in self._members:
                 if member.order not in gradients:

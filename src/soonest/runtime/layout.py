@@ -319,7 +319,8 @@ def _move(tensor: Tensor, here: Tensor) -> Tensor:
 
 def _exchange(one: Tensor, other: Tensor) -> None:
     """Lets what lies over the memory of one lie over that of the other, and the other way round."""
-    one.untyped_storage()._swap_data_ptr_(other.untyped_storage())
+    storage: Any = one.untyped_storage()
+    storage._swap_data_ptr_(other.untyped_storage())
 
 
 class _Span(NamedTuple):
@@ -331,7 +332,7 @@ class _Span(NamedTuple):
 def overlap(tensors: Sequence[Tensor]) -> bool:
     """Whether two of these may share memory."""
     spans = sorted(
-        _Span(t.untyped_storage()._cdata, t.storage_offset(), t.storage_offset() + _extent(t))
+        _Span(t.untyped_storage()._cdata, int(t.storage_offset()), _end(t))
         for t in tensors
         if t.numel()
     )
@@ -340,9 +341,10 @@ def overlap(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _extent(tensor: Tensor) -> int:
-    """Elements from its first one in memory to behind its last."""
-    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+def _end(tensor: Tensor) -> int:
+    """Where in its storage it ends, behind the last element in memory."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return int(tensor.storage_offset()) + 1 + sum((n - 1) * step for n, step in steps)
 
 
 def is_shared(gradient: Tensor) -> bool:

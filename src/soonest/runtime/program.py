@@ -13,7 +13,7 @@ from soonest.runtime.collectives import EXACT, Op, Piece, Ranks, Running, Wire
 from soonest.runtime.layout import Layout, Member
 from soonest.runtime.parts import Share, firsts_of, part_of
 from soonest.runtime.shards import ShardedState
-from soonest.runtime.update import IN_BUFFER, Updater
+from soonest.runtime.update import Updater
 
 if TYPE_CHECKING:
     from soonest.runtime.sweep import Sweep
@@ -176,7 +176,7 @@ class Program:
         """Whether the optimizer sees a gradient of this parameter."""
         if member.order not in sweep.step.gradients:
             return False
-        if sweep.step.gradients[member.order] is not IN_BUFFER:  # the user has made one
+        if sweep.step.gradients[member.order] is not None:  # the user has made one
             return True
         return member.order not in sweep.unused or self.used_anywhere(member)
 
@@ -185,7 +185,7 @@ class Program:
         order = share.member.order
         if order not in sweep.step.gradients:
             return False
-        if sweep.step.gradients[order] is not IN_BUFFER:
+        if sweep.step.gradients[order] is not None:
             return True
         return order not in sweep.unused or _positive(share.raw_grad)
 

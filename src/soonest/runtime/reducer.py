@@ -254,7 +254,8 @@ class Reducer:
         if not (passes.due and self._everyone and self._learn):
             return False
         passes.due = False
-        if engine.profiler.record is not engine.backward.latest.record:  # it was stepped twice
+        latest = engine.backward.latest
+        if latest is None or engine.profiler.record is not latest.record:  # it was stepped twice
             return False
         before = engine.program.plan.fingerprint
         self._learn(engine)

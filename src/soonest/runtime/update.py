@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +51,6 @@ def is_separable(optimizer: Optimizer) -> bool:
     return type(optimizer) in _SEPARABLE
 
 
-IN_BUFFER: Final = None
-"""Stands for a gradient in the flat buffers: the tensor there may come to be the user's."""
-
-
 @dataclass(eq=False)
 class StepCall:
     """What one call of ``optimizer.step()`` saw.
@@ -63,7 +59,7 @@ class StepCall:
         groups: the settings of each parameter group, as they were, without its parameters.
         attributes: the optimizer's other attributes, as they were.
         gradients: by order of the member, what ``parameter.grad`` was, where it was not None;
-            ``IN_BUFFER`` if it was the one in the flat buffers.
+            None if it is the one in the flat buffers, as the tensor may become the user's.
 
     Attributes:
         zeroed: members whose gradient was zeroed before they were updated.
@@ -141,7 +137,7 @@ class Updater:
         jobs: list[_Job] = []
         for member in members:
             gradient = call.gradients[member.order]
-            if gradient is IN_BUFFER:
+            if gradient is None:
                 gradient = member.raw_grad
             jobs.append(_Job(member.twin, gradient, member.order, member.parameter))
         self._run(call, jobs, self.state)
@@ -161,7 +157,7 @@ class Updater:
             share.recall()
             member = share.member
             gradient = call.gradients[member.order]
-            own = share.raw_grad if gradient is IN_BUFFER else share.cut(gradient)
+            own = share.raw_grad if gradient is None else share.cut(gradient)
             jobs.append(_Job(share.twin, own, member.order, share.key))
         self._run(call, jobs, state)
         for share in shares:
