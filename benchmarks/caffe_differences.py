@@ -1,9 +1,9 @@
 """How far our layers and solvers are from real Caffe's, as two tables for `docs/caffe.md`.
 
-What Caffe gives is read from `../shared/caffe-golden`, or where SOONEST_CAFFE_GOLDEN says; the
-tests run the same cases. A difference of layers is the largest of any array of any case with such a
-layer, over the array's peak or 1, whichever is more. Solvers train for 20 iterations; a difference
-of weights is that of any value, one of histories is over their peak, one of losses relative.
+The tests run the same cases. A difference of layers is the largest of any array of any case with
+such a layer, over the array's peak or 1, whichever is more. Solvers train for 20 iterations; a
+difference of weights is that of any value, one of histories is over their peak, one of losses
+relative.
 
     python benchmarks/caffe_differences.py --json benchmarks/records/caffe-differences.json
 """
@@ -41,9 +41,6 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where to write the record")
     args = parser.parse_args()
     torch.set_num_threads(1)  # These nets are tiny: threads would only wait for each other.
-    if golden.FOUND is None:
-        print("no ../shared/caffe-golden: name its place in SOONEST_CAFFE_GOLDEN", file=sys.stderr)
-        return 2
     found = {"layers": layers(), "solvers": solvers()}
     show("layer", found["layers"], ("cases", "forward", "backward"), beside=2)
     print()

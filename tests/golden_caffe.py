@@ -1,15 +1,21 @@
-"""Where the results of real Caffe are that the tests compare with, read in place."""
+"""Results of real Caffe that the tests compare with; each set has a README that explains it.
+
+They are in ``caffe/golden.tar.xz``, which the first process of a test run unpacks for all.
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from soonest.caffe import definition, state, weights
@@ -19,30 +25,27 @@ from soonest.caffe.training import Trainer
 
 WEIGHTS = HISTORY = 1e-5
 """How far trained weights may be apart, and histories as a part of their peak."""
-PLACE = "SOONEST_CAFFE_GOLDEN"
+_ARCHIVE = Path(__file__).parent / "caffe" / "golden.tar.xz"
+_PLACE = "SOONEST_CAFFE_GOLDEN"
 
 
-def _find() -> Path | None:
-    """Beside the repository, or beside the folder that it is in."""
-    if PLACE in os.environ:
-        return Path(os.environ[PLACE]).resolve()
-    above = Path(__file__).resolve().parents[1]
-    for folder in (above.parent, above.parent.parent):
-        if (folder / "shared" / "caffe-golden").is_dir():
-            return folder / "shared" / "caffe-golden"
-    return None
+def _unpacked() -> Path:
+    if _PLACE not in os.environ:  # Processes that this one starts find it there.
+        folder = tempfile.mkdtemp(prefix="soonest-caffe-golden-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        with tarfile.open(_ARCHIVE) as archive:
+            archive.extractall(folder, filter="data")
+        os.environ[_PLACE] = folder
+    return Path(os.environ[_PLACE])
 
 
-FOUND = _find()
-needed = pytest.mark.skipif(
-    FOUND is None, reason=f"no ../shared/caffe-golden: name its place in {PLACE}"
-)
-FOLDER = FOUND or Path("absent")
+FOLDER = _unpacked() / "first"
+SECOND = FOLDER.parent / "second"
 
 
-def index(name: str) -> dict[str, Any]:
-    """An index file as it is, or nothing where the folder is absent: then no test is made of it."""
-    return json.loads((FOLDER / name).read_text(encoding="utf-8")) if FOUND else {}
+def index(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+    """An index file as it is."""
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def layer_arrays(name: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

@@ -182,7 +182,6 @@ IN_NETS = {
 }  # fmt: skip
 
 
-@golden.needed
 @pytest.mark.parametrize("name", [name for name, one in ERRORS.items() if not one["accepted"]])
 def test_what_caffe_refuses_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ from soonest.caffe.layers.registry import LAYERS
 from soonest.caffe.net import Net
 from soonest.caffe.text import parse
 
-CASES: dict[str, Any] = golden.index("layers/index.json").get("cases", {})
+CASES: dict[str, Any] = golden.index("layers/index.json")["cases"]
 TOLERANCE = 1e-5
 """Of the largest value, or of 1."""
 
@@ -33,7 +33,6 @@ def inputs(**shapes: list[int]) -> str:
     )
 
 
-@pytest.mark.skipif(golden.FOUND is None, reason="no ../shared/caffe-golden")
 def test_there_are_cases_of_every_layer():
     types = {type_ for case in CASES.values() for type_ in case["types"]}
     untested = set(LAYERS) - types
@@ -42,7 +41,6 @@ def test_there_are_cases_of_every_layer():
     } & set(LAYERS)  # fmt: skip
 
 
-@golden.needed
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_gives_what_caffe_gives(name: str):
     compared = 0

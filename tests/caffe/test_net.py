@@ -159,7 +159,6 @@ def test_weights_of_another_shape_or_number_are_refused():
         copy_weights(target, {"a": {0: np.zeros((6, 6), np.float32)}})
 
 
-@golden.needed
 @pytest.mark.parametrize("name", ["v0_net", "v1_inputs"])
 def test_old_nets_with_old_weights_give_what_caffe_gives(name: str):
     folder = golden.FOLDER / "legacy"
@@ -191,7 +190,6 @@ def test_old_nets_with_old_weights_give_what_caffe_gives(name: str):
         )
 
 
-@golden.needed
 def test_an_old_batch_norm_gives_what_caffe_gives():
     folder = golden.FOLDER / "legacy"
     made = Net(definition.read_net(folder / "old_batchnorm.prototxt"), "TEST")

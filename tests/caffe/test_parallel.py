@@ -54,7 +54,6 @@ def train(folder: str, prefix: str) -> list[list[float]]:
     return found
 
 
-@golden.needed
 def test_ranks_together_are_one_caffe_with_the_batch_of_them_all(tmp_path: Path):
     pytest.importorskip("lmdb")
     found = run_ranks(train, RANKS, str(golden.FOLDER), str(tmp_path))

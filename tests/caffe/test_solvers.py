@@ -19,8 +19,9 @@ from soonest.caffe.text import parse
 from soonest.caffe.training import Trainer
 
 FOLDERS = [
-    *(f"solvers/{name}" for name in golden.index("solvers/index.json").get("cases", {})),
-    *(("legacy/hdf5", "legacy/v1_train") if golden.FOUND else ()),
+    *(f"solvers/{name}" for name in golden.index("solvers/index.json")["cases"]),
+    "legacy/hdf5",
+    "legacy/v1_train",
 ]
 LOSS = 1e-5
 
@@ -38,7 +39,6 @@ def numbers(line: str) -> list[float]:
     return [float(one) for one in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", line)]
 
 
-@golden.needed
 @pytest.mark.parametrize("name", FOLDERS)
 def test_training_goes_as_in_caffe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("lmdb")
@@ -91,7 +91,6 @@ REFUSED = {
 }
 
 
-@golden.needed
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_caffe_refuses_is_refused(name: str, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("lmdb")
@@ -110,7 +109,6 @@ STARTS = {
 }
 
 
-@golden.needed
 def test_starts_that_caffe_refuses_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("lmdb")
     monkeypatch.chdir(golden.FOLDER / "snapshots")

@@ -179,7 +179,6 @@ def test_bytes_that_are_no_utf8_survive():
     assert b"\\351" in text.write(parse(raw, "NetParameter")).encode()
 
 
-@golden.needed
 def test_every_golden_definition_is_read_and_those_that_caffe_refuses_are_refused():
     refused: dict[str, int] = {}
     paths = sorted(golden.FOLDER.rglob("*.prototxt"))

@@ -17,7 +17,6 @@ CASES = {
 }  # fmt: skip
 
 
-@golden.needed
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_old_definitions_become_what_caffes_own_tool_makes_of_them(name: str):
     path = golden.FOLDER / "legacy" / name

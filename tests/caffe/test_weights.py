@@ -168,7 +168,6 @@ def test_hdf5_of_something_else_is_refused(tmp_path: Path):
         weights.read(path)
 
 
-@golden.needed
 def test_both_formats_of_the_same_weights_are_equal():
     pytest.importorskip("h5py")
     folder = golden.FOLDER / "legacy" / "hdf5"

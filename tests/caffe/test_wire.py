@@ -182,7 +182,6 @@ def test_damaged_files_are_read_or_refused(message: Message, data: st.DataObject
     assert error is None or 0 <= error.offset_bytes <= len(cut)
 
 
-@golden.needed
 def test_every_golden_file_is_written_back_byte_by_byte():
     refused: list[str] = []
     count = 0
