@@ -7,7 +7,11 @@ all numbers in one place; V1 has ``layers { type: CONVOLUTION convolution_param 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from soonest.caffe.message import Message
+
+Warn = Callable[[str], None]
 
 _SHARED_NAMES = {
     "ABSVAL": "AbsVal", "ARGMAX": "ArgMax", "BNLL": "BNLL", "HDF5_DATA": "HDF5Data",
@@ -73,11 +77,13 @@ _V0_FIELDS: dict[str, tuple[dict[str, str], str]] = {
 """Per field of V0, in which message it belongs by type of layer, and its name there."""
 
 
-def net(old: Message) -> Message:
+def net(old: Message, *, warn: Warn | None = None) -> Message:
     """A ``NetParameter`` in today's form.
 
     Args:
         old: of any age; it is not changed.
+        warn: is told of fields that layers cannot have, which are left out; if it is None, they
+            are an error.
 
     Raises:
         ValueError: it mixes forms, or has fields that its layers cannot have.
@@ -91,7 +97,7 @@ def net(old: Message) -> Message:
     for name in ("name", "force_backward", "state", "debug_info"):
         if old.has(name):
             setattr(new, name, getattr(old, name))
-    new.layer = list(old.layer) if old.has("layer") else _layers(old.layers)
+    new.layer = list(old.layer) if old.has("layer") else _layers(old.layers, warn)
     _inputs(old, new)
     for layer in new.layer:
         if layer.type == "BatchNorm" and layer.has("param"):
@@ -122,13 +128,13 @@ def _copy(old: Message, *, leave: str) -> Message:
     return new
 
 
-def _layers(old: list[Message]) -> list[Message]:
+def _layers(old: list[Message], warn: Warn | None) -> list[Message]:
     if any(layer.has("layer") for layer in old):
-        old = _without_padding([_from_v0(layer) for layer in old])
+        old = _without_padding([_from_v0(layer, warn) for layer in old])
     return [_from_v1(layer) for layer in old]
 
 
-def _from_v0(outer: Message) -> Message:
+def _from_v0(outer: Message, warn: Warn | None) -> Message:
     inner = outer.layer
     new = Message("V1LayerParameter", bottom=outer.bottom, top=outer.top)
     new.line = outer.line
@@ -150,7 +156,10 @@ def _from_v0(outer: Message) -> Message:
         if not inner.has(name) or inner.type == "padding":
             continue
         if inner.type not in places:
-            raise ValueError(f"{what} of type {inner.type!r} cannot have a field {name!r}")
+            if warn is None:
+                raise ValueError(f"{what} of type {inner.type!r} cannot have a field {name!r}")
+            warn(f"Unknown parameter {name} for layer type {inner.type}")
+            continue
         into = new.put(places[inner.type])
         value = getattr(inner, name)
         setattr(into, new_name, [value] if into.schema.fields[new_name].repeated else value)
@@ -207,8 +216,7 @@ def _from_v1(old: Message) -> Message:
         for index, value in enumerate(getattr(old, source)):
             while len(new.param) <= index:
                 new.add("param")
-            if value != "":
-                setattr(new.param[index], target, value)
+            setattr(new.param[index], target, value)
     _move_transform(new)
     return new
 

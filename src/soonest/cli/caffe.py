@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from soonest.cli import caffe_tools
 from soonest.cli.request import WrongRequestError, at_least
 
 
@@ -23,6 +24,7 @@ def add_to(commands: Any) -> None:
     _add_train(verbs)
     _add_test(verbs)
     _add_time(verbs)
+    caffe_tools.add_to(verbs)
 
 
 def _add_train(verbs: Any) -> None:

@@ -78,10 +78,7 @@ class _Decoder:
 
     def message(self, type_: MessageType) -> Message:
         cut: Cut = {}
-        if has_arrays(type_):
-            data = self._without(type_, 0, len(self._data), cut)
-        else:
-            data = self._data[:]
+        data = self._without(type_, 0, len(self._data), cut)
         found = CLASSES[type_.name]()
         try:
             found.ParseFromString(data)
@@ -98,6 +95,8 @@ class _Decoder:
 
     def _without(self, type_: MessageType, at: int, end: int, cut: Cut) -> bytes:
         """The bytes of a message without its arrays, which go into ``cut``."""
+        if not has_arrays(type_):
+            return self._data[at:end]
         kept = bytearray()
         while at < end:
             key, after = self._varint(at, end)
