@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from soonest.caffe import definition, state, weights
+from soonest.caffe.layers.base import gradient
 from soonest.caffe.message import Message
 from soonest.caffe.net import Net
 from soonest.caffe.training import Trainer
@@ -48,12 +49,14 @@ def index(name: str, folder: Path = FOLDER) -> dict[str, Any]:
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-def layer_arrays(name: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Runs a case of one layer and yields each array's key, what we found and what Caffe did."""
-    case = index("layers/index.json")["cases"][name]
-    folder = FOLDER / "layers"
-    made = Net(definition.read_net(folder / case["prototxt"]), case["phase"])
-    stored = np.load(folder / case["npz"])
+def layer_arrays(name: str, folder: Path = FOLDER) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Runs a case of one layer and yields each array's key, what we found and what Caffe did.
+
+    The files that a net reads must be in the working directory.
+    """
+    case = index("layers/index.json", folder)["cases"][name]
+    made = Net(definition.read_net(folder / "layers" / case["prototxt"]), case["phase"])
+    stored = np.load(folder / "layers" / case["npz"])
     layers = {step.layer.spec.name: step.layer for step in made.steps}
     fed: dict[str, torch.Tensor] = {}
     for key in stored.files:
@@ -67,6 +70,7 @@ def layer_arrays(name: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     for _ in range(case["forward_passes"]):
         result = made(fed, keep=True)
     sent = {key[8:]: stored[key] for key in stored.files if key.startswith("topdiff/")}
+    sent = {blob: value for blob, value in sent.items() if result.blobs[blob].requires_grad}
     if case["backward"]:
         torch.autograd.backward(
             [result.blobs[blob] for blob in sent],
@@ -81,11 +85,10 @@ def layer_arrays(name: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         if kind in ("top", "indiff"):
             found = result.blobs[blob] if kind == "top" else fed[blob].grad
         else:
-            found = own.grad if kind == "paramdiff" and own is not None else own
+            found = gradient(own) if kind == "paramdiff" and own is not None else own
         if kind in ("top", "indiff", "param_after", "paramdiff"):
             assert found is not None
-            assert found.numel() == stored[key].size
-            yield key, found.detach().numpy().reshape(stored[key].shape), stored[key]
+            yield key, found.detach().numpy(), stored[key]
 
 
 class Run:

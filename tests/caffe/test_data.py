@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import golden_caffe as golden
 from soonest.caffe import wire
 from soonest.caffe.blobs import to_blob
 from soonest.caffe.data.ahead import Ahead
 from soonest.caffe.data.records import RecordLayer
 from soonest.caffe.data.transform import Transform
+from soonest.caffe.definition import read_net
 from soonest.caffe.message import Message
 from soonest.caffe.net import Net
 from soonest.caffe.text import parse
@@ -185,8 +188,9 @@ def test_data_bases_that_cannot_be_read_are_refused(tmp_path: Path):
     }.items():
         with pytest.raises(ValueError, match=f"layer 'd' .*{why}"):
             net(data_layer(tmp_path / name, 1))
-    with pytest.raises(ValueError, match="only LMDB is supported"):
-        net('layer { name: "d" type: "Data" top: "x" data_param { source: "s" batch_size: 1 } }')
+    source = data_layer(tmp_path / "short", 1).replace("LMDB", "LEVELDB")
+    with pytest.raises(ValueError, match="say backend: LMDB"):
+        net(source)
 
 
 def test_tables_in_hdf5(tmp_path: Path):
@@ -233,6 +237,77 @@ def test_images_in_files(tmp_path: Path):
     (tmp_path / "list").write_text("an image 0.png\n")
     with pytest.raises(ValueError, match="list:1: a line is"):
         net(source.replace("MORE", ""))
+
+
+@pytest.mark.parametrize("missing", ["its end", "its lower half"])
+def test_a_jpeg_that_is_cut_off_is_read_and_warned_of_once(
+    missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cv2 = pytest.importorskip("cv2")
+    path = tmp_path / "cut.jpg"
+    image = RANDOM.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    whole = cv2.imencode(".jpg", image)[1].tobytes()
+    path.write_bytes(whole[: -2 if missing == "its end" else len(whole) // 2])
+    wanted = cv2.imdecode(np.frombuffer(whole, np.uint8), cv2.IMREAD_COLOR).transpose(2, 0, 1)
+    (tmp_path / "list").write_text(f"{path} 3\n")
+    made = net(
+        'layer { name: "d" type: "ImageData" top: "x" top: "y" '
+        f'image_data_param {{ source: "{tmp_path}/list" batch_size: 2 }} }}'
+    )
+    found = made(keep=True).blobs["x"].numpy()
+    made.close()
+    rows = 64 if missing == "its end" else 8
+    assert found.shape == (2, 3, 64, 64)
+    assert np.array_equal(found[1][:, :rows], wanted[:, :rows])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("W")]
+    assert line.endswith(f"{path} is cut off at its end: what is missing is made up")
+
+
+def test_tables_of_several_shapes_are_told_apart(tmp_path: Path):
+    h5py = pytest.importorskip("h5py")
+    for name, width in (("a", 2), ("b", 3)):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["x"] = np.zeros((2, width), np.float32)
+    (tmp_path / "list").write_text(f"{tmp_path}/a.h5\n{tmp_path}/b.h5\n")
+    made = net(
+        'layer { type: "HDF5Data" top: "x" '
+        f'hdf5_data_param {{ source: "{tmp_path}/list" batch_size: 2 }} }}'
+    )
+    made()
+    with pytest.raises(ValueError, match=r"rows of .*b\.h5 have .*those of .*a\.h5"):
+        made()
+    made.close()
+
+
+CASES = golden.index("data/index.json", golden.SECOND)["cases"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_read_is_what_caffe_reads(name: str, monkeypatch: pytest.MonkeyPatch):
+    for library in ("lmdb", "plyvel", "cv2"):
+        pytest.importorskip(library)
+    monkeypatch.chdir(golden.SECOND / "data" / name)
+    case = CASES[name]
+    made = Net(read_net(case["prototxt"]), case["phase"])
+    stored = np.load(case["npz"])
+    layers = {step.layer.spec.name: step.layer for step in made.steps}
+    for key in stored.files:
+        kind, layer, *number = key.split("/")
+        if kind == "param":
+            with torch.no_grad():
+                layers[layer].blobs()[int(number[0])].copy_(torch.from_numpy(stored[key]))
+    if case.get("memory"):
+        layers["data"].put(
+            torch.from_numpy(stored["in/data"]), torch.from_numpy(stored["in/label"])
+        )
+    for number in range(case["passes"]):
+        blobs = made(keep=True).blobs
+        for blob in case["blobs"]:
+            wanted, found = stored[f"pass{number}/{blob}"], blobs[blob].detach().numpy()
+            assert found.shape == wanted.shape, (number, blob)
+            apart = np.abs(found - wanted).max()
+            assert apart <= 1e-5 * max(1, np.abs(wanted).max()), (number, blob)
+    made.close()
 
 
 def test_a_layer_opens_its_stream_anew_in_every_net(tmp_path: Path):

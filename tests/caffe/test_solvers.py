@@ -19,9 +19,13 @@ from soonest.caffe.text import parse
 from soonest.caffe.training import Trainer
 
 FOLDERS = [
-    *(f"solvers/{name}" for name in golden.index("solvers/index.json")["cases"]),
-    "legacy/hdf5",
-    "legacy/v1_train",
+    *(
+        folder / "solvers" / name
+        for folder in (golden.FOLDER, golden.SECOND)
+        for name in golden.index("solvers/index.json", folder)["cases"]
+    ),
+    golden.FOLDER / "legacy" / "hdf5",
+    golden.FOLDER / "legacy" / "v1_train",
 ]
 LOSS = 1e-5
 
@@ -39,13 +43,12 @@ def numbers(line: str) -> list[float]:
     return [float(one) for one in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", line)]
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_training_goes_as_in_caffe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
+def test_training_goes_as_in_caffe(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("lmdb")
     pytest.importorskip("h5py")
-    folder = golden.FOLDER / name
     monkeypatch.chdir(folder)
-    ending = ".h5" if name.endswith("hdf5") else ""
+    ending = ".h5" if folder.name == "hdf5" else ""
     large_batch = Path("reference/solver.prototxt")
     path = large_batch if large_batch.exists() else Path("solver.prototxt")
     expected = json.loads(Path("expected/losses.json").read_text(encoding="utf-8"))
@@ -127,21 +130,54 @@ def test_starts_that_caffe_refuses_are_refused(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "snap_iter_2.caffemodel").exists()
 
 
-@pytest.mark.parametrize(
-    ("layer", "why"),
-    [
-        ('type: "ReLU"', "no loss"),
-        ('type: "EuclideanLoss" bottom: "x"', "no blobs to learn"),
-    ],
-)
-def test_nets_that_cannot_learn_are_refused(layer: str, why: str):
+def test_a_net_without_a_loss_is_refused():
     source = (
         'base_lr: 1 lr_policy: "fixed" snapshot_after_train: false net_param { '
-        'layer { type: "DummyData" top: "x" dummy_data_param { shape { dim: 1 } } } '
-        f'layer {{ {layer} bottom: "x" top: "y" }} }}'
+        'layer { type: "DummyData" top: "x" dummy_data_param { shape { dim: 1 } } } }'
     )
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(ValueError, match="no loss"):
         Trainer(parse(source, "SolverParameter"), say=lambda line: None)
+
+
+FROZEN = """
+base_lr: 0.1 lr_policy: "fixed" max_iter: 3 momentum: 0.9 snapshot_after_train: false
+type: "{type}" net_param {{
+  layer {{ name: "d" type: "DummyData" top: "x" top: "l" dummy_data_param {{
+    shape {{ dim: 8 dim: 3 }} shape {{ dim: 8 }}
+    data_filler {{ type: "gaussian" mean: 5 }} data_filler {{ }} }} }}
+  layer {{ name: "b" type: "BatchNorm" bottom: "x" top: "b" }}
+  layer {{ name: "f" type: "InnerProduct" bottom: "b" top: "f" param {{ lr_mult: 0 }}
+    param {{ lr_mult: 0 }} inner_product_param {{ num_output: 2
+      weight_filler {{ type: "xavier" }} }} }}
+  layer {{ name: "loss" type: "SoftmaxWithLoss" bottom: "f" bottom: "l" top: "loss" }} }}
+"""
+
+
+@pytest.mark.parametrize("type_", ["SGD", "Adam"])
+def test_where_nothing_learns_statistics_move_all_the_same(type_: str):
+    trainer = Trainer(parse(FROZEN.format(type=type_), "SolverParameter"), say=lambda line: None)
+    before = trainer.net.layers["f"].weight.detach().clone()
+    trainer.solve()
+    assert torch.equal(trainer.net.layers["f"].weight, before)
+    norm = trainer.net.layers["b"]
+    assert norm.scale.item() == pytest.approx(1 + 0.999 + 0.999**2)
+    assert (norm.mean / norm.scale).tolist() == pytest.approx([5, 5, 5], abs=1)
+
+
+def test_with_force_backward_frozen_blobs_have_gradients_but_do_not_move():
+    source = FROZEN.format(type="SGD").replace("net_param {", "net_param { force_backward: true")
+    trainer = Trainer(parse(source, "SolverParameter"), say=lambda line: None)
+    weight = trainer.net.layers["f"].weight
+    before = weight.detach().clone()
+    trainer.solve()
+    assert torch.equal(weight, before)
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0
+
+
+def test_layers_of_one_name_are_warned_of(capsys: pytest.CaptureFixture[str]):
+    Trainer(parse(TINY.replace("MORE", "").replace('name: "b"', 'name: "a"'), "SolverParameter"))
+    assert "several layers are named 'a'" in capsys.readouterr().err
 
 
 TINY = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from soonest.caffe.debug import Watch
 from soonest.caffe.log import Say
 from soonest.caffe.net import Net
 
@@ -22,7 +23,7 @@ def score(net: Net, batches: int, *, say: Say) -> None:
     total = 0.0
     sums: dict[str, Tensor] = {}
     for batch in range(batches):
-        result = net()
+        result = net(watch=Watch(net, say) if net.definition.debug_info else None)
         total += result.loss.item()
         for name, blob in result.outputs.items():
             sums[name] = sums[name] + blob if name in sums else blob.clone()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from soonest.caffe import state, weights
+from soonest.caffe.layers.base import gradient
 from soonest.caffe.log import Say
 from soonest.caffe.message import Message
 from soonest.caffe.net import Net
@@ -67,18 +68,16 @@ def _tables(net: Net, *, with_diff: bool) -> tuple[weights.Weights, weights.Weig
     diff: weights.Weights = {}
     for one in net.steps:
         own, name = one.layer, one.layer.spec.name
+        if name in data:  # Its name is that of another, whose weights are those that are read.
+            continue
         data[name], diff[name] = {}, {}
         for number, attribute in enumerate(own.blob_names):
             if (own, attribute) not in shared:
                 tensor = getattr(own, attribute)
                 data[name][number] = tensor.detach().numpy()
-                diff[name][number] = gradient(tensor).numpy()
+                found = gradient(tensor)
+                diff[name][number] = (torch.zeros_like(tensor) if found is None else found).numpy()
     return data, diff if with_diff else None
-
-
-def gradient(tensor: Tensor) -> Tensor:
-    """A blob's gradient; zeros if it has none."""
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.detach()
 
 
 def histories(net: Net, optimizer: CaffeSolver) -> list[np.ndarray]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from soonest.caffe import log
 from soonest.caffe.message import Message
-
-Warn = Callable[[str], None]
 
 _SHARED_NAMES = {
     "ABSVAL": "AbsVal", "ARGMAX": "ArgMax", "BNLL": "BNLL", "HDF5_DATA": "HDF5Data",
@@ -77,16 +76,15 @@ _V0_FIELDS: dict[str, tuple[dict[str, str], str]] = {
 """Per field of V0, in which message it belongs by type of layer, and its name there."""
 
 
-def net(old: Message, *, warn: Warn | None = None) -> Message:
+def net(old: Message, *, warn: Callable[[str], None] = log.warning) -> Message:
     """A ``NetParameter`` in today's form.
 
     Args:
         old: of any age; it is not changed.
-        warn: is told of fields that layers cannot have, which are left out; if it is None, they
-            are an error.
+        warn: what is told of fields that a layer of the oldest form cannot have, and has not.
 
     Raises:
-        ValueError: it mixes forms, or has fields that its layers cannot have.
+        ValueError: it mixes forms.
     """
     if old.has("layer") and old.has("layers"):
         raise ValueError(
@@ -128,13 +126,13 @@ def _copy(old: Message, *, leave: str) -> Message:
     return new
 
 
-def _layers(old: list[Message], warn: Warn | None) -> list[Message]:
+def _layers(old: list[Message], warn: Callable[[str], None]) -> list[Message]:
     if any(layer.has("layer") for layer in old):
         old = _without_padding([_from_v0(layer, warn) for layer in old])
     return [_from_v1(layer) for layer in old]
 
 
-def _from_v0(outer: Message, warn: Warn | None) -> Message:
+def _from_v0(outer: Message, warn: Callable[[str], None]) -> Message:
     inner = outer.layer
     new = Message("V1LayerParameter", bottom=outer.bottom, top=outer.top)
     new.line = outer.line
@@ -156,9 +154,7 @@ def _from_v0(outer: Message, warn: Warn | None) -> Message:
         if not inner.has(name) or inner.type == "padding":
             continue
         if inner.type not in places:
-            if warn is None:
-                raise ValueError(f"{what} of type {inner.type!r} cannot have a field {name!r}")
-            warn(f"Unknown parameter {name} for layer type {inner.type}")
+            warn(f"{what}: Unknown parameter {name} for layer type {inner.type}; it is left out")
             continue
         into = new.put(places[inner.type])
         value = getattr(inner, name)
@@ -242,8 +238,8 @@ def _move_transform(layer: Message) -> None:
 
 def _inputs(old: Message, new: Message) -> None:
     names = list(old.input)
-    if not names:
-        return
+    if not names or not (old.has("input_shape") or old.has("input_dim")):
+        return  # Without sizes they only say what another layer makes.
     if old.has("input_shape"):
         if old.has("input_dim"):
             raise ValueError("the net has both 'input_shape' and 'input_dim': use 'input_shape'")

@@ -92,6 +92,18 @@ class Layer(nn.Module):
         else:
             setattr(self, name, values)
 
+    def share(self, rank: int, ranks: int, *, divide: bool = False) -> None:
+        """Tells it which of several ranks this is; most layers need not know.
+
+        Args:
+            rank: this one.
+            ranks: how many.
+            divide: whether batches are those of all ranks, not of each.
+
+        Raises:
+            ValueError: the batch cannot be divided.
+        """
+
     def infer(self, *bottoms: Tensor) -> Any:
         """The tops, or one, with no values but their shapes; bottoms are without values, too."""
         return self(*bottoms)
@@ -107,6 +119,12 @@ def _in_range(count: int, allowed: tuple[int, int], what: str) -> None:
         if fewest < most < MANY:
             wanted = f"{fewest} to {most}"
         raise ValueError(f"it has {count} {what}s: it takes {wanted}")
+
+
+def gradient(blob: Tensor) -> Tensor | None:
+    """Of a blob, also where it is another one's in a shape of its own; None if it has none."""
+    owner = blob if blob.is_leaf or blob._base is None else blob._base
+    return None if owner.grad is None else owner.grad.detach().view(blob.shape)
 
 
 def axis_of(axis: int, dimensions: int, name: str = "axis") -> int:
