@@ -248,6 +248,12 @@ def _flatten(part: Part) -> str:
     return f"{part.x}.flatten({own.axis}, {own.end_axis})"
 
 
+def _slice(part: Part) -> str:
+    axis = axis_of(part.layer.axis, len(part.shapes[0]))
+    tops = part.layer(torch.empty(part.shapes[0], device="meta"))
+    return f"{part.x}.split({[top.shape[axis] for top in tops]}, {axis})"
+
+
 def _tile(part: Part) -> str:
     own, axes = part.spec.tile_param, len(part.shapes[0])
     repeats = [1] * axes
@@ -318,7 +324,7 @@ WRITTEN: dict[str, Callable[[Part], str]] = {
         f"{part.module(f'nn.Dropout({part.spec.dropout_param.dropout_ratio:.9g})')}({part.x})"
     ),
     "Concat": lambda part: f"torch.cat(({', '.join(part.bottoms)}), {part.layer.axis})",
-    "Slice": lambda part: f"{part.x}.split({part.layer.sizes}, {part.layer.axis})",
+    "Slice": _slice,
     "Split": lambda part: ", ".join([part.x] * len(part.spec.top)),
     "Flatten": _flatten,
     "Reshape": _reshape,
