@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {"core", ERRORS, "runtime", "lab", "report", ROOT},
     "report": {"core", ERRORS},
     "caffe": {"core", ERRORS, "runtime", ROOT},
+    "pycaffe": {"caffe"},
     "integrations": {"core", ERRORS, "runtime", ROOT},
     "demo": {"core", ERRORS, "runtime", "lab", "bench", "report", ROOT},
     "cli": {

@@ -26,11 +26,11 @@ PACKAGE = "caffe"
 _Described = descriptor_pb2.FieldDescriptorProto
 
 
-def described() -> descriptor_pb2.FileDescriptorProto:
+def described(text: str) -> descriptor_pb2.FileDescriptorProto:
     """What our table says of Caffe's messages, as protobuf describes a file.
 
-    Text is described as bytes, which look the same in both formats: protobuf refuses text that is
-    no UTF-8, which Caffe's own files have in names and paths.
+    Args:
+        text: what text is described as, ``string`` or ``bytes``.
     """
     file = descriptor_pb2.FileDescriptorProto(name="caffe.proto", package=PACKAGE)
     outer = {name: file.message_type.add(name=name) for name in MESSAGES}
@@ -39,7 +39,9 @@ def described() -> descriptor_pb2.FileDescriptorProto:
         _add_enum((outer[place] if place else file).enum_type.add(name=name), enum)
     for message in MESSAGES.values():
         for field in message.fields.values():
-            _add_field(outer[message.name].field.add(name=field.name, number=field.number), field)
+            _add_field(
+                outer[message.name].field.add(name=field.name, number=field.number), field, text
+            )
     return file
 
 
@@ -48,10 +50,10 @@ def _add_enum(into: descriptor_pb2.EnumDescriptorProto, enum: Enum) -> None:
         into.value.add(name=name, number=number)
 
 
-def _add_field(into: descriptor_pb2.FieldDescriptorProto, field: Field) -> None:
+def _add_field(into: descriptor_pb2.FieldDescriptorProto, field: Field, text: str) -> None:
     label = "REPEATED" if field.repeated else "REQUIRED" if field.required else "OPTIONAL"
     into.label = _Described.Label.Value(f"LABEL_{label}")
-    kind = "bytes" if field.kind == "string" else field.kind
+    kind = text if field.kind == "string" else field.kind
     into.type = _Described.Type.Value(f"TYPE_{kind.upper()}")
     if field.kind in ("message", "enum"):
         into.type_name = f".{PACKAGE}.{field.type_name}"
@@ -59,17 +61,19 @@ def _add_field(into: descriptor_pb2.FieldDescriptorProto, field: Field) -> None:
         into.options.packed = True
 
 
-def _classes() -> dict[str, Any]:
+def classes(text: str) -> dict[str, Any]:
+    """Classes of all messages, by name; see ``described``."""
     pool = descriptor_pool.DescriptorPool()
-    pool.AddSerializedFile(described().SerializeToString())
+    pool.AddSerializedFile(described(text).SerializeToString())
     return {
         name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{name}"))
         for name in MESSAGES
     }
 
 
-CLASSES: dict[str, Any] = _classes()
-"""Per name of a message, its class."""
+CLASSES: dict[str, Any] = classes(text="bytes")
+"""Per name of a message, its class. Text is bytes, which look the same in both formats: protobuf
+refuses text that is no UTF-8, which Caffe's own files have in names and paths."""
 
 
 def from_protobuf(found: Any) -> Message:
@@ -120,6 +124,6 @@ def _giving(field: Field) -> Callable[[Any], Any]:
 
 
 __all__ = [
-    "CLASSES", "DecodeError", "MissingPackageError", "described", "from_protobuf", "text_format",
+    "CLASSES", "DecodeError", "MissingPackageError", "classes", "from_protobuf", "text_format",
     "to_protobuf",
 ]  # fmt: skip

@@ -54,14 +54,14 @@ def save(
     model, saved = f"{stem}.caffemodel{ending}", f"{stem}.solverstate{ending}"
     say(f"Snapshotting to {kind} file {model}")
     if hdf5:
-        weights.write_hdf5(model, *_tables(net, with_diff=solver.snapshot_diff))
+        weights.write_hdf5(model, *tables(net, with_diff=solver.snapshot_diff))
     else:
         weights.write_message(model, net.to_message(with_diff=solver.snapshot_diff))
     say(f"Snapshotting solver state to {kind} file {saved}")
     state.State(iteration, model, histories(net, optimizer), step).write(saved)
 
 
-def _tables(net: Net, *, with_diff: bool) -> tuple[weights.Weights, weights.Weights | None]:
+def tables(net: Net, *, with_diff: bool) -> tuple[weights.Weights, weights.Weights | None]:
     """The blobs of each layer, shared ones only in the first that has them."""
     shared = {(layer, name) for blob in net.stored for layer, name in blob.also}
     data: weights.Weights = {}

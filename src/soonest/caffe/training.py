@@ -239,6 +239,10 @@ class Trainer:
             group["clip_scale"] = clip_scale
         self.optimizer.step()
 
+    def apply(self) -> None:
+        """Moves the weights by the gradients that are there."""
+        self._update(shown=False)
+
     def _clip_scale(self) -> float:
         """By which gradients are multiplied so that their norm is not above what is allowed."""
         most = self.solver.clip_gradients

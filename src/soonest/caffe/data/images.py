@@ -52,9 +52,20 @@ def _read(data: bytes, color: bool | None) -> Any:
     return cv2.imdecode(np.frombuffer(data, np.uint8), flags[color]) if data else None
 
 
-def resized(image: Any, height: int, width: int) -> Any:
-    """An image of rows, columns, and perhaps channels, brought to another size."""
-    return _library().resize(image, (width, height))
+def resized(image: Any, height: int, width: int, *, order: int = 1) -> Any:
+    """An image of rows, columns, and perhaps channels, brought to another size.
+
+    Args:
+        image: to resize.
+        height: of the new one.
+        width: of the new one.
+        order: 0 takes the nearest pixel, 1 goes linearly between pixels, 3 is cubic.
+    """
+    cv2 = _library()
+    ways = {0: cv2.INTER_NEAREST, 1: cv2.INTER_LINEAR, 3: cv2.INTER_CUBIC}
+    if order not in ways:
+        raise ValueError(f"no interpolation of order {order} exists: take 0, 1 or 3")
+    return cv2.resize(image, (width, height), interpolation=ways[order])
 
 
 class ImageData(RecordLayer):

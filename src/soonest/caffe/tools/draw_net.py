@@ -52,13 +52,32 @@ def draw(source: str, target: str, *, rankdir: str = "LR", phase: str = "ALL") -
     Raises:
         ValueError: it cannot be read, drawn or written.
     """
-    net = definition.read_net(source)
+    draw_definition(
+        definition.read_net(source), target, rankdir=rankdir, phase=phase, name=Path(source).stem
+    )
+
+
+def draw_definition(
+    net: Message, target: str, *, rankdir: str = "LR", phase: str = "ALL", name: str = "net"
+) -> None:
+    """Writes a picture of a ``NetParameter`` in today's form; see ``draw``.
+
+    Args:
+        net: to draw.
+        target: the picture.
+        rankdir: in which direction.
+        phase: whose layers are drawn.
+        name: of the net, if it has none.
+
+    Raises:
+        ValueError: it cannot be drawn or written.
+    """
     layers = list(net.layer)
     if phase != "ALL":
         layers = rules.chosen(net, Message("NetState", phase=phase))
     nodes = graph(layers)
     kind = Path(target).suffix.lstrip(".").lower()
-    dot = to_dot(nodes, net.name or Path(source).stem, rankdir)
+    dot = to_dot(nodes, net.name or name, rankdir)
     if kind == "dot":
         _write(target, dot.encode())
     elif shutil.which("dot"):
