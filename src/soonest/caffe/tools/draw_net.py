@@ -98,6 +98,7 @@ def graph(layers: list[Message]) -> list[Node]:
     """
     nodes: list[Node] = []
     makers: dict[str, int] = {}
+    blobs: dict[str, int] = {}
     for layer in layers:
         node = Node([layer.name, f"({layer.type})", *_settings(layer)],
                     COLORS.get(layer.type, _LAYER))  # fmt: skip
@@ -108,8 +109,11 @@ def graph(layers: list[Message]) -> list[Node]:
             if name in layer.bottom:
                 makers[name] = number
                 continue
+            if name in blobs:  # Another phase has another layer for it.
+                nodes[blobs[name]].after.append((number, _size(layer)))
+                continue
             nodes.append(Node([name], _BLOB, is_blob=True, after=[(number, _size(layer))]))
-            makers[name] = len(nodes) - 1
+            makers[name] = blobs[name] = len(nodes) - 1
     for node in nodes:
         node.rank = 1 + max((nodes[one].rank for one, _ in node.after), default=-1)
     return nodes

@@ -42,7 +42,7 @@ def parse(path: str) -> Parsed:
     found = Parsed()
     iteration, rate = -1, float("nan")
     began: datetime | None = None
-    now = last = datetime.min
+    now = last = datetime(2000, 1, 1)
     for line in read_bytes(path, "a log").decode("utf-8", "replace").splitlines():
         if stamp := _STAMP.match(line):
             now = datetime.strptime("2000" + " ".join(stamp.groups()), "%Y%m%d %H:%M:%S.%f")
