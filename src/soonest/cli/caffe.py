@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise WrongRequestError(str(error)) from None
 
 
-def _parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
+def _parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of Caffe's command line, and those of its commands."""
     program = Parser(
         prog="soonest caffe",

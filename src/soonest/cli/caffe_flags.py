@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from soonest.cli.request import WrongRequestError
@@ -58,7 +58,7 @@ def logger(args: argparse.Namespace) -> Any:
     return Logger(INFO if everything else args.stderrthreshold, args.minloglevel, folder)
 
 
-def spelled(words: Sequence[str], verbs: dict[str, argparse.ArgumentParser]) -> list[str]:
+def spelled(words: Sequence[str], verbs: Mapping[str, argparse.ArgumentParser]) -> list[str]:
     """Words as argparse takes them: the command first, flags with two dashes and ``=``.
 
     Args:
