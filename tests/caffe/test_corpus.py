@@ -67,8 +67,8 @@ READ: dict[str, tuple[str | bytes, str]] = {
 REFUSED: dict[str, tuple[str | bytes, int, str]] = {
     "a number that runs into a name": ("layer {\n pooling_param { stride: 2pad: 1 } }", 2, "2pad"),
     "a byte order mark": (b'\xef\xbb\xbfname: "a"', 1, "byte order mark"),
-    "a path of Windows": ('\n\nname: "C:\\Users\\me"', 3, "write / in paths"),
-    "a path of Windows that is no escape": ('name: "C:\\models"', 1, "write / in paths"),
+    "a path of Windows": ('\n\nname: "C:\\Users\\me"', 3, "write / or"),
+    "a path of Windows that is no escape": ('name: "C:\\models"', 1, "write / or"),
     "a field of a fork": ("layer {\n pooling_param { ceil_mode: true } }", 2, "round_mode"),
     "a message of a fork": ("layer {\n reorg_param { stride: 2 } }", 2, "no field 'reorg_param'"),
     "an enum of a fork": ("layers { type:\n REORG }", 2, "ABSVAL"),

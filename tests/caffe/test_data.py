@@ -6,6 +6,7 @@ import gzip
 import itertools
 import os
 import runpy
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,12 +22,14 @@ from soonest.caffe import wire
 from soonest.caffe.blobs import to_blob
 from soonest.caffe.data.ahead import Ahead
 from soonest.caffe.data.records import RecordLayer
+from soonest.caffe.data.stores import opened
 from soonest.caffe.data.transform import Transform
 from soonest.caffe.definition import read_net
 from soonest.caffe.message import Message
 from soonest.caffe.net import Net
 from soonest.caffe.text import parse
 from soonest.caffe.weights import write_message
+from soonest.cli import main
 
 RANDOM = np.random.default_rng(5)
 IMAGES = RANDOM.integers(0, 256, (7, 3, 6, 5), dtype=np.uint8)
@@ -277,6 +280,37 @@ def test_tables_of_several_shapes_are_told_apart(tmp_path: Path):
     with pytest.raises(ValueError, match=r"rows of .*b\.h5 have .*those of .*a\.h5"):
         made()
     made.close()
+
+
+def test_a_leveldb_becomes_an_lmdb(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("plyvel")
+    pytest.importorskip("lmdb")
+    source = golden.SECOND / "data" / "leveldb_changed" / "train_leveldb"
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    target = tmp_path / "new"
+    assert main(["caffe", "leveldb_to_lmdb", str(source), str(target)]) == 0
+    found = list(opened(str(target), "LMDB").values())
+    assert found == list(opened(str(source), "LEVELDB").values())
+    assert f"Wrote {len(found)} records" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+    assert main(["caffe", "leveldb_to_lmdb", str(source), str(target)]) == 2
+    assert "name a new folder" in capsys.readouterr().err
+
+
+def test_without_the_library_of_leveldb_there_is_a_way(monkeypatch: pytest.MonkeyPatch):
+    source = golden.SECOND / "data" / "leveldb_log" / "train_leveldb"
+    monkeypatch.setitem(sys.modules, "plyvel", None)
+    with pytest.raises(ValueError, match=r"pip install 'soonest\[leveldb\]'; .* leveldb_to_lmdb"):
+        opened(str(source), "LEVELDB")
+
+
+def test_a_damaged_leveldb_is_refused(tmp_path: Path):
+    pytest.importorskip("plyvel")
+    source = golden.SECOND / "data" / "leveldb_table" / "train_leveldb"
+    shutil.copytree(source, tmp_path / "base")
+    (tmp_path / "base" / "CURRENT").write_text("MANIFEST-000099\n")
+    with pytest.raises(ValueError, match="as a LevelDB data base"):
+        opened(str(tmp_path / "base"), "LEVELDB")
 
 
 CASES = golden.index("data/index.json", golden.SECOND)["cases"]

@@ -1,4 +1,4 @@
-"""Pictures of nets, tables and pictures of logs, and what is said of GPUs."""
+"""Pictures of nets, tables and pictures of logs."""
 
 from __future__ import annotations
 
@@ -138,10 +138,3 @@ def test_what_is_no_log_is_refused(capsys: pytest.CaptureFixture[str]):
     Path("x.log").write_text("hello")
     assert main(["caffe", "parse_log", "x.log", "."]) == 2
     assert "no line of a training" in capsys.readouterr().err
-
-
-def test_gpus_are_told_of(capfd: pytest.CaptureFixture[str]):
-    assert main(["caffe", "device_query"]) == 0
-    assert "Querying GPUs" in capfd.readouterr().err
-    assert main(["caffe", "device_query", "--gpu=99"]) == 2
-    assert "there is no GPU 99" in capfd.readouterr().err

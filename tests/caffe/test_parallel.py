@@ -40,8 +40,8 @@ def train(folder: str, prefix: str) -> list[list[float]]:
         losses: list[float] = []
         forward = trainer.net.forward
 
-        def watched(*arguments: Any, forward: Any = forward, losses: Any = losses) -> Any:
-            result = forward(*arguments)
+        def watched(forward: Any = forward, losses: Any = losses, **how: Any) -> Any:
+            result = forward(**how)
             losses.append(result.loss.item())
             return result
 

@@ -254,10 +254,11 @@ class Net(nn.Module):
 
 def _fed(step: Step, inputs: dict[str, Tensor]) -> list[Tensor]:
     """The tops of a layer that a program feeds, taken out of what it gives."""
-    tops = [inputs.pop(name, None) for name in step.tops]
-    if any(top is None for top in tops):
-        tops = [a if a is not None else b for a, b in zip(tops, step.layer(), strict=True)]
-    return tops
+    given = {name: inputs.pop(name) for name in step.tops if name in inputs}
+    if len(given) == len(step.tops):
+        return [given[name] for name in step.tops]
+    own = zip(step.tops, listed(step.layer()), strict=True)
+    return [given.get(name, top) for name, top in own]
 
 
 def _unfit(shapes: list[Shape], error: Exception) -> ValueError:

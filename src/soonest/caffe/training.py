@@ -159,7 +159,10 @@ class Trainer:
         """Trains for so many iterations, or until a signal asks to stop."""
         solver = self.solver
         if self._ranks > 1 and self.handle is None and self._learned:
-            self.handle = prioritize(self.net, self.optimizer, separable=True)
+            # As in Caffe, BatchNorm's statistics stay those of each rank.
+            self.handle = prioritize(
+                self.net, self.optimizer, separable=True, broadcast_buffers=False
+            )
         self._smoothed = log.Smoothed(solver.average_loss)
         self._pace = log.Pace(self.iteration)
         stop = self.iteration + iterations

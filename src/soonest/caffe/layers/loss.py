@@ -158,7 +158,7 @@ class HingeLoss(_Labelled):
     is_loss = True
 
     def forward(self, bottom: Tensor, label: Tensor) -> Tensor:
-        scores, labels = self._by_place(bottom.reshape(len(bottom), -1), label, 1)
+        scores, labels = self._by_place(bottom.reshape(bottom.shape[0], -1), label, 1)
         classes = scores.shape[1]
         self._valid(labels, None, classes)
         own = functional.one_hot(labels, classes).movedim(-1, 1).to(scores.dtype)

@@ -49,12 +49,12 @@ class BatchReindex(Layer):
     def forward(self, bottom: Tensor, order: Tensor) -> Tensor:
         if order.dim() != 1:
             raise ValueError(f"its second bottom must have one axis, not {list(order.shape)}")
-        numbers = order.detach().long()
+        numbers, items = order.detach().long(), bottom.shape[0]
         if numbers.device.type == "cpu":
-            wrong = numbers[(numbers < 0) | (numbers >= len(bottom))]
+            wrong = numbers[(numbers < 0) | (numbers >= items)]
             if len(wrong):
                 raise ValueError(
                     f"its second bottom asks for item {int(wrong[0])}, but there are only "
-                    f"{len(bottom)}, from 0 on"
+                    f"{items}, from 0 on"
                 )
         return bottom[numbers]

@@ -203,7 +203,7 @@ class ArgMax(Layer):
         own = self.spec.argmax_param
         has_axis = own.has("axis")
         axis = axis_of(own.axis, bottom.dim()) if has_axis else 1
-        values = (bottom if has_axis else bottom.reshape(len(bottom), -1)).detach()
+        values = (bottom if has_axis else bottom.reshape(bottom.shape[0], -1)).detach()
         size = values.shape[axis]
         if not 1 <= own.top_k <= size:
             raise ValueError(f"top_k is {own.top_k}: give 1 to {size}")

@@ -25,6 +25,8 @@ _ESCAPE = re.compile(
       | (?P<wrong>\\(?:[0-7]+|[uUxX][0-9a-fA-F]*|.))""",
     re.VERBOSE | re.DOTALL,
 )
+_BYTE_ORDER = "\ufeff\udcff\udcfe"
+"""Marks of UTF-8 and UTF-16, the latter as bytes that are no UTF-8."""
 _CLOSES = {"{": "}", "<": ">"}
 
 
@@ -98,8 +100,8 @@ def _closes_nothing(token: str, here: Outline) -> str:
 def _unreadable(rest: str) -> str:
     if rest[0] in "\"'":
         return "this string does not end in its line: close it, or escape the line break"
-    if rest[0] == "\ufeff":
-        return "this byte order mark is no part of a prototxt: save the file as UTF-8 without it"
+    if rest[0] in _BYTE_ORDER:
+        return "the file begins with a byte order mark: save it as UTF-8 without one"
     word = re.match(r"[A-Za-z0-9_.]+|.", rest, re.DOTALL)
     return f"cannot read {word[0] if word else rest!r}: it is no name, number or mark"
 
@@ -111,5 +113,5 @@ def _check_escapes(token: str, start: int) -> None:
         if match["wrong"]:
             raise UnreadableError(
                 start,
-                f"no escape {match['wrong']} exists: write / in paths, and a backslash twice",
+                f"no escape {match['wrong']} exists: write / or \\\\ in paths",
             )

@@ -29,7 +29,7 @@ _WORDS = (
 )
 """How errors of protobuf's reader start, and what we say instead."""
 _HINTS = {
-    "ceil_mode": "in BVLC Caffe that is round_mode: CEIL or FLOOR",
+    "ceil_mode": "that is of a fork: BVLC's word is round_mode, FLOOR for false and CEIL for true",
 }
 """Fields of Caffe's forks that are often met, and what stands for them."""
 _LONGEST = 200

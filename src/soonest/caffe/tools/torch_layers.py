@@ -25,7 +25,7 @@ class Part:
         shapes: of these.
         modules: what the module makes at its start, by attribute.
         state: tensors of the module's state.
-        owners: per name in that, which tensor of the layer it is, by its identity.
+        owners: per name in that, which of the layer's own tensors it is, by identity, if it is one.
     """
 
     layer: Any
@@ -58,7 +58,8 @@ class Part:
         for key, value in state.items():
             if value is not None:
                 self.state[prefix + key] = value.detach().clone()
-                self.owners[prefix + key] = id(value)
+                if any(value is blob for blob in self.layer.blobs()):
+                    self.owners[prefix + key] = id(value)
 
 
 def _convolution(part: Part) -> str:
