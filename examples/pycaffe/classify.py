@@ -5,8 +5,9 @@ python -m soonest.pycaffe classify.py cross.png
 
 import sys
 
-import caffe
 import numpy as np
+
+import caffe
 
 NAMES = ["disc", "square", "cross"]
 

@@ -3,10 +3,11 @@
 python -m soonest.pycaffe finetune.py
 """
 
-import caffe
 import cv2
 import numpy as np
 import shapes
+
+import caffe
 from caffe import layers as L  # noqa: N812
 from caffe import params as P  # noqa: N812
 

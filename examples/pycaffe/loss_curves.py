@@ -3,9 +3,10 @@
 python -m soonest.pycaffe loss_curves.py
 """
 
-import caffe
 import matplotlib
 import numpy as np
+
+import caffe
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,7 +1,8 @@
 """A data layer in Python: pictures of a disc, a square or a cross, each with its number."""
 
-import caffe
 import numpy as np
+
+import caffe
 
 NAMES = ["disc", "square", "cross"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class Classifier(Net):
             height, width = self.crop_dims
             cuts = [image[top : top + height, left : left + width] for image in images]
         name = self.inputs[0]
-        fed = np.array([self.transformer.preprocess(name, cut) for cut in cuts])
+        fed: Any = np.array([self.transformer.preprocess(name, cut) for cut in cuts])
         found = self.forward_all(**{name: fed})[self.outputs[0]]
         if oversample:
             found = found.reshape(len(images), 10, -1).mean(1)

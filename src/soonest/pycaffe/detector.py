@@ -53,7 +53,7 @@ class Detector(Net):
         """
         name = self.inputs[0]
         places: list[tuple[str, Any]] = []
-        cuts: list[Array] = []
+        cuts: list[Any] = []
         for filename, windows in images_windows:
             image = io.load_image(filename).astype(np.float32)
             for window in windows:
@@ -61,7 +61,8 @@ class Detector(Net):
                 cuts.append(self.transformer.preprocess(name, self.crop(image, window)))
         if not cuts:
             return []
-        found = self.forward_all(**{name: np.array(cuts)})[self.outputs[0]]
+        fed: Any = np.array(cuts)
+        found = self.forward_all(**{name: fed})[self.outputs[0]]
         found = found.reshape(len(cuts), -1)
         return [
             {"window": window, "prediction": values, "filename": filename}

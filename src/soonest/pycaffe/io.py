@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from soonest.caffe.blobs import Array
 from soonest.caffe.data.images import decoded, resized
 from soonest.caffe.files import read_bytes
 from soonest.pycaffe.proto import caffe_pb2
+
+Sizes = Sequence[int] | npt.NDArray[Any]
 
 
 def load_image(filename: str, color: bool = True) -> Array:
@@ -19,7 +22,7 @@ def load_image(filename: str, color: bool = True) -> Array:
     return image[::-1].transpose(1, 2, 0).astype(np.float32) / 255
 
 
-def resize_image(im: Array, new_dims: Sequence[int], interp_order: int = 1) -> Array:
+def resize_image(im: Array, new_dims: Sizes, interp_order: int = 1) -> Array:
     """An image (height, width, channels) brought to a height and width.
 
     Args:
@@ -32,7 +35,7 @@ def resize_image(im: Array, new_dims: Sequence[int], interp_order: int = 1) -> A
     return resized(image, height, width, order=interp_order).reshape(height, width, im.shape[-1])
 
 
-def oversample(images: Sequence[Array], crop_dims: Sequence[int]) -> Array:
+def oversample(images: Sequence[Array], crop_dims: Sizes) -> Array:
     """Ten cuts of each image: four corners and the middle, and these mirrored.
 
     Args:

@@ -15,11 +15,12 @@ from torch import Tensor
 from soonest.caffe import definition, net, snapshots, weights
 from soonest.caffe.blobs import Array
 from soonest.caffe.layers.inputs import Fed, MemoryData
-from soonest.caffe.layers.python import ArrayBlob, Python
 from soonest.caffe.message import Message
 from soonest.caffe.net import Step, listed
 from soonest.caffe.trained import copy_weights, share_weights
+from soonest.pycaffe.batches import batches
 from soonest.pycaffe.blobs import NetBlob, ParamBlob
+from soonest.pycaffe.shapes import inferred
 
 TRAIN, TEST = 0, 1
 _PHASES = ("TRAIN", "TEST")
@@ -136,7 +137,7 @@ class Net:
         blobs: Sequence[str] | None = None,
         start: str | None = None,
         end: str | None = None,
-        **kwargs: Array,
+        **kwargs: Any,
     ) -> dict[str, Array]:
         """Runs layers, all or from one to another.
 
@@ -205,7 +206,7 @@ class Net:
             if not step.bottoms:
                 continue
             shapes = [self.blobs[name].shape for name in step.bottoms]
-            for name, shape in zip(step.tops, _inferred(step, shapes), strict=True):
+            for name, shape in zip(step.tops, inferred(step, shapes), strict=True):
                 self.blobs[name].reshape(*shape)
 
     # Backward
@@ -215,7 +216,7 @@ class Net:
         diffs: Sequence[str] | None = None,
         start: str | None = None,
         end: str | None = None,
-        **kwargs: Array,
+        **kwargs: Any,
     ) -> dict[str, Array]:
         """Goes back through the layers of the last forward pass, all or from one to another.
 
@@ -283,10 +284,10 @@ class Net:
 
     # Many at once
 
-    def forward_all(self, blobs: Sequence[str] | None = None, **kwargs: Array) -> dict[str, Array]:
+    def forward_all(self, blobs: Sequence[str] | None = None, **kwargs: Any) -> dict[str, Array]:
         """Runs as many items as there are, a batch at a time; see ``forward``."""
         found: dict[str, list[Array]] = {}
-        for batch in self._batches(kwargs):
+        for batch in batches(kwargs, self._batch_size(kwargs)):
             for name, array in self.forward(blobs, **batch).items():
                 found.setdefault(name, []).extend(array.copy())
         count = len(next(iter(kwargs.values())))
@@ -296,14 +297,15 @@ class Net:
         self,
         blobs: Sequence[str] | None = None,
         diffs: Sequence[str] | None = None,
-        **kwargs: Array,
+        **kwargs: Any,
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Runs items forward and back, a batch at a time; diffs of outputs are by their names."""
         outs: dict[str, list[Array]] = {}
         backs: dict[str, list[Array]] = {}
         inputs = {name: kwargs[name] for name in self.inputs if name in kwargs}
         rest = {name: kwargs[name] for name in self.outputs if name in kwargs}
-        for fed, sent in zip_longest(self._batches(inputs), self._batches(rest), fillvalue={}):
+        size = self._batch_size(inputs)
+        for fed, sent in zip_longest(batches(inputs, size), batches(rest, size), fillvalue={}):
             for name, array in self.forward(blobs, **fed).items():
                 outs.setdefault(name, []).extend(array.copy())
             for name, array in self.backward(diffs, **sent).items():
@@ -314,20 +316,8 @@ class Net:
             {name: np.asarray(arrays)[:count] for name, arrays in backs.items()},
         )
 
-    def _batches(self, arrays: dict[str, Array]) -> Iterator[dict[str, Array]]:
-        """Batches as large as the net's, the last one filled up with zeros."""
-        if not arrays:
-            return
-        count = len(next(iter(arrays.values())))
-        size = self.blobs[next(iter(arrays))].shape[0]
-        for start in range(0, count, size):
-            batch = {name: np.asarray(one[start : start + size]) for name, one in arrays.items()}
-            missing = size - len(next(iter(batch.values())))
-            yield {
-                name: np.concatenate([one, np.zeros((missing, *one.shape[1:]), one.dtype)])
-                if missing else one
-                for name, one in batch.items()
-            }  # fmt: skip
+    def _batch_size(self, arrays: dict[str, Array]) -> int:
+        return self.blobs[next(iter(arrays))].shape[0] if arrays else 1
 
     # Weights and data
 
@@ -370,21 +360,3 @@ class Net:
 
     def set_layer_arrays(self, names: Iterable[str]) -> None:
         """Nothing has to be done so that arrays are views."""
-
-
-def _inferred(step: Step, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Of a layer's tops, from those of its bottoms."""
-    if isinstance(step.layer, Python):
-        bottom = [ArrayBlob(shape) for shape in shapes]
-        names = list(step.bottoms)
-        top = [bottom[names.index(one)] if one in names else ArrayBlob() for one in step.tops]
-        step.layer.user.reshape(bottom, top)
-        return [blob.shape for blob in top]
-    blobs = {
-        name: tensor.to("meta")
-        for name, tensor in [*step.layer.named_parameters(), *step.layer.named_buffers()]
-    }
-    bottoms = tuple(torch.empty(shape, device="meta") for shape in shapes)
-    with torch.no_grad(), torch.device("meta"):
-        tops = torch.func.functional_call(step.layer, blobs, bottoms)
-    return [tuple(top.shape) for top in listed(tops)]

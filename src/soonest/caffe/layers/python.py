@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -239,8 +238,9 @@ def _class(own: Message) -> type[PythonLayer]:
 
 def _offer_pycaffe() -> None:
     """Lets modules of layers say ``import caffe``."""
-    if "caffe" not in sys.modules and importlib.util.find_spec("soonest.pycaffe"):
-        sys.modules["caffe"] = importlib.import_module("soonest.pycaffe")
+    if "caffe" not in sys.modules:
+        # Not at the top, as it is made of nets and so of layers.
+        importlib.import_module("soonest.pycaffe.alias").provide()
 
 
 def _in_phase(spec: Message, phase: str) -> Message:

@@ -36,8 +36,7 @@ def compute(source: str, target: str, backend: str, *, say: Say) -> Array:
     count = 0
     say("Starting iteration")
     for image in tracked(_images(source, backend), "Adding"):
-        if total is None:
-            total = np.zeros(image.shape, np.float32)
+        total = np.zeros(image.shape, np.float32) if total is None else total
         if image.shape != total.shape:
             raise ValueError(
                 f"record {count} of {source} has the shape {list(image.shape)}, those before "

@@ -134,7 +134,7 @@ def _encoded(image: Any, kind: str) -> bytes:
     try:
         done, data = cv2.imencode(f".{kind}", np.ascontiguousarray(image.transpose(1, 2, 0)))
     except cv2.error:
-        done = False
+        done, data = False, np.empty(0, np.uint8)
     if not done:
         raise ValueError(f"OpenCV cannot write images of the type {kind!r}: take png or jpg")
     return data.tobytes()

@@ -186,8 +186,8 @@ def to_svg(nodes: list[Node], *, sideways: bool) -> str:
         thick = max(along[number] for number in ranks[rank])
         place = 10.0
         for number in ranks[rank]:
-            one = (start + thick / 2, place + across[number] / 2)
-            centres[number] = one if sideways else one[::-1]
+            x, y = start + thick / 2, place + across[number] / 2
+            centres[number] = (x, y) if sideways else (y, x)
             place += across[number] + _DOWN
         far = max(far, place)
         start += thick + _ACROSS

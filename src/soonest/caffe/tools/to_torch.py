@@ -20,7 +20,8 @@ from soonest.caffe.files import replaced
 from soonest.caffe.layers.base import Shape
 from soonest.caffe.log import Say
 from soonest.caffe.net import Net, Step, listed
-from soonest.caffe.tools.torch_layers import Part, written
+from soonest.caffe.tools.torch_layers import written
+from soonest.caffe.tools.torch_part import Part
 from soonest.caffe.trained import copy_weights
 
 _LEFT_OUT = ("Accuracy", "Silence")

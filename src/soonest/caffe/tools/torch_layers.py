@@ -3,63 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from soonest.caffe.layers.base import Layer, Shape, axis_of
-from soonest.caffe.message import Message
-
-
-@dataclass
-class Part:
-    """A layer on its way to torch.
-
-    Attributes:
-        layer: as we have it, with its weights.
-        spec: its ``LayerParameter``.
-        name: of its attribute in the module.
-        bottoms: the variables that it reads.
-        shapes: of these.
-        modules: what the module makes at its start, by attribute.
-        state: tensors of the module's state.
-        owners: per name in that, which of the layer's own tensors it is, by identity, if it is one.
-    """
-
-    layer: Any
-    spec: Message
-    name: str
-    bottoms: list[str]
-    shapes: list[Shape]
-    modules: dict[str, str] = field(default_factory=dict)
-    state: dict[str, Tensor] = field(default_factory=dict)
-    owners: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def x(self) -> str:
-        return self.bottoms[0]
-
-    def module(self, made: str, **state: Tensor | None) -> str:
-        """Gives the module a part with these tensors, and calls it."""
-        self.modules[self.name] = made
-        self.keep(f"{self.name}.", state)
-        return f"self.{self.name}"
-
-    def parameter(self, suffix: str, value: Tensor) -> str:
-        """Gives the module a parameter of its own."""
-        name = f"{self.name}_{suffix}"
-        self.modules[name] = f"nn.Parameter(torch.empty({tuple(value.shape)}))"
-        self.keep("", {name: value})
-        return f"self.{name}"
-
-    def keep(self, prefix: str, state: dict[str, Tensor | None]) -> None:
-        for key, value in state.items():
-            if value is not None:
-                self.state[prefix + key] = value.detach().clone()
-                if any(value is blob for blob in self.layer.blobs()):
-                    self.owners[prefix + key] = id(value)
+from soonest.caffe.layers.base import Layer, Shape
+from soonest.caffe.tools import torch_values as values
+from soonest.caffe.tools.torch_part import Part
 
 
 def _convolution(part: Part) -> str:
@@ -201,98 +151,6 @@ def _relu(part: Part) -> str:
     return f"F.leaky_relu({part.x}, {slope:.9g})" if slope else f"F.relu({part.x})"
 
 
-def _power(part: Part) -> str:
-    own = part.spec.power_param
-    inner = f"({part.x} * {own.scale:.9g} + {own.shift:.9g})"
-    return inner if own.power == 1 else f"{inner} ** {own.power:.9g}"
-
-
-def _exp(part: Part) -> str:
-    own, log_base = part.spec.exp_param, part.layer.log_base
-    return f"torch.exp(({part.x} * {own.scale:.9g} + {own.shift:.9g}) * {log_base:.9g})"
-
-
-def _log(part: Part) -> str:
-    own = part.spec.log_param
-    return f"torch.log({part.x} * {own.scale:.9g} + {own.shift:.9g}) / {part.layer.log_base:.9g}"
-
-
-def _eltwise(part: Part) -> str:
-    operation = part.spec.eltwise_param.operation
-    if operation == "MAX":
-        top = part.x
-        for bottom in part.bottoms[1:]:
-            top = f"torch.maximum({top}, {bottom})"
-        return top
-    if operation == "PROD":
-        return " * ".join(part.bottoms)
-    pairs = zip(part.bottoms, part.layer.coefficients, strict=True)
-    return " + ".join(
-        bottom if weight == 1 else f"{weight:.9g} * {bottom}" for bottom, weight in pairs
-    )
-
-
-def _reshape(part: Part) -> str:
-    own, axes = part.spec.reshape_param, len(part.shapes[0])
-    start = own.axis if own.axis >= 0 else axes + own.axis + 1
-    stop = axes if own.num_axes == -1 else start + own.num_axes
-    copied = [f"{part.x}.shape[{axis}]" for axis in range(axes)]
-    wanted = [
-        copied[start + place] if size == 0 else str(size)
-        for place, size in enumerate(own.shape.dim)
-    ]
-    return f"{part.x}.reshape({', '.join([*copied[:start], *wanted, *copied[stop:]])})"
-
-
-def _flatten(part: Part) -> str:
-    own = part.spec.flatten_param
-    return f"{part.x}.flatten({own.axis}, {own.end_axis})"
-
-
-def _slice(part: Part) -> str:
-    axis = axis_of(part.layer.axis, len(part.shapes[0]))
-    tops = part.layer(torch.empty(part.shapes[0], device="meta"))
-    return f"{part.x}.split({[top.shape[axis] for top in tops]}, {axis})"
-
-
-def _tile(part: Part) -> str:
-    own, axes = part.spec.tile_param, len(part.shapes[0])
-    repeats = [1] * axes
-    repeats[axis_of(own.axis, axes)] = own.tiles
-    return f"{part.x}.repeat({', '.join(map(str, repeats))})"
-
-
-def _crop(part: Part) -> str:
-    own, axes = part.spec.crop_param, len(part.shapes[0])
-    first = axis_of(own.axis, axes)
-    offsets = list(own.offset) or [0]
-    offsets = offsets if len(offsets) > 1 else offsets * (axes - first)
-    top = part.x
-    for axis, offset in enumerate(offsets, first):
-        top += f".narrow({axis}, {offset}, {part.bottoms[1]}.shape[{axis}])"
-    return top
-
-
-def _reduction(part: Part) -> str:
-    own, axes = part.spec.reduction_param, len(part.shapes[0])
-    values = {"ASUM": f"{part.x}.abs()", "SUMSQ": f"({part.x} * {part.x})"}.get(
-        own.operation, part.x
-    )
-    total = "mean" if own.operation == "MEAN" else "sum"
-    top = f"{values}.{total}({tuple(range(axis_of(own.axis, axes), axes))})"
-    return top if own.coeff == 1 else f"{top} * {own.coeff:.9g}"
-
-
-def _argmax(part: Part) -> str:
-    own = part.spec.argmax_param
-    if own.top_k != 1 or own.out_max_val:
-        raise ValueError("more than the place of the largest has no like in torch")
-    if own.has("axis"):
-        return f"{part.x}.argmax({own.axis}, keepdim=True).to({part.x}.dtype)"
-    shape = ", ".join(["-1", *["1"] * max(2, len(part.shapes[0]) - 1)])
-    return f"{part.x}.flatten(1).argmax(1).reshape({shape}).to({part.x}.dtype)"
-
-
 WRITTEN: dict[str, Callable[[Part], str]] = {
     "Convolution": _convolution,
     "Deconvolution": _convolution,
@@ -318,22 +176,22 @@ WRITTEN: dict[str, Callable[[Part], str]] = {
     ),
     "AbsVal": lambda part: f"{part.x}.abs()",
     "BNLL": lambda part: f"F.softplus({part.x})",
-    "Power": _power,
-    "Exp": _exp,
-    "Log": _log,
+    "Power": values.power,
+    "Exp": values.exp,
+    "Log": values.log,
     "Dropout": lambda part: (
         f"{part.module(f'nn.Dropout({part.spec.dropout_param.dropout_ratio:.9g})')}({part.x})"
     ),
     "Concat": lambda part: f"torch.cat(({', '.join(part.bottoms)}), {part.layer.axis})",
-    "Slice": _slice,
+    "Slice": values.cut,
     "Split": lambda part: ", ".join([part.x] * len(part.spec.top)),
-    "Flatten": _flatten,
-    "Reshape": _reshape,
-    "Tile": _tile,
-    "Crop": _crop,
-    "Eltwise": _eltwise,
-    "Reduction": _reduction,
-    "ArgMax": _argmax,
+    "Flatten": values.flatten,
+    "Reshape": values.reshape,
+    "Tile": values.tile,
+    "Crop": values.crop,
+    "Eltwise": values.eltwise,
+    "Reduction": values.reduction,
+    "ArgMax": values.argmax,
     "Softmax": lambda part: f"torch.softmax({part.x}, {part.spec.softmax_param.axis})",
 }
 """Per type of layer, what writes it: an expression of its tops."""
