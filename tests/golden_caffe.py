@@ -91,6 +91,27 @@ def layer_arrays(name: str, folder: Path = FOLDER) -> Iterator[tuple[str, np.nda
             yield key, found.detach().numpy(), stored[key]
 
 
+def data_arrays(name: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Runs a case that reads files, in its folder, and yields as ``layer_arrays`` does."""
+    case = index("data/index.json", SECOND)["cases"][name]
+    made = Net(definition.read_net(case["prototxt"]), case["phase"])
+    stored = np.load(case["npz"])
+    layers: dict[str, Any] = {step.layer.spec.name: step.layer for step in made.steps}
+    for key in stored.files:
+        kind, layer, *number = key.split("/")
+        if kind == "param":
+            with torch.no_grad():
+                layers[layer].blobs()[int(number[0])].copy_(torch.from_numpy(stored[key]))
+    if case.get("memory"):
+        layers["data"].put(*(torch.from_numpy(stored[f"in/{one}"]) for one in ("data", "label")))
+    for number in range(case["passes"]):
+        blobs = made(keep=True).blobs
+        for blob in case["blobs"]:
+            key = f"pass{number}/{blob}"
+            yield key, blobs[blob].detach().numpy(), stored[key]
+    made.close()
+
+
 class Run:
     """One training of a case, with what it said and every loss.
 

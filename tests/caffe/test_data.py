@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import golden_caffe as golden
 from soonest.caffe import wire
@@ -24,7 +23,6 @@ from soonest.caffe.data.ahead import Ahead
 from soonest.caffe.data.records import RecordLayer
 from soonest.caffe.data.stores import opened
 from soonest.caffe.data.transform import Transform
-from soonest.caffe.definition import read_net
 from soonest.caffe.message import Message
 from soonest.caffe.net import Net
 from soonest.caffe.text import parse
@@ -313,35 +311,14 @@ def test_a_damaged_leveldb_is_refused(tmp_path: Path):
         opened(str(tmp_path / "base"), "LEVELDB")
 
 
-CASES = golden.index("data/index.json", golden.SECOND)["cases"]
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", golden.index("data/index.json", golden.SECOND)["cases"])
 def test_what_is_read_is_what_caffe_reads(name: str, monkeypatch: pytest.MonkeyPatch):
     for library in ("lmdb", "plyvel", "cv2"):
         pytest.importorskip(library)
     monkeypatch.chdir(golden.SECOND / "data" / name)
-    case = CASES[name]
-    made = Net(read_net(case["prototxt"]), case["phase"])
-    stored = np.load(case["npz"])
-    layers = {step.layer.spec.name: step.layer for step in made.steps}
-    for key in stored.files:
-        kind, layer, *number = key.split("/")
-        if kind == "param":
-            with torch.no_grad():
-                layers[layer].blobs()[int(number[0])].copy_(torch.from_numpy(stored[key]))
-    if case.get("memory"):
-        layers["data"].put(
-            torch.from_numpy(stored["in/data"]), torch.from_numpy(stored["in/label"])
-        )
-    for number in range(case["passes"]):
-        blobs = made(keep=True).blobs
-        for blob in case["blobs"]:
-            wanted, found = stored[f"pass{number}/{blob}"], blobs[blob].detach().numpy()
-            assert found.shape == wanted.shape, (number, blob)
-            apart = np.abs(found - wanted).max()
-            assert apart <= 1e-5 * max(1, np.abs(wanted).max()), (number, blob)
-    made.close()
+    for key, found, wanted in golden.data_arrays(name):
+        assert found.shape == wanted.shape, key
+        assert np.abs(found - wanted).max() <= 1e-5 * max(1, np.abs(wanted).max()), key
 
 
 def test_a_layer_opens_its_stream_anew_in_every_net(tmp_path: Path):

@@ -45,3 +45,19 @@ def test_a_command_says_what_caffe_says(
             for key in arrays.files:
                 assert file[key].shape == arrays[key].shape
                 np.testing.assert_allclose(file[key][()], arrays[key], rtol=1e-5, atol=1e-5)
+
+
+def test_an_output_of_several_shapes_is_said_but_has_no_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(golden.SECOND / "data" / "images_sizes_gray", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none.caffemodel").write_bytes(b"\x0a\x01x")
+    words = ["--model=net.prototxt", "--weights=none.caffemodel", "--iterations=3"]
+    assert main(["caffe", "test", *words]) == 0
+    err = capsys.readouterr().err
+    assert "lrn has several shapes, so it has no mean" in err
+    lines = [match[1] for match in map(GLOG.match, err.splitlines()) if match]
+    sums = [float(line.split(" = ")[1]) for line in lines if line.startswith("Batch ")
+            and "sum" in line]  # fmt: skip
+    assert float(lines[-1].removeprefix("sum = ")) == pytest.approx(np.mean(sums), rel=1e-5)

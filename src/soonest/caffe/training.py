@@ -16,6 +16,7 @@ from soonest.caffe.message import Message
 from soonest.caffe.net import Net
 from soonest.caffe.rates import Rate
 from soonest.caffe.reach import unreached
+from soonest.caffe.scoring import Means
 from soonest.caffe.signals import Requests
 from soonest.caffe.trained import copy_weights, share_weights
 
@@ -309,13 +310,9 @@ def tested(
     watch: Callable[[], Watch | None],
 ) -> tuple[float, dict[str, Tensor]] | None:
     """The mean loss and the mean of each output over so many batches; None if given up."""
-    total = 0.0
-    sums: dict[str, Tensor] = {}
+    means = Means()
     for _ in range(batches):
         if given_up():
             return None
-        result = net(watch=watch())
-        total += result.loss.item()
-        for name, blob in result.outputs.items():
-            sums[name] = sums[name] + blob if name in sums else blob.clone()
-    return total / max(1, batches), {name: blob / batches for name, blob in sums.items()}
+        means.add(net(watch=watch()))
+    return means.loss, means.outputs()
