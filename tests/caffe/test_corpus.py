@@ -59,6 +59,10 @@ READ: dict[str, tuple[str | bytes, str]] = {
         "propagate_down: false propagate_down: 0 propagate_down: f propagate_down: False }",
         "layer { propagate_down: [1, 1, 1, 1, 0, 0, 0, 0] }",
     ),
+    "a sign apart from its number": (
+        "name: '- 1' layer { loss_weight: -  1.5 } # - 2",
+        "name: '- 1' layer { loss_weight: -1.5 }",
+    ),
     "an enum by number": ("state { phase: 0 }", "state { phase: TRAIN }"),
     "no spaces": ('layer{name:"a"top:"b"}', 'layer { name: "a" top: "b" }'),
 }
@@ -77,6 +81,7 @@ REFUSED: dict[str, tuple[str | bytes, int, str]] = {
     "a bracket too few": ("layer {\n name: 'a'\n", 3, "starts in line 1"),
     "a bracket too few before a layer": ("layer {\n\nlayer { }", 3, "bracket not closed"),
     "a bracket too many": ("layer { }\n}", 2, "closes nothing"),
+    "a word before a bracket too many": ("layer {\n nam: 1 } }", 2, "no field 'nam'"),
     "another bracket": ("layer {\n>", 2, "expected '}'"),
     "a string for a number": ('input_dim:\n "3"', 2, "whole number"),
     "a number for a string": ("name: 3", 1, "text in quotes"),

@@ -15,7 +15,9 @@ from soonest.caffe.protobuf import CLASSES, from_protobuf, text_format
 from soonest.caffe.schema import ENUMS
 from soonest.caffe.text.outline import Outline, UnreadableError, outline
 
-_REWRITTEN = re.compile(r"\\(?:u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|[\udc80-\udcff]", re.DOTALL)
+_REWRITTEN = re.compile(r"\#[^\n]*|\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|-[ \t]+(?=[0-9.a-z])")
+"""Comments, strings, and a sign that stands apart from its number."""
+_CHARACTER = re.compile(r"\\(?:u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|[\udc80-\udcff]", re.DOTALL)
 _WORDS = (
     (r'^Message type "\w+\.(\w+)" has no field named "(\w+)"', r"\1 has no field '\2'"),
     (r'^Message type "\w+\.(\w+)" should not have multiple "(\w+)".*', r"'\2' is given twice"),
@@ -77,10 +79,11 @@ class _Text:
         try:
             root, unclosed = outline(self._text)
         except UnreadableError as error:
+            self._refuse_earlier(error.at, type_name)
             self._fail(error.at, str(error))
         found = CLASSES[type_name]()
         try:
-            text_format.Parse(_REWRITTEN.sub(_as_bytes, self._text), found)
+            text_format.Parse(_REWRITTEN.sub(_rewritten, self._text), found)
         except text_format.ParseError as error:
             self._refuse(error, type_name, unclosed)
         for path in found.FindInitializationErrors():
@@ -106,11 +109,23 @@ class _Text:
         begin = self._text.rfind("\n", 0, at) + 1
         raise TextError(self._file, self._line(at), at - begin + 1, what)
 
+    def _refuse_earlier(self, at: int, type_name: str) -> None:
+        """Raises TextError if something is wrong before a place already."""
+        before = self._text[:at]
+        try:
+            text_format.Parse(_REWRITTEN.sub(_rewritten, before), CLASSES[type_name]())
+        except text_format.ParseError as error:
+            line = error.GetLine() or 1
+            begin = self._ends[line - 2] + 1 if line > 1 else 0
+            is_end = re.search(r'Expected "[}>]"\.$', str(error))
+            if not is_end and begin + error.GetColumn() - 1 < len(before.rstrip()):
+                self._refuse(error, type_name, None)
+
     def _refuse(self, error: Any, type_name: str, unclosed: Outline | None) -> NoReturn:
         line, column = error.GetLine(), error.GetColumn()
         what = str(error).removeprefix(f"{line}:{column} : ")
         shown = self._text.split("\n")[line - 1]
-        for line_before in (_REWRITTEN.sub(_as_bytes, shown), ""):  # It is none at the end.
+        for line_before in (_REWRITTEN.sub(_rewritten, shown), ""):  # It is none at the end.
             what = what.removeprefix(f"'{line_before}': ")
         if unclosed and what == f'Expected "{unclosed.closes}".':
             self._fail(
@@ -154,8 +169,16 @@ def _before_rewriting(line: str, column: int) -> int:
     for match in _REWRITTEN.finditer(line):
         if match.start() + 1 >= column:
             break
-        column -= len(_as_bytes(match)) - len(match[0])
+        column -= len(_rewritten(match)) - len(match[0])
     return column
+
+
+def _rewritten(match: re.Match[str]) -> str:
+    """What protobuf's reader takes for the same."""
+    token = match[0]
+    if token[0] == "-":
+        return " " * (len(token) - 1) + "-"
+    return _CHARACTER.sub(_as_bytes, token)
 
 
 def _as_bytes(match: re.Match[str]) -> str:
