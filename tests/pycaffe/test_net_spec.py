@@ -88,6 +88,7 @@ def test_what_a_layer_cannot_have_is_refused():
     n.data = L.Input(shape=dict(dim=[1]))
     for wrong in (
         lambda: caffe.to_proto(L.Pooling(n.data, ceil_mode=True)),
+        lambda: caffe.to_proto(L.Pooling(n.data, pool="MEDIAN")),
         lambda: caffe.to_proto(L.Softmaxx(n.data, axis=1)),
         lambda: P.Pooling.MEDIAN,
         lambda: L.Pooling("data"),

@@ -104,6 +104,9 @@ def _assign(message: Any, key: str, value: Any) -> None:
 def _number(field: Any, value: Any) -> Any:
     """The number of an enum that is given by its name."""
     if field.enum_type is not None and isinstance(value, str):
+        if value not in field.enum_type.values_by_name:
+            known = ", ".join(field.enum_type.values_by_name)
+            raise ValueError(f"{field.name!r} has no value {value!r}: it has {known}")
         return field.enum_type.values_by_name[value].number
     return value
 

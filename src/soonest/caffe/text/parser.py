@@ -23,6 +23,7 @@ _WORDS = (
     (r'^Message type "\w+\.(\w+)" should not have multiple "(\w+)".*', r"'\2' is given twice"),
     (r"^Message type .* does not have extensions", "expected the name of a field, found '['"),
     (r"^Expected identifier or number, got (.*)\.$", r"expected the name of a field, found '\1'"),
+    (r"^Expected identifier\.$", "expected the name of a field"),
     (r'^Expected "(.)"\.$', r"expected '\1'"),
     (r"^Couldn't parse integer: (.*)$", r"expected a whole number, found '\1'"),
     (r"^(?:Couldn't parse|Invalid octal) float: (.*)$", r"expected a number, found '\1'"),
