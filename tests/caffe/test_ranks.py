@@ -16,7 +16,8 @@ from soonest.caffe.training import Trainer
 
 SOLVER = """
 base_lr: 0.1 lr_policy: "fixed" momentum: 0.9 weight_decay: 0.01 iter_size: 2 random_seed: 5
-clip_gradients: 3 max_iter: 4 snapshot_after_train: false net_param {{ {net} }}
+clip_gradients: 3 max_iter: 4 snapshot_after_train: false display: 3 debug_info: true
+net_param {{ {net} }}
 """
 TABLE = """
 layer { name: "h" type: "HDF5Data" top: "x" top: "y" top: "cont" top: "pick" top: "order"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import golden_caffe as golden
-from soonest.caffe import definition
+from soonest.caffe import definition, weights
 from soonest.caffe.rates import Rate
 from soonest.caffe.solvers import AdaGrad, make
 from soonest.caffe.text import parse
@@ -173,6 +173,39 @@ def test_with_force_backward_frozen_blobs_have_gradients_but_do_not_move():
     assert torch.equal(weight, before)
     assert weight.grad is not None
     assert weight.grad.abs().sum() > 0
+
+
+PERMISSIVE = """
+base_lr: 0.1 lr_policy: "fixed" momentum: 0.9 max_iter: 3 random_seed: 4 snapshot_prefix: "{prefix}"
+test_iter: 1 test_interval: 2 net_param {{
+  layer {{ name: "d" type: "DummyData" top: "x" top: "y" dummy_data_param {{
+    shape {{ dim: 4 dim: 6 }} shape {{ dim: 4 dim: 6 }} data_filler {{ value: 1 }}
+    data_filler {{ value: 2 }} }} }}
+  layer {{ name: "a" type: "InnerProduct" bottom: "x" top: "a" param {{ name: "w" }}
+    inner_product_param {{ num_output: 3 bias_term: false weight_filler {{ type: "xavier" }} }} }}
+  layer {{ name: "b" type: "InnerProduct" bottom: "a" top: "b"
+    param {{ name: "w" share_mode: PERMISSIVE }}
+    inner_product_param {{ num_output: 6 bias_term: false }} }}
+  layer {{ name: "l" type: "EuclideanLoss" bottom: "b" bottom: "y" top: "l" }} }}
+"""
+
+
+def test_one_memory_in_two_shapes_is_trained_tested_and_saved(tmp_path: Path):
+    prefix = str(tmp_path / "run")
+    solver = parse(PERMISSIVE.format(prefix=prefix), "SolverParameter")
+    trainer = Trainer(solver, say=lambda line: None)
+    trainer.solve()
+    for net in (trainer.net, *trainer.tests):
+        a, b = net.layers["a"].weight, net.layers["b"].weight
+        assert a.shape == (3, 6)
+        assert torch.equal(a.flatten(), b.flatten())
+        assert a.data_ptr() == b.data_ptr() == trainer.net.layers["a"].weight.data_ptr()
+    saved = weights.read(f"{prefix}_iter_3.caffemodel")
+    assert saved["b"][0].shape == (6, 3)
+    assert np.array_equal(saved["a"][0].ravel(), saved["b"][0].ravel())
+    again = Trainer(solver, say=lambda line: None)
+    again.resume(f"{prefix}_iter_3.solverstate")
+    assert torch.equal(again.net.layers["b"].weight, trainer.net.layers["b"].weight)
 
 
 def test_layers_of_one_name_are_warned_of(capsys: pytest.CaptureFixture[str]):

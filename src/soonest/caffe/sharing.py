@@ -85,21 +85,8 @@ class Sharing:
                 if getattr(layer, name).shape == tensor.shape:
                     setattr(layer, name, tensor)
                 else:
-                    _look(layer, name, blob)
+                    layer.look_at(name, blob.layer, blob.name)
         return self._blobs
-
-
-def _look(layer: Layer, name: str, owner: Blob) -> None:
-    """Lets a layer see a blob of another in a shape of its own: before each pass, as that may be
-    another tensor by then."""
-    shape = getattr(layer, name).shape
-    delattr(layer, name)
-
-    def look(*_: object) -> None:
-        setattr(layer, name, owner.tensor.view(shape))
-
-    layer.register_forward_pre_hook(look)
-    look()
 
 
 def _join(owner: Blob, layer: Layer, name: str, param: Message) -> None:

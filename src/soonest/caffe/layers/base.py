@@ -50,6 +50,8 @@ class Layer(nn.Module):
         self.blob_names: list[str] = []
         """Attributes that files hold, in their order there."""
         self._fillers: dict[str, Message] = {}
+        self.looks: dict[str, tuple[Layer, str, Shape]] = {}
+        """Of blobs that are another layer's, whose and which they are, and their shape here."""
         _in_range(len(shapes), self.bottoms, "bottom")
         _in_range(len(spec.top), self.tops, "top")
         if self.paired and len(shapes) != len(spec.top):
@@ -73,6 +75,24 @@ class Layer(nn.Module):
             self.register_buffer(name, empty)
         self.blob_names.append(name)
         self._fillers[name] = filler
+
+    def look_at(self, name: str, owner: Layer, owner_name: str) -> None:
+        """Lets a blob be that of another layer from now on, in the shape that it has here.
+
+        Args:
+            name: of the blob.
+            owner: whose it is.
+            owner_name: as it is named there.
+        """
+        self.looks[name] = (owner, owner_name, tuple(getattr(self, name).shape))
+        delattr(self, name)
+
+    def __getattr__(self, name: str) -> Any:
+        looks = self.__dict__.get("looks", {})
+        if name in looks:
+            owner, owner_name, shape = looks[name]
+            return getattr(owner, owner_name).view(shape)
+        return super().__getattr__(name)
 
     def blobs(self) -> list[Tensor]:
         """What files hold of this layer, in their order there."""
@@ -123,7 +143,9 @@ def _in_range(count: int, allowed: tuple[int, int], what: str) -> None:
 
 def gradient(blob: Tensor) -> Tensor | None:
     """Of a blob, also where it is another one's in a shape of its own; None if it has none."""
-    owner = blob if blob.is_leaf or blob._base is None else blob._base
+    is_own = isinstance(blob, nn.Parameter) or blob._base is None
+    owner = blob if is_own else blob._base
+    assert owner is not None
     return None if owner.grad is None else owner.grad.detach().view(blob.shape)
 
 

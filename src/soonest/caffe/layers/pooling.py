@@ -82,8 +82,13 @@ class Grid:
     size: Pair
     number: Pair
 
-    def maxima(self, bottom: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest value in each window, and where it is, counted without padding."""
+    def maxima(self, bottom: Tensor) -> Tensor:
+        """The largest value in each window."""
+        padded = self._padded(bottom, float("-inf"))
+        return functional.max_pool2d(padded, self.windows.kernel, self.windows.stride)
+
+    def maxima_with_places(self, bottom: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and where each is, counted without padding."""
         own = self.windows
         padded = self._padded(bottom, float("-inf"))
         top, where = functional.max_pool2d(padded, own.kernel, own.stride, return_indices=True)
@@ -146,7 +151,7 @@ def pooled(grid: Grid, method: str, bottom: Tensor, *, random: bool) -> Tensor:
         random: whether ``STOCHASTIC`` draws, or takes the mean that it would have.
     """
     if method == "MAX":
-        return grid.maxima(bottom)[0]
+        return grid.maxima(bottom)
     if method == "AVE":
         return grid.means(bottom)
     return grid.drawn(bottom) if random else grid.weighted(bottom)
@@ -190,7 +195,7 @@ class Pooling(Layer):
         kind = Windows(size, (1, 1), (0, 0)) if self.everywhere else self.windows
         grid = kind.on(size)
         if len(self.spec.top) > 1:
-            return grid.maxima(bottom)
+            return grid.maxima_with_places(bottom)
         return pooled(grid, self.method, bottom, random=self.phase == "TRAIN")
 
 

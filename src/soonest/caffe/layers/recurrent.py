@@ -124,7 +124,11 @@ class _Recurrent(Layer):
     def _given(self, values: Tensor, static: Tensor | None) -> Tensor:
         """What all steps get from the bottoms, in one product: (T, N, …)."""
         given = functional.linear(values, self.from_input, self.bias)
-        return given if static is None else given + static.flatten(1) @ self.from_static.t()
+        return (
+            given
+            if static is None
+            else given + static.reshape(len(static), -1) @ self.from_static.t()
+        )
 
     def forward(self, values: Tensor, markers: Tensor, *rest: Tensor) -> Tensor | list[Tensor]:
         steps, streams = values.shape[:2]
