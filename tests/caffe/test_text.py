@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -198,3 +201,21 @@ def test_every_golden_definition_is_read_and_those_that_caffe_refuses_are_refuse
         "unclosed_brace.net.prototxt": 6,
         "unknown_field.net.prototxt": 3,
     }
+
+
+WITHOUT = """
+import sys
+sys.modules["google.protobuf"] = None
+from soonest.caffe.solvers import SGD
+from soonest.cli import main
+raise SystemExit(main(["caffe", "time", "--model=net.prototxt"]))
+"""
+
+
+def test_without_protobuf_a_sentence_says_how_to_get_it(tmp_path: Path):
+    (tmp_path / "net.prototxt").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.endswith("need protobuf: pip install 'soonest[caffe]'\n")

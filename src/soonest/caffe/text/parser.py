@@ -119,7 +119,7 @@ class _Text:
             line = error.GetLine() or 1
             begin = self._ends[line - 2] + 1 if line > 1 else 0
             is_end = re.search(r'Expected "[}>]"\.$', str(error))
-            if not is_end and begin + error.GetColumn() - 1 < len(before.rstrip()):
+            if not is_end and begin + (error.GetColumn() or 1) - 1 < len(before.rstrip()):
                 self._refuse(error, type_name, None)
 
     def _refuse(self, error: Any, type_name: str, unclosed: Outline | None) -> NoReturn:
