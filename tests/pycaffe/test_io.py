@@ -34,6 +34,10 @@ def test_images_are_resized():
     many = np.zeros((4, 4, 7), np.float32) + np.arange(7)
     assert caffe.io.resize_image(many, (2, 3))[1, 2] == pytest.approx(np.arange(7))
     assert caffe.io.resize_image(image[..., :1], (3, 4)).shape == (3, 4, 1)
+    assert np.array_equal(caffe.io.resize(image, (12, 16, 3), order=0, mode="edge"), twice)
+    assert np.array_equal(caffe.io.resize(image[..., 1], (12, 16), order=0), twice[..., 1])
+    with pytest.raises(ValueError, match="3 channels"):
+        caffe.io.resize(image, (3, 3, 1))
     with pytest.raises(ValueError, match="order 2"):
         caffe.io.resize_image(image, (3, 3), interp_order=2)
 

@@ -35,6 +35,25 @@ def resize_image(im: Array, new_dims: Sizes, interp_order: int = 1) -> Array:
     return resized(image, height, width, order=interp_order).reshape(height, width, im.shape[-1])
 
 
+def resize(image: Array, output_shape: Sizes, order: int = 1, **_: Any) -> Array:
+    """An image brought to a shape (height, width), with or without its channels behind.
+
+    Scripts know it from scikit-image, whose other settings are taken and not used.
+
+    Args:
+        image: (height, width), or with channels behind.
+        output_shape: what it is to be.
+        order: as for ``resize_image``.
+    """
+    wide = image[..., None] if image.ndim == 2 else image
+    if tuple(output_shape[2:]) not in ((), wide.shape[2:]):
+        raise ValueError(
+            f"an image with {wide.shape[2]} channels cannot be brought to {list(output_shape)}"
+        )
+    found = resize_image(wide, output_shape[:2], order)
+    return found[..., 0] if image.ndim == 2 else found
+
+
 def oversample(images: Sequence[Array], crop_dims: Sizes) -> Array:
     """Ten cuts of each image: four corners and the middle, and these mirrored.
 
