@@ -101,6 +101,27 @@ def test_a_layer_is_made_as_it_says_or_refused_with_its_line(net: Message, phase
         result.loss.backward()
 
 
+@given(nets(), st.lists(st.sampled_from(SHAPES), min_size=2, max_size=2))
+@settings(max_examples=300)
+def test_a_later_pass_may_have_other_shapes_or_is_refused_with_its_line(
+    net: Message, shapes: list[list[int]]
+):
+    try:
+        made = Net(text.parse(text.write(net), "NetParameter"), "TRAIN", file="net.prototxt")
+    except ValueError:
+        return
+    names = [step.tops[0] for step in made.steps if step.layer.spec.type == "Input"]
+    try:
+        loss = made(
+            {name: torch.zeros(shape) for name, shape in zip(names, shapes, strict=False)}
+        ).loss
+    except ValueError as error:
+        assert re.match(r"net\.prototxt:\d+: layer '", str(error))  # noqa: PT017
+        return
+    if loss.requires_grad:
+        loss.backward()
+
+
 SPECIAL = {
     "power_param { power: -1 scale: 0 }": float("inf"),
     "power_param { power: 0.5 scale: 0 shift: 4 }": 2.0,

@@ -33,7 +33,7 @@ def _spread(operand: Tensor, axis: int, like: Tensor) -> Tensor:
             f"a bottom of the shape {list(like.shape)} does not fit {list(operand.shape)} at axis "
             f"{axis}"
         )
-    return operand.reshape(*operand.shape, *(1,) * (like.dim() - axis - operand.dim()))
+    return operand.reshape((*operand.shape, *(1,) * (like.dim() - axis - operand.dim())))
 
 
 class Bias(Layer):
