@@ -1,9 +1,9 @@
 """How far our layers and solvers are from real Caffe's, as two tables for `docs/caffe.md`.
 
-What Caffe gives is read from `../shared/caffe-golden`, or where SOONEST_CAFFE_GOLDEN says; the
-tests run the same cases. A difference of layers is the largest of any array of any case with such a
-layer, over the array's peak or 1, whichever is more. Solvers train for 20 iterations; a difference
-of weights is that of any value, one of histories is over their peak, one of losses relative.
+The tests run the same cases. A difference of layers is the largest of any array of any case with
+such a layer, over the array's peak or 1, whichever is more. Solvers train for 20 iterations; a
+difference of weights is that of any value, one of histories is over their peak, one of losses
+relative.
 
     python benchmarks/caffe_differences.py --json benchmarks/records/caffe-differences.json
 """
@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,6 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where to write the record")
     args = parser.parse_args()
     torch.set_num_threads(1)  # These nets are tiny: threads would only wait for each other.
-    if golden.FOUND is None:
-        print("no ../shared/caffe-golden: name its place in SOONEST_CAFFE_GOLDEN", file=sys.stderr)
-        return 2
     found = {"layers": layers(), "solvers": solvers()}
     show("layer", found["layers"], ("cases", "forward", "backward"), beside=2)
     print()
@@ -72,31 +70,49 @@ def _cell(value: float | None) -> str:
 
 
 def layers() -> Rows:
-    rows: Rows = defaultdict(lambda: {"cases": 0})
-    for name, case in golden.index("layers/index.json")["cases"].items():
-        apart = {"forward": 0.0, "backward": 0.0} if case["backward"] else {"forward": 0.0}
-        for key, found, wanted in golden.layer_arrays(name):
-            way = "backward" if "diff" in key.partition("/")[0] else "forward"
-            difference = float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max()))
-            apart[way] = max(apart.get(way, 0.0), difference)
-        for type_ in set(case["types"]) & (set(LAYERS) - {"Input"}):
-            rows[type_]["cases"] += 1
-            for way, difference in apart.items():
-                rows[type_][way] = max(rows[type_].get(way, 0.0), difference)
-    return dict(rows)
+    """Of every type, those without a case, too."""
+    rows: Rows = {type_: {"cases": 0} for type_ in LAYERS}
+    home = Path.cwd()
+    for folder, kind in ((golden.FOLDER, "layers"), (golden.SECOND, "layers"),
+                         (golden.SECOND, "data")):  # fmt: skip
+        for name, case in golden.index(f"{kind}/index.json", folder)["cases"].items():
+            if case.get("by_formula"):
+                continue
+            os.chdir(folder / kind / ("" if kind == "layers" else name))
+            arrays = golden.layer_arrays(name, folder) if kind == "layers" else None
+            _add(rows, case, arrays or golden.data_arrays(name))
+    os.chdir(home)
+    return rows
+
+
+def _add(rows: Rows, case: dict[str, Any], arrays: Iterable[tuple[str, Any, Any]]) -> None:
+    """Counts a case for each type of layer in it."""
+    apart = {"forward": 0.0, "backward": 0.0} if case.get("backward") else {"forward": 0.0}
+    for key, found, wanted in arrays:
+        way = "backward" if "diff" in key.partition("/")[0] else "forward"
+        difference = float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max()))
+        apart[way] = max(apart.get(way, 0.0), difference)
+    for type_ in set(case["types"]) - {"Input"}:
+        rows[type_]["cases"] += 1
+        for way, difference in apart.items():
+            rows[type_][way] = max(rows[type_].get(way, 0.0), difference)
 
 
 def solvers() -> Rows:
     rows: Rows = defaultdict(lambda: {"cases": 0, "weights": 0.0, "histories": 0.0, "losses": 0.0})
-    cases = [f"solvers/{name}" for name in golden.index("solvers/index.json")["cases"]]
+    cases = [
+        folder / "solvers" / name
+        for folder in (golden.FOLDER, golden.SECOND)
+        for name in golden.index("solvers/index.json", folder)["cases"]
+    ]
+    legacy = golden.FOLDER / "legacy"
     home = Path.cwd()
-    for case in [*cases, "legacy/v1_train", "legacy/hdf5"]:
-        folder = golden.FOLDER / case
+    for folder in [*cases, legacy / "v1_train", legacy / "hdf5"]:
         os.chdir(folder)
         large_batch = Path("reference/solver.prototxt")
         path = large_batch if large_batch.exists() else Path("solver.prototxt")
         solver = definition.read_solver(path)
-        ending = ".h5" if case.endswith("hdf5") else ""
+        ending = ".h5" if folder.name == "hdf5" else ""
         wanted = json.loads(Path("expected/losses.json").read_text(encoding="utf-8"))
         row = rows[solver.type]
         row["cases"] += 1

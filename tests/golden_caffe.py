@@ -1,56 +1,62 @@
-"""Where the results of real Caffe are that the tests compare with, read in place."""
+"""Results of real Caffe that the tests compare with; each set has a README that explains it.
+
+They are in ``caffe/golden.tar.xz``, which the first process of a test run unpacks for all.
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from soonest.caffe import definition, state, weights
+from soonest.caffe.layers.base import gradient
 from soonest.caffe.message import Message
 from soonest.caffe.net import Net
 from soonest.caffe.training import Trainer
 
 WEIGHTS = HISTORY = 1e-5
 """How far trained weights may be apart, and histories as a part of their peak."""
-PLACE = "SOONEST_CAFFE_GOLDEN"
+_ARCHIVE = Path(__file__).parent / "caffe" / "golden.tar.xz"
+_PLACE = "SOONEST_CAFFE_GOLDEN"
 
 
-def _find() -> Path | None:
-    """Beside the repository, or beside the folder that it is in."""
-    if PLACE in os.environ:
-        return Path(os.environ[PLACE]).resolve()
-    above = Path(__file__).resolve().parents[1]
-    for folder in (above.parent, above.parent.parent):
-        if (folder / "shared" / "caffe-golden").is_dir():
-            return folder / "shared" / "caffe-golden"
-    return None
+def _unpacked() -> Path:
+    if _PLACE not in os.environ:  # Processes that this one starts find it there.
+        folder = tempfile.mkdtemp(prefix="soonest-caffe-golden-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        with tarfile.open(_ARCHIVE) as archive:
+            archive.extractall(folder, filter="data")
+        os.environ[_PLACE] = folder
+    return Path(os.environ[_PLACE])
 
 
-FOUND = _find()
-needed = pytest.mark.skipif(
-    FOUND is None, reason=f"no ../shared/caffe-golden: name its place in {PLACE}"
-)
-FOLDER = FOUND or Path("absent")
+FOLDER = _unpacked() / "first"
+SECOND = FOLDER.parent / "second"
 
 
-def index(name: str) -> dict[str, Any]:
-    """An index file as it is, or nothing where the folder is absent: then no test is made of it."""
-    return json.loads((FOLDER / name).read_text(encoding="utf-8")) if FOUND else {}
+def index(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+    """An index file as it is."""
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-def layer_arrays(name: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Runs a case of one layer and yields each array's key, what we found and what Caffe did."""
-    case = index("layers/index.json")["cases"][name]
-    folder = FOLDER / "layers"
-    made = Net(definition.read_net(folder / case["prototxt"]), case["phase"])
-    stored = np.load(folder / case["npz"])
+def layer_arrays(name: str, folder: Path = FOLDER) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Runs a case of one layer and yields each array's key, what we found and what Caffe did.
+
+    The files that a net reads must be in the working directory.
+    """
+    case = index("layers/index.json", folder)["cases"][name]
+    made = Net(definition.read_net(folder / "layers" / case["prototxt"]), case["phase"])
+    stored = np.load(folder / "layers" / case["npz"])
     layers = {step.layer.spec.name: step.layer for step in made.steps}
     fed: dict[str, torch.Tensor] = {}
     for key in stored.files:
@@ -64,6 +70,7 @@ def layer_arrays(name: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     for _ in range(case["forward_passes"]):
         result = made(fed, keep=True)
     sent = {key[8:]: stored[key] for key in stored.files if key.startswith("topdiff/")}
+    sent = {blob: value for blob, value in sent.items() if result.blobs[blob].requires_grad}
     if case["backward"]:
         torch.autograd.backward(
             [result.blobs[blob] for blob in sent],
@@ -78,11 +85,31 @@ def layer_arrays(name: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         if kind in ("top", "indiff"):
             found = result.blobs[blob] if kind == "top" else fed[blob].grad
         else:
-            found = own.grad if kind == "paramdiff" and own is not None else own
+            found = gradient(own) if kind == "paramdiff" and own is not None else own
         if kind in ("top", "indiff", "param_after", "paramdiff"):
             assert found is not None
-            assert found.numel() == stored[key].size
-            yield key, found.detach().numpy().reshape(stored[key].shape), stored[key]
+            yield key, found.detach().numpy(), stored[key]
+
+
+def data_arrays(name: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Runs a case that reads files, in its folder, and yields as ``layer_arrays`` does."""
+    case = index("data/index.json", SECOND)["cases"][name]
+    made = Net(definition.read_net(case["prototxt"]), case["phase"])
+    stored = np.load(case["npz"])
+    layers: dict[str, Any] = {step.layer.spec.name: step.layer for step in made.steps}
+    for key in stored.files:
+        kind, layer, *number = key.split("/")
+        if kind == "param":
+            with torch.no_grad():
+                layers[layer].blobs()[int(number[0])].copy_(torch.from_numpy(stored[key]))
+    if case.get("memory"):
+        layers["data"].put(*(torch.from_numpy(stored[f"in/{one}"]) for one in ("data", "label")))
+    for number in range(case["passes"]):
+        blobs = made(keep=True).blobs
+        for blob in case["blobs"]:
+            key = f"pass{number}/{blob}"
+            yield key, blobs[blob].detach().numpy(), stored[key]
+    made.close()
 
 
 class Run:

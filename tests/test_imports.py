@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {"core", ERRORS, WRITING, "runtime", "lab", "report", ROOT},
     "report": {"core", ERRORS, WRITING},
     "caffe": {"core", ERRORS, WRITING, "runtime", ROOT},
+    "pycaffe": {"caffe"},
     "integrations": {"core", ERRORS, WRITING, "runtime", ROOT},
     "demo": {"core", ERRORS, WRITING, "runtime", "lab", "bench", "report", ROOT},
     "cli": {

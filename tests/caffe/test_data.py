@@ -6,6 +6,7 @@ import gzip
 import itertools
 import os
 import runpy
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,15 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+import golden_caffe as golden
 from soonest.caffe import wire
 from soonest.caffe.blobs import to_blob
 from soonest.caffe.data.ahead import Ahead
 from soonest.caffe.data.records import RecordLayer
+from soonest.caffe.data.stores import opened
 from soonest.caffe.data.transform import Transform
 from soonest.caffe.message import Message
 from soonest.caffe.net import Net
 from soonest.caffe.text import parse
 from soonest.caffe.weights import write_message
+from soonest.cli import main
 
 RANDOM = np.random.default_rng(5)
 IMAGES = RANDOM.integers(0, 256, (7, 3, 6, 5), dtype=np.uint8)
@@ -185,8 +189,9 @@ def test_data_bases_that_cannot_be_read_are_refused(tmp_path: Path):
     }.items():
         with pytest.raises(ValueError, match=f"layer 'd' .*{why}"):
             net(data_layer(tmp_path / name, 1))
-    with pytest.raises(ValueError, match="only LMDB is supported"):
-        net('layer { name: "d" type: "Data" top: "x" data_param { source: "s" batch_size: 1 } }')
+    source = data_layer(tmp_path / "short", 1).replace("LMDB", "LEVELDB")
+    with pytest.raises(ValueError, match="say backend: LMDB"):
+        net(source)
 
 
 def test_tables_in_hdf5(tmp_path: Path):
@@ -233,6 +238,87 @@ def test_images_in_files(tmp_path: Path):
     (tmp_path / "list").write_text("an image 0.png\n")
     with pytest.raises(ValueError, match="list:1: a line is"):
         net(source.replace("MORE", ""))
+
+
+@pytest.mark.parametrize("missing", ["its end", "its lower half"])
+def test_a_jpeg_that_is_cut_off_is_read_and_warned_of_once(
+    missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cv2 = pytest.importorskip("cv2")
+    path = tmp_path / "cut.jpg"
+    image = RANDOM.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    whole = cv2.imencode(".jpg", image)[1].tobytes()
+    path.write_bytes(whole[: -2 if missing == "its end" else len(whole) // 2])
+    wanted = cv2.imdecode(np.frombuffer(whole, np.uint8), cv2.IMREAD_COLOR).transpose(2, 0, 1)
+    (tmp_path / "list").write_text(f"{path} 3\n")
+    made = net(
+        'layer { name: "d" type: "ImageData" top: "x" top: "y" '
+        f'image_data_param {{ source: "{tmp_path}/list" batch_size: 2 }} }}'
+    )
+    found = made(keep=True).blobs["x"].numpy()
+    made.close()
+    rows = 64 if missing == "its end" else 8
+    assert found.shape == (2, 3, 64, 64)
+    assert np.array_equal(found[1][:, :rows], wanted[:, :rows])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("W")]
+    assert line.endswith(f"{path} is cut off at its end: what is missing is made up")
+
+
+def test_tables_of_several_shapes_are_told_apart(tmp_path: Path):
+    h5py = pytest.importorskip("h5py")
+    for name, width in (("a", 2), ("b", 3)):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["x"] = np.zeros((2, width), np.float32)
+    (tmp_path / "list").write_text(f"{tmp_path}/a.h5\n{tmp_path}/b.h5\n")
+    made = net(
+        'layer { type: "HDF5Data" top: "x" '
+        f'hdf5_data_param {{ source: "{tmp_path}/list" batch_size: 2 }} }}'
+    )
+    made()
+    with pytest.raises(ValueError, match=r"rows of .*b\.h5 have .*those of .*a\.h5"):
+        made()
+    made.close()
+
+
+def test_a_leveldb_becomes_an_lmdb(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("plyvel")
+    pytest.importorskip("lmdb")
+    source = golden.SECOND / "data" / "leveldb_changed" / "train_leveldb"
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    target = tmp_path / "new"
+    assert main(["caffe", "leveldb_to_lmdb", str(source), str(target)]) == 0
+    found = list(opened(str(target), "LMDB").values())
+    assert found == list(opened(str(source), "LEVELDB").values())
+    assert f"Wrote {len(found)} records" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+    assert main(["caffe", "leveldb_to_lmdb", str(source), str(target)]) == 2
+    assert "name a new folder" in capsys.readouterr().err
+
+
+def test_without_the_library_of_leveldb_there_is_a_way(monkeypatch: pytest.MonkeyPatch):
+    source = golden.SECOND / "data" / "leveldb_log" / "train_leveldb"
+    monkeypatch.setitem(sys.modules, "plyvel", None)
+    with pytest.raises(ValueError, match=r"pip install 'soonest\[leveldb\]'; .* leveldb_to_lmdb"):
+        opened(str(source), "LEVELDB")
+
+
+def test_a_damaged_leveldb_is_refused(tmp_path: Path):
+    pytest.importorskip("plyvel")
+    source = golden.SECOND / "data" / "leveldb_table" / "train_leveldb"
+    shutil.copytree(source, tmp_path / "base")
+    (tmp_path / "base" / "CURRENT").write_text("MANIFEST-000099\n")
+    with pytest.raises(ValueError, match="as a LevelDB data base"):
+        opened(str(tmp_path / "base"), "LEVELDB")
+
+
+@pytest.mark.parametrize("name", golden.index("data/index.json", golden.SECOND)["cases"])
+def test_what_is_read_is_what_caffe_reads(name: str, monkeypatch: pytest.MonkeyPatch):
+    for library in ("lmdb", "plyvel", "cv2"):
+        pytest.importorskip(library)
+    monkeypatch.chdir(golden.SECOND / "data" / name)
+    for key, found, wanted in golden.data_arrays(name):
+        assert found.shape == wanted.shape, key
+        assert np.abs(found - wanted).max() <= 1e-5 * max(1, np.abs(wanted).max()), key
 
 
 def test_a_layer_opens_its_stream_anew_in_every_net(tmp_path: Path):

@@ -40,8 +40,8 @@ def train(folder: str, prefix: str) -> list[list[float]]:
         losses: list[float] = []
         forward = trainer.net.forward
 
-        def watched(*arguments: Any, forward: Any = forward, losses: Any = losses) -> Any:
-            result = forward(*arguments)
+        def watched(forward: Any = forward, losses: Any = losses, **how: Any) -> Any:
+            result = forward(**how)
             losses.append(result.loss.item())
             return result
 
@@ -54,7 +54,6 @@ def train(folder: str, prefix: str) -> list[list[float]]:
     return found
 
 
-@golden.needed
 def test_ranks_together_are_one_caffe_with_the_batch_of_them_all(tmp_path: Path):
     pytest.importorskip("lmdb")
     found = run_ranks(train, RANKS, str(golden.FOLDER), str(tmp_path))

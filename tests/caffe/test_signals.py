@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +65,11 @@ def solve(folder: str) -> list[tuple[list[int], int]]:
         saved: list[int] = []
 
         def signalled(
-            *arguments: Any, trainer: Any = trainer, sent: Any = sent[rank], forward: Any = forward
+            trainer: Any = trainer, sent: Any = sent[rank], forward: Any = forward, **how: Any
         ) -> Any:
             if trainer.iteration in sent:
                 os.kill(os.getpid(), sent[trainer.iteration])
-            return forward(*arguments)
+            return forward(**how)
 
         def noted(trainer: Any = trainer, saved: Any = saved, save: Any = save) -> None:
             saved.append(trainer.iteration)
@@ -122,3 +124,25 @@ def test_a_command_on_two_ranks_saves_and_stops(tmp_path: Path, monkeypatch: pyt
     assert not stages
     saved = {state.read(file).iteration for file in tmp_path.glob("run_iter_*.solverstate")}
     assert len(saved) == 2
+
+
+def test_a_second_interrupt_finds_nothing_to_interrupt(tmp_path: Path):
+    (tmp_path / "net.prototxt").write_text(NET)
+    solver = SOLVER.format(most=1_000_000_000, prefix="run")
+    (tmp_path / "solver.prototxt").write_text(f'net: "net.prototxt" display: 1 {solver}')
+    words = [sys.executable, "-m", "soonest", "caffe", "train", "--solver=solver.prototxt"]
+    running = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    while "Iteration " not in running.stderr.readline():
+        assert running.poll() is None
+    for _ in range(40):
+        running.send_signal(INT)
+        time.sleep(0.1)
+        if running.poll() is not None:
+            break
+    said = running.stderr.read()
+    running.stderr.close()
+    assert running.wait(60) == 0
+    assert said.splitlines()[-1].endswith("Optimization Done.")
+    (saved,) = tmp_path.glob("run_iter_*.solverstate")
+    assert state.read(saved).iteration > 0

@@ -12,15 +12,20 @@ import pytest
 import torch
 
 import golden_caffe as golden
-from soonest.caffe import definition
+from soonest.caffe import definition, weights
 from soonest.caffe.rates import Rate
 from soonest.caffe.solvers import AdaGrad, make
 from soonest.caffe.text import parse
 from soonest.caffe.training import Trainer
 
 FOLDERS = [
-    *(f"solvers/{name}" for name in golden.index("solvers/index.json").get("cases", {})),
-    *(("legacy/hdf5", "legacy/v1_train") if golden.FOUND else ()),
+    *(
+        folder / "solvers" / name
+        for folder in (golden.FOLDER, golden.SECOND)
+        for name in golden.index("solvers/index.json", folder)["cases"]
+    ),
+    golden.FOLDER / "legacy" / "hdf5",
+    golden.FOLDER / "legacy" / "v1_train",
 ]
 LOSS = 1e-5
 
@@ -38,14 +43,12 @@ def numbers(line: str) -> list[float]:
     return [float(one) for one in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", line)]
 
 
-@golden.needed
-@pytest.mark.parametrize("name", FOLDERS)
-def test_training_goes_as_in_caffe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
+def test_training_goes_as_in_caffe(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("lmdb")
     pytest.importorskip("h5py")
-    folder = golden.FOLDER / name
     monkeypatch.chdir(folder)
-    ending = ".h5" if name.endswith("hdf5") else ""
+    ending = ".h5" if folder.name == "hdf5" else ""
     large_batch = Path("reference/solver.prototxt")
     path = large_batch if large_batch.exists() else Path("solver.prototxt")
     expected = json.loads(Path("expected/losses.json").read_text(encoding="utf-8"))
@@ -91,7 +94,6 @@ REFUSED = {
 }
 
 
-@golden.needed
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_caffe_refuses_is_refused(name: str, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("lmdb")
@@ -110,7 +112,6 @@ STARTS = {
 }
 
 
-@golden.needed
 def test_starts_that_caffe_refuses_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("lmdb")
     monkeypatch.chdir(golden.FOLDER / "snapshots")
@@ -129,21 +130,87 @@ def test_starts_that_caffe_refuses_are_refused(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "snap_iter_2.caffemodel").exists()
 
 
-@pytest.mark.parametrize(
-    ("layer", "why"),
-    [
-        ('type: "ReLU"', "no loss"),
-        ('type: "EuclideanLoss" bottom: "x"', "no blobs to learn"),
-    ],
-)
-def test_nets_that_cannot_learn_are_refused(layer: str, why: str):
+def test_a_net_without_a_loss_is_refused():
     source = (
         'base_lr: 1 lr_policy: "fixed" snapshot_after_train: false net_param { '
-        'layer { type: "DummyData" top: "x" dummy_data_param { shape { dim: 1 } } } '
-        f'layer {{ {layer} bottom: "x" top: "y" }} }}'
+        'layer { type: "DummyData" top: "x" dummy_data_param { shape { dim: 1 } } } }'
     )
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(ValueError, match="no loss"):
         Trainer(parse(source, "SolverParameter"), say=lambda line: None)
+
+
+FROZEN = """
+base_lr: 0.1 lr_policy: "fixed" max_iter: 3 momentum: 0.9 snapshot_after_train: false
+type: "{type}" net_param {{
+  layer {{ name: "d" type: "DummyData" top: "x" top: "l" dummy_data_param {{
+    shape {{ dim: 8 dim: 3 }} shape {{ dim: 8 }}
+    data_filler {{ type: "gaussian" mean: 5 }} data_filler {{ }} }} }}
+  layer {{ name: "b" type: "BatchNorm" bottom: "x" top: "b" }}
+  layer {{ name: "f" type: "InnerProduct" bottom: "b" top: "f" param {{ lr_mult: 0 }}
+    param {{ lr_mult: 0 }} inner_product_param {{ num_output: 2
+      weight_filler {{ type: "xavier" }} }} }}
+  layer {{ name: "loss" type: "SoftmaxWithLoss" bottom: "f" bottom: "l" top: "loss" }} }}
+"""
+
+
+@pytest.mark.parametrize("type_", ["SGD", "Adam"])
+def test_where_nothing_learns_statistics_move_all_the_same(type_: str):
+    trainer = Trainer(parse(FROZEN.format(type=type_), "SolverParameter"), say=lambda line: None)
+    before = trainer.net.layers["f"].weight.detach().clone()
+    trainer.solve()
+    assert torch.equal(trainer.net.layers["f"].weight, before)
+    norm = trainer.net.layers["b"]
+    assert norm.scale.item() == pytest.approx(1 + 0.999 + 0.999**2)
+    assert (norm.mean / norm.scale).tolist() == pytest.approx([5, 5, 5], abs=1)
+
+
+def test_with_force_backward_frozen_blobs_have_gradients_but_do_not_move():
+    source = FROZEN.format(type="SGD").replace("net_param {", "net_param { force_backward: true")
+    trainer = Trainer(parse(source, "SolverParameter"), say=lambda line: None)
+    weight = trainer.net.layers["f"].weight
+    before = weight.detach().clone()
+    trainer.solve()
+    assert torch.equal(weight, before)
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0
+
+
+PERMISSIVE = """
+base_lr: 0.1 lr_policy: "fixed" momentum: 0.9 max_iter: 3 random_seed: 4 snapshot_prefix: "{prefix}"
+test_iter: 1 test_interval: 2 net_param {{
+  layer {{ name: "d" type: "DummyData" top: "x" top: "y" dummy_data_param {{
+    shape {{ dim: 4 dim: 6 }} shape {{ dim: 4 dim: 6 }} data_filler {{ value: 1 }}
+    data_filler {{ value: 2 }} }} }}
+  layer {{ name: "a" type: "InnerProduct" bottom: "x" top: "a" param {{ name: "w" }}
+    inner_product_param {{ num_output: 3 bias_term: false weight_filler {{ type: "xavier" }} }} }}
+  layer {{ name: "b" type: "InnerProduct" bottom: "a" top: "b"
+    param {{ name: "w" share_mode: PERMISSIVE }}
+    inner_product_param {{ num_output: 6 bias_term: false }} }}
+  layer {{ name: "l" type: "EuclideanLoss" bottom: "b" bottom: "y" top: "l" }} }}
+"""
+
+
+def test_one_memory_in_two_shapes_is_trained_tested_and_saved(tmp_path: Path):
+    prefix = str(tmp_path / "run")
+    solver = parse(PERMISSIVE.format(prefix=prefix), "SolverParameter")
+    trainer = Trainer(solver, say=lambda line: None)
+    trainer.solve()
+    for net in (trainer.net, *trainer.tests):
+        a, b = net.layers["a"].weight, net.layers["b"].weight
+        assert a.shape == (3, 6)
+        assert torch.equal(a.flatten(), b.flatten())
+        assert a.data_ptr() == b.data_ptr() == trainer.net.layers["a"].weight.data_ptr()
+    saved = weights.read(f"{prefix}_iter_3.caffemodel")
+    assert saved["b"][0].shape == (6, 3)
+    assert np.array_equal(saved["a"][0].ravel(), saved["b"][0].ravel())
+    again = Trainer(solver, say=lambda line: None)
+    again.resume(f"{prefix}_iter_3.solverstate")
+    assert torch.equal(again.net.layers["b"].weight, trainer.net.layers["b"].weight)
+
+
+def test_layers_of_one_name_are_warned_of(capsys: pytest.CaptureFixture[str]):
+    Trainer(parse(TINY.replace("MORE", "").replace('name: "b"', 'name: "a"'), "SolverParameter"))
+    assert "several layers are named 'a'" in capsys.readouterr().err
 
 
 TINY = """

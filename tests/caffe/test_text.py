@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -60,32 +63,36 @@ def test_what_is_absent_reads_as_its_default():
 
 WRONG = {
     'name: "a"\nlayers: 3': (2, 9, "expected '{'"),
-    "layer {\n  nam: 1\n}": (2, 3, "LayerParameter, which starts in line 1, has no field 'nam'"),
+    "layer {\n  nam: 1\n}": (2, 3, "LayerParameter has no field 'nam'"),
     'layer { name: "a"\nlayer { }': (2, 1, "is a bracket not closed?"),
     "layer {\n\n": (3, 1, "starts in line 1: close it with '}'"),
-    "layer < }": (1, 9, "expected the name"),
-    "}": (1, 1, "expected the name"),
+    "layer < }": (1, 9, "expected '>'"),
+    "}": (1, 1, "closes nothing"),
     'name "a"': (1, 6, "expected ':'"),
     'name: "a': (1, 7, "does not end"),
     'name: "\\q"': (1, 7, "no escape"),
+    'name: "C:\\Users"': (1, 7, "write / or"),
+    '\ufeffname: "a"': (1, 1, "byte order mark"),
+    "layer { pooling_param { ceil_mode: true } }": (1, 25, "BVLC's word is round_mode"),
+    'name: "\\351\udce9" nam: 1': (1, 15, "has no field 'nam'"),
     'name: "\\777"': (1, 7, "no escape"),
     'name: "\\ud800"': (1, 7, "no escape"),
-    'name: "a" name: "b"': (1, 11, "given twice"),
-    "name: a": (1, 7, "takes text in quotes"),
-    "input_dim: 1.5": (1, 12, "takes a whole number"),
+    'name: "a" name: "b"': (1, 17, "given twice"),
+    "name: a": (1, 7, "expected text in quotes"),
+    "input_dim: 1.5": (1, 12, "expected a whole number"),
     "input_dim: 12a": (1, 12, "cannot read"),
     "input_dim: 3000000000": (1, 12, "out of range"),
-    f"input_dim: {'9' * 5000}": (1, 12, "takes a whole number"),
-    "input_dim: 089": (1, 12, "takes a whole number"),
-    "input_dim: [1, 2": (1, 17, "expected ',' or ']'"),
-    "input_dim: [1, ]": (1, 16, "takes a whole number"),
-    "force_backward: maybe": (1, 17, "takes true or false"),
-    "state { phase: DEPLOY }": (1, 16, "takes one of TRAIN, TEST"),
-    "state { phase: 7 }": (1, 16, "takes one of TRAIN, TEST"),
-    "layer { loss_weight: much }": (1, 22, "takes a number"),
-    "layer { clip_param { min: 0 } }": (1, 29, "needs a field 'max'"),
+    f"input_dim: {'9' * 5000}": (1, 12, "expected a whole number"),
+    "input_dim: 089": (1, 12, "expected a whole number"),
+    "input_dim: [1, 2": (1, 17, "expected ','"),
+    "input_dim: [1, ]": (1, 16, "expected a whole number"),
+    "force_backward: maybe": (1, 17, "expected true or false"),
+    "state { phase: DEPLOY }": (1, 16, "expected one of TRAIN, TEST"),
+    "state { phase: 7 }": (1, 16, "expected one of TRAIN, TEST"),
+    "layer { loss_weight: much }": (1, 22, "expected a number"),
+    "layer { clip_param { min: 0 } }": (1, 20, "a field 'max' is needed here"),
     "name: \u00fc": (1, 7, "cannot read"),
-    "[extension]: 1": (1, 1, "expected the name"),
+    "[extension]: 1": (1, 2, "expected the name"),
 }
 
 
@@ -119,8 +126,8 @@ def test_deep_and_long_texts_neither_crash_nor_take_long():
 
 
 def test_more_values_than_any_net_has_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("soonest.caffe.text.parser.MOST_VALUES", 100)
-    for one in ("layer { } ", 'input: "" ', "input_dim: 1 "):
+    monkeypatch.setattr("soonest.caffe.text.outline.MOST_VALUES", 100)
+    for one in ("layer { } ", 'input: "" '):
         net(one * 100)
         with pytest.raises(TextError, match="more than 100 values"):
             net(one * 101)
@@ -175,7 +182,6 @@ def test_bytes_that_are_no_utf8_survive():
     assert b"\\351" in text.write(parse(raw, "NetParameter")).encode()
 
 
-@golden.needed
 def test_every_golden_definition_is_read_and_those_that_caffe_refuses_are_refused():
     refused: dict[str, int] = {}
     paths = sorted(golden.FOLDER.rglob("*.prototxt"))
@@ -195,3 +201,21 @@ def test_every_golden_definition_is_read_and_those_that_caffe_refuses_are_refuse
         "unclosed_brace.net.prototxt": 6,
         "unknown_field.net.prototxt": 3,
     }
+
+
+WITHOUT = """
+import sys
+sys.modules["google.protobuf"] = None
+from soonest.caffe.solvers import SGD
+from soonest.cli import main
+raise SystemExit(main(["caffe", "time", "--model=net.prototxt"]))
+"""
+
+
+def test_without_protobuf_a_sentence_says_how_to_get_it(tmp_path: Path):
+    (tmp_path / "net.prototxt").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.endswith("need protobuf: pip install 'soonest[caffe]'\n")

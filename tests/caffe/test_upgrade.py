@@ -17,7 +17,6 @@ CASES = {
 }  # fmt: skip
 
 
-@golden.needed
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_old_definitions_become_what_caffes_own_tool_makes_of_them(name: str):
     path = golden.FOLDER / "legacy" / name
@@ -55,12 +54,24 @@ def test_names_of_shared_blobs_are_kept():
     assert [(one.name, one.lr_mult) for one in layer.param] == [("w", 3), ("", 1)]
 
 
+def test_a_field_that_an_old_layer_cannot_have_is_told_of_and_left_out():
+    said: list[str] = []
+    source = 'layers { layer { name: "n" type: "relu" pad: 1 } }'
+    layer = upgrade.net(parse(source, "NetParameter"), warn=said.append).layer[0]
+    assert said == ["layer 'n' (line 1): Unknown parameter pad for layer type relu; it is left out"]
+    assert set(layer.values) == {"name", "type"}
+
+
+def test_inputs_without_sizes_only_name_what_a_layer_makes():
+    source = 'input: "x" layer { name: "x" type: "Input" top: "x" }'
+    assert [layer.type for layer in upgraded(source).layer] == ["Input"]
+
+
 WRONG = {
     "layer { } layers { }": "both 'layer' and 'layers'",
     'input: "a" input_dim: 1': "give four for each",
     'input: "a" input: "b" input: "c" input_shape { } input_shape { }': "give one for each",
     'layers { layer { name: "n" type: "conf" } }': r"layer 'n' \(line 1\) has the type 'conf'",
-    'layers { layer { name: "n" type: "relu" pad: 1 } }': "cannot have a field 'pad'",
     'layers { layer { type: "relu" } } layers { name: "n" type: RELU }': "the same form",
     'layers { layer { type: "padding" pad: 1 } top: "p" bottom: "d" } '
     'layers { layer { name: "n" type: "relu" } bottom: "p" }': "reads padding 'p'",

@@ -96,6 +96,19 @@ def test_more_than_ten_blobs_keep_their_order(tmp_path: Path):
     assert [int(array[0]) for array in state.read(path).history] == list(range(12))
 
 
+@pytest.mark.parametrize("names", [["conv1", "conv1/bn"], ["conv1/bn", "conv1"], ["a/b/c", "a"]])
+def test_the_name_of_a_layer_may_begin_with_that_of_another(names: list[str], tmp_path: Path):
+    pytest.importorskip("h5py")
+    layers = {name: dict(enumerate(ARRAYS[: 1 + place])) for place, name in enumerate(names)}
+    weights.write_hdf5(tmp_path / "x.h5", {**layers, "none": {}})
+    found = weights.read(tmp_path / "x.h5")
+    assert set(found) == {*names, "none"}
+    for name, blobs in layers.items():
+        assert len(found[name]) == len(blobs)
+        for number, array in blobs.items():
+            assert np.array_equal(found[name][number], array)
+
+
 def test_damaged_hdf5_is_refused(tmp_path: Path):
     pytest.importorskip("h5py")
     path = tmp_path / "x.caffemodel.h5"
@@ -168,7 +181,6 @@ def test_hdf5_of_something_else_is_refused(tmp_path: Path):
         weights.read(path)
 
 
-@golden.needed
 def test_both_formats_of_the_same_weights_are_equal():
     pytest.importorskip("h5py")
     folder = golden.FOLDER / "legacy" / "hdf5"

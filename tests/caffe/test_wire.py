@@ -87,10 +87,10 @@ WRONG = {
     "a length beyond its message": (bytes.fromhex("a20603" "0a0561" "000000"), 4, "cut off"),
     "field number 0": (bytes.fromhex("0000"), 0, "no field can start"),
     "wire type 7": (bytes.fromhex("0f"), 0, "no field can start"),
-    "a group that is not closed": (bytes.fromhex("fb3f"), 2, "within a group"),
-    "a group that was not opened": (bytes.fromhex("0c"), 0, "did not start"),
-    "groups that cross": (bytes.fromhex("fb3f" "0b" "fc3f"), 3, "did not start"),
-    "groups within each other": (bytes.fromhex("fb3f") * 101 + b"0", 2, "within each other"),
+    "a group that is not closed": (bytes.fromhex("fb3f"), 0, "damaged"),
+    "a group that was not opened": (bytes.fromhex("0c"), 0, "damaged"),
+    "groups that cross": (bytes.fromhex("fb3f" "0b" "fc3f"), 0, "damaged"),
+    "groups within each other": (bytes.fromhex("fb3f") * 101 + b"0", 0, "damaged"),
     "text": (b"name: 'a prototxt'", 0, "no field can start"),
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ def test_what_is_wrong_is_said_with_its_place(what: str):
 
 
 def test_floats_that_are_cut_off_are_refused():
-    with pytest.raises(WireError, match="no whole number of floats"):
+    with pytest.raises(WireError, match="no whole number of float32"):
         decode(bytes.fromhex("2a03000000"), "BlobProto")
 
 
@@ -113,7 +113,7 @@ def test_messages_within_each_other_without_end_are_refused():
     data = b""
     for _ in range(200):  # A group is the only thing that nests at will.
         data = bytes.fromhex("fb3f") + data + bytes.fromhex("fc3f")
-    with pytest.raises(WireError, match="within each other"):
+    with pytest.raises(WireError, match="damaged"):
         decode(data, "NetParameter")
 
 
@@ -131,13 +131,14 @@ def test_hostile_files_take_neither_memory_nor_time():
 
 
 def test_more_values_than_any_net_has_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("soonest.caffe.wire.decoder.MOST_VALUES", 100)
-    for one in ("a20600", "1a00", "2000"):  # Layers, inputs, dimensions.
-        decode(bytes.fromhex(one) * 100, "NetParameter")
-        with pytest.raises(WireError, match="more than 100 values"):
-            decode(bytes.fromhex(one) * 101, "NetParameter")
-    with pytest.raises(WireError, match="more than 100 values"):
-        decode(bytes.fromhex("0a65") + b"\1" * 101, "BlobShape")
+    monkeypatch.setattr("soonest.caffe.wire.decoder.MOST_BYTES", 300)
+    for one in ("1a00", "2000"):  # Inputs, dimensions.
+        decode(bytes.fromhex(one) * 150, "NetParameter")
+        with pytest.raises(WireError, match="more than 300 bytes"):
+            decode(bytes.fromhex(one) * 151, "NetParameter")
+    with pytest.raises(WireError, match="more than 300 bytes"):
+        decode(bytes.fromhex("a20600") * 20, "NetParameter")  # Layers.
+    decode(bytes.fromhex("2a9003") + bytes(400), "BlobProto")  # Arrays do not count.
 
 
 def test_a_message_longer_than_protobuf_reads_is_not_written(monkeypatch: pytest.MonkeyPatch):
@@ -181,7 +182,6 @@ def test_damaged_files_are_read_or_refused(message: Message, data: st.DataObject
     assert error is None or 0 <= error.offset_bytes <= len(cut)
 
 
-@golden.needed
 def test_every_golden_file_is_written_back_byte_by_byte():
     refused: list[str] = []
     count = 0

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from soonest.caffe import wire
+from soonest.caffe.files import read_bytes
 from soonest.caffe.message import Message
 
 Array = npt.NDArray[np.float32]
@@ -48,6 +50,19 @@ def to_array(blob: Message, what: str) -> Array:
             f"{math.prod(shape)}: the file is damaged"
         )
     return values.reshape(shape)
+
+
+def read_array(path: str, what: str) -> Array:
+    """The array in a file with one blob, a ``.binaryproto``.
+
+    Args:
+        path: of the file.
+        what: it is, for errors.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    return to_array(wire.decode(read_bytes(path, what), "BlobProto", file=path), path)
 
 
 def to_blob(array: Any, diff: Any = None) -> Message:

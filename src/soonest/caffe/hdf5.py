@@ -99,8 +99,12 @@ def numbered(group: Any, what: str) -> dict[int, Array]:
     """
     if not isinstance(group, _library().Group):
         raise ValueError(f"{what} is no group of blobs")
+    return _blobs(group, list(group), what)
+
+
+def _blobs(group: Any, names: list[str], what: str) -> dict[int, Array]:
     found: dict[int, Array] = {}
-    for name in sorted(group, key=lambda name: (len(name), name)):
+    for name in sorted(names, key=lambda name: (len(name), name)):
         if not name.isdecimal():
             raise ValueError(f"{what} has {name!r} in it, which is no blob")
         found[int(name)] = values(group[name], f"blob {name} of {what}")
@@ -108,7 +112,9 @@ def numbered(group: Any, what: str) -> dict[int, Array]:
 
 
 def layers(group: Any, what: str) -> dict[str, dict[int, Array]]:
-    """The blobs of every layer below a group, by name of the layer, which may hold slashes.
+    """The blobs of every layer below a group, by name of the layer.
+
+    A name may hold slashes: then its group is inside of others, which may be layers, too.
 
     Raises:
         ValueError: something else is in it.
@@ -118,15 +124,17 @@ def layers(group: Any, what: str) -> dict[str, dict[int, Array]]:
         raise ValueError(f"'data' of {what} is no group of layers")
     found: dict[str, dict[int, Array]] = {}
 
-    def walk(within: Any, prefix: str, depth: int) -> None:
-        for name in within:
-            inner = within[name]
-            if not isinstance(inner, h5py.Group) or depth > _MOST_DEEP:
-                raise ValueError(f"{what}: {prefix + name!r} is no layer")
-            if any(isinstance(inner[key], h5py.Group) for key in inner):
-                walk(inner, f"{prefix}{name}/", depth + 1)
-            else:
-                found[prefix + name] = numbered(inner, f"layer {prefix + name!r} of {what}")
+    def walk(within: Any, name: str, depth: int) -> None:
+        if depth > _MOST_DEEP:
+            raise ValueError(f"{what}: {name!r} is no layer")
+        inner = [key for key in within if isinstance(within[key], h5py.Group)]
+        blobs = [key for key in within if key not in inner]
+        if blobs and not name:
+            raise ValueError(f"{what}: {blobs[0]!r} is no layer")
+        if name and (blobs or not inner):
+            found[name] = _blobs(within, blobs, f"layer {name!r} of {what}")
+        for key in inner:
+            walk(within[key], f"{name}/{key}" if name else key, depth + 1)
 
     walk(group, "", 0)
     return found
@@ -137,6 +145,35 @@ def open_to_write(path: str | Path) -> Iterator[Any]:
     """Opens a new file, which takes its place once it is whole."""
     with replaced(path) as new, _library().File(new, "w", libver="earliest") as file:
         yield file
+
+
+def append(path: str, tables: dict[str, Array], *, new: bool) -> None:
+    """Writes rows behind those that datasets have.
+
+    Args:
+        path: of the file.
+        tables: the rows, by name of the dataset.
+        new: whether to begin the file anew.
+
+    Raises:
+        ValueError: it cannot be written, or rows have another shape than those before.
+    """
+    try:
+        with _library().File(path, "w" if new else "a") as file:
+            for name, rows in tables.items():
+                if name not in file:
+                    file.create_dataset(name, data=rows, maxshape=(None, *rows.shape[1:]))
+                    continue
+                data, before = file[name], len(file[name])
+                if data.shape[1:] != rows.shape[1:]:
+                    raise ValueError(
+                        f"rows of {name!r} in {path} have the shape {list(data.shape[1:])}, so "
+                        f"none of {list(rows.shape[1:])} can be put behind them"
+                    )
+                data.resize(before + len(rows), axis=0)
+                data[before:] = rows
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error}") from None
 
 
 def _library() -> Any:

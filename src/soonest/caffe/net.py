@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from soonest.caffe import rules
 from soonest.caffe.blobs import to_blob
 from soonest.caffe.data.records import RecordLayer
-from soonest.caffe.layers.base import Layer, check_shape
-from soonest.caffe.layers.registry import LAYERS, UNSUPPORTED
+from soonest.caffe.debug import Watch
+from soonest.caffe.layers.base import Layer, Shape, check_shape, gradient
+from soonest.caffe.layers.inputs import Fed
+from soonest.caffe.layers.registry import LAYERS
 from soonest.caffe.message import Message
 from soonest.caffe.sharing import Blob, Sharing
 
@@ -44,6 +47,7 @@ class Step:
         weights: with which its tops count in the loss.
         stops: which bottoms get no gradient.
         place: of its definition, for errors.
+        shapes: of its bottoms, for which it was made; later ones may have others.
     """
 
     layer: Layer
@@ -52,6 +56,21 @@ class Step:
     weights: list[float]
     stops: list[bool]
     place: str
+    shapes: list[Shape]
+
+    def run(self, bottoms: list[Tensor]) -> list[Tensor]:
+        """Its tops.
+
+        Raises:
+            ValueError: bottoms have shapes that it cannot take.
+        """
+        shapes = [tuple(bottom.shape) for bottom in bottoms]
+        try:
+            return listed(self.layer(*bottoms))
+        except (IndexError, RuntimeError) as error:
+            if shapes == self.shapes:
+                raise
+            raise _unfit(shapes, error) from error
 
 
 class Net(nn.Module):
@@ -91,7 +110,7 @@ class Net(nn.Module):
         self.phase = self.state.phase
         self.steps: list[Step] = []
         self.layers = nn.ModuleDict()
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, Shape] = {}
         self._share, self._divide = (rank, ranks), divide
         sharing = Sharing()
         made: dict[str, Tensor] = {}
@@ -100,7 +119,9 @@ class Net(nn.Module):
             with _placed(self._place(spec)):
                 self._append(spec, made, unread, sharing)
         self.output_names = sorted(unread)
-        self.stored = sharing.fill(generator or torch.default_generator)
+        self.stored = sharing.fill(
+            generator or torch.default_generator, all_learn=definition.force_backward
+        )
         """Every blob once, in the order of the layers: what solvers keep a history of."""
 
     def _place(self, spec: Message) -> str:
@@ -112,8 +133,7 @@ class Net(nn.Module):
         self, spec: Message, made: dict[str, Tensor], unread: set[str], sharing: Sharing
     ) -> None:
         if spec.type not in LAYERS:
-            why = UNSUPPORTED.get(spec.type, f"known types are {', '.join(sorted(LAYERS))}")
-            raise ValueError(f"no such type is supported: {why}")
+            raise ValueError(f"Caffe has no such type: it has {', '.join(sorted(LAYERS))}")
         class_ = LAYERS[spec.type]
         bottoms, tops = list(spec.bottom), list(spec.top)
         for number, name in enumerate(bottoms):
@@ -132,30 +152,37 @@ class Net(nn.Module):
         try:
             with torch.device("meta"), torch.no_grad():
                 layer = class_(spec, shapes, self.phase)
-                if isinstance(layer, RecordLayer):
-                    layer.share(*self._share, divide=self._divide)
+                layer.share(*self._share, divide=self._divide)
                 results = listed(layer.infer(*(made[name] for name in bottoms)))
         except (IndexError, RuntimeError) as error:
-            given = [list(shape) for shape in shapes]
-            raise ValueError(f"it cannot take bottoms of the shapes {given}: {error}") from error
+            raise _unfit(shapes, error) from error
         for name, result in zip(tops, results, strict=True):
             check_shape(result.shape, f"top {name!r}")
         if spec.has("propagate_down") and len(spec.propagate_down) != len(bottoms):
             raise ValueError("propagate_down must be given once for each bottom, or not at all")
         stops = [not one for one in spec.propagate_down] or [False] * len(bottoms)
+        if self.definition.force_backward:
+            stops = [False] * len(bottoms)
         made.update(zip(tops, results, strict=True))
         self.shapes.update({name: tuple(made[name].shape) for name in tops})
         unread.update(tops)
         sharing.add(layer)
         self.layers[_key(spec.name, self.layers)] = layer
-        self.steps.append(Step(layer, bottoms, tops, weights, stops, self._place(spec)))
+        self.steps.append(Step(layer, bottoms, tops, weights, stops, self._place(spec), shapes))
 
-    def forward(self, inputs: Mapping[str, Tensor] | None = None, *, keep: bool = False) -> Result:
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor] | None = None,
+        *,
+        keep: bool = False,
+        watch: Watch | None = None,
+    ) -> Result:
         """Runs the net.
 
         Args:
-            inputs: what replaces tops of Input layers, by name.
+            inputs: what replaces tops of Input and MemoryData layers, by name.
             keep: whether to return all blobs, not only the outputs.
+            watch: is told of all that is read and given.
 
         Raises:
             ValueError: an input has no such name, or data are wrong; the error names the layer.
@@ -164,18 +191,17 @@ class Net(nn.Module):
         blobs: dict[str, Tensor] = {}
         total = torch.zeros(())
         for step in self.steps:
+            read = [
+                blobs[name].detach() if stop else blobs[name]
+                for name, stop in zip(step.bottoms, step.stops, strict=True)
+            ]
+            read = watch.reads(read) if watch else read
             with _placed(step.place):
-                if step.layer.spec.type == "Input":
-                    tops = [inputs.pop(name, None) for name in step.tops]
-                    if any(top is None for top in tops):
-                        rest = step.layer()
-                        tops = [a if a is not None else b for a, b in zip(tops, rest, strict=True)]
-                else:
-                    read = (
-                        blobs[name].detach() if stop else blobs[name]
-                        for name, stop in zip(step.bottoms, step.stops, strict=True)
-                    )
-                    tops = listed(step.layer(*read))
+                tops = _fed(step, inputs) if isinstance(step.layer, Fed) else step.run(read)
+            if not read and self.definition.force_backward and torch.is_grad_enabled():
+                tops = [top if top.requires_grad else top.detach().requires_grad_() for top in tops]
+            if watch:
+                watch.gives(tops)
             for name, top, weight in zip(step.tops, tops, step.weights, strict=True):
                 blobs[name] = top
                 if weight:
@@ -191,6 +217,11 @@ class Net(nn.Module):
         for step in self.steps:
             if isinstance(step.layer, RecordLayer):
                 step.layer.close()
+
+    def repeated_names(self) -> list[str]:
+        """Names that several layers with blobs have, whose weights files cannot tell apart."""
+        names = [step.layer.spec.name for step in self.steps if step.layer.blob_names]
+        return [name for name, count in Counter(names).items() if count > 1]
 
     def loss_weight(self, name: str) -> float:
         """With which weight a blob counts in the loss, by its last layer."""
@@ -211,7 +242,7 @@ class Net(nn.Module):
             spec.blobs = [
                 to_blob(
                     blob.detach().numpy(),
-                    blob.grad.numpy() if with_diff and blob.grad is not None else None,
+                    found.numpy() if with_diff and (found := gradient(blob)) is not None else None,
                 )
                 for blob in step.layer.blobs()
             ]
@@ -219,6 +250,20 @@ class Net(nn.Module):
                 spec.loss_weight = step.weights
             message.layer.append(spec)
         return message
+
+
+def _fed(step: Step, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The tops of a layer that a program feeds, taken out of what it gives."""
+    given = {name: inputs.pop(name) for name in step.tops if name in inputs}
+    if len(given) == len(step.tops):
+        return [given[name] for name in step.tops]
+    own = zip(step.tops, listed(step.layer()), strict=True)
+    return [given.get(name, top) for name, top in own]
+
+
+def _unfit(shapes: list[Shape], error: Exception) -> ValueError:
+    given = [list(shape) for shape in shapes]
+    return ValueError(f"it cannot take bottoms of the shapes {given}: {error}")
 
 
 def _state(definition: Message, phase: str, given: Message | None) -> Message:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from soonest.caffe.layers.base import Layer
+from soonest.caffe.layers.base import Layer, count
 from soonest.caffe.message import Message
 
 
@@ -67,27 +67,40 @@ class Sharing:
             else:
                 _join(owner, layer, name, param)
 
-    def fill(self, generator: torch.Generator) -> list[Blob]:
-        """Gives every blob its memory and first values, and shares what is shared."""
+    def fill(self, generator: torch.Generator, *, all_learn: bool = False) -> list[Blob]:
+        """Gives every blob its memory and first values, and shares what is shared.
+
+        Args:
+            generator: of random numbers.
+            all_learn: whether those with an ``lr_mult`` of 0 have gradients, too.
+        """
         for blob in self._blobs:
             blob.lr_mult = 1.0 if blob.lr_mult is None else blob.lr_mult
             blob.decay_mult = 1.0 if blob.decay_mult is None else blob.decay_mult
             blob.layer.fill(blob.name, generator)
             tensor = blob.tensor
             if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(blob.lr_mult != 0)
+                tensor.requires_grad_(blob.lr_mult != 0 or all_learn)
             for layer, name in blob.also:
-                setattr(layer, name, tensor)
+                if getattr(layer, name).shape == tensor.shape:
+                    setattr(layer, name, tensor)
+                else:
+                    layer.look_at(name, blob.layer, blob.name)
         return self._blobs
 
 
 def _join(owner: Blob, layer: Layer, name: str, param: Message) -> None:
     own, other = list(owner.tensor.shape), list(getattr(layer, name).shape)
     what = f"it cannot share {param.name!r} with layer {owner.layer.spec.name!r}"
-    if own != other:
-        permissive = param.share_mode == "PERMISSIVE"
-        why = " (share_mode: PERMISSIVE is not supported)" if permissive else ""
-        raise ValueError(f"{what}: the shapes are {other} here and {own} there{why}")
+    if param.share_mode == "PERMISSIVE":
+        if count(own) != count(other):
+            raise ValueError(
+                f"{what}: the shapes are {other} here and {own} there, which hold "
+                f"{count(other)} and {count(own)} values"
+            )
+    elif own != other:
+        why = "if equally many values are enough, say share_mode: PERMISSIVE here"
+        raise ValueError(f"{what}: the shapes are {other} here and {own} there; {why}")
     for field in ("lr_mult", "decay_mult"):
         if not param.has(field):
             continue

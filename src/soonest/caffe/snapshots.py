@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from soonest.caffe import state, weights
+from soonest.caffe.layers.base import gradient
 from soonest.caffe.log import Say
 from soonest.caffe.message import Message
 from soonest.caffe.net import Net
@@ -53,32 +54,30 @@ def save(
     model, saved = f"{stem}.caffemodel{ending}", f"{stem}.solverstate{ending}"
     say(f"Snapshotting to {kind} file {model}")
     if hdf5:
-        weights.write_hdf5(model, *_tables(net, with_diff=solver.snapshot_diff))
+        weights.write_hdf5(model, *tables(net, with_diff=solver.snapshot_diff))
     else:
         weights.write_message(model, net.to_message(with_diff=solver.snapshot_diff))
     say(f"Snapshotting solver state to {kind} file {saved}")
     state.State(iteration, model, histories(net, optimizer), step).write(saved)
 
 
-def _tables(net: Net, *, with_diff: bool) -> tuple[weights.Weights, weights.Weights | None]:
+def tables(net: Net, *, with_diff: bool) -> tuple[weights.Weights, weights.Weights | None]:
     """The blobs of each layer, shared ones only in the first that has them."""
     shared = {(layer, name) for blob in net.stored for layer, name in blob.also}
     data: weights.Weights = {}
     diff: weights.Weights = {}
     for one in net.steps:
         own, name = one.layer, one.layer.spec.name
+        if name in data:  # Its name is that of another, whose weights are those that are read.
+            continue
         data[name], diff[name] = {}, {}
         for number, attribute in enumerate(own.blob_names):
             if (own, attribute) not in shared:
                 tensor = getattr(own, attribute)
                 data[name][number] = tensor.detach().numpy()
-                diff[name][number] = gradient(tensor).numpy()
+                found = gradient(tensor)
+                diff[name][number] = (torch.zeros_like(tensor) if found is None else found).numpy()
     return data, diff if with_diff else None
-
-
-def gradient(tensor: Tensor) -> Tensor:
-    """A blob's gradient; zeros if it has none."""
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.detach()
 
 
 def histories(net: Net, optimizer: CaffeSolver) -> list[np.ndarray]:

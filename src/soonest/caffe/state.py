@@ -68,6 +68,11 @@ def read(path: str | Path) -> State:
     """
     what = "a solver's state"
     read_bytes(path, what, limit=1)
+    if ".caffemodel" in Path(path).name:
+        raise ValueError(
+            f"{path} holds weights: start from them with --weights, or go on with the "
+            ".solverstate that was saved beside it"
+        )
     if not hdf5.is_hdf5(path):
         found = wire.decode(mapped(path, what), "SolverState", file=str(path))
         return State(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from soonest.caffe.log import Say
-from soonest.caffe.net import Net, listed
+from soonest.caffe.net import Net
 
 
 def measure(net: Net, iterations: int, *, say: Say) -> None:
@@ -41,7 +41,7 @@ def measure(net: Net, iterations: int, *, say: Say) -> None:
             # Cut from the layers before, so that each backward pass is that of one layer.
             read = [blobs[name].detach().requires_grad_() for name in step.bottoms]
             layer_s = time.perf_counter()
-            tops = listed(step.layer(*read))
+            tops = step.run(read)
             forward_s[number] += time.perf_counter() - layer_s
             tape.append((read, tops))
             blobs.update(zip(step.tops, tops, strict=True))

@@ -68,4 +68,5 @@ def share_weights(source: Net, target: Net) -> None:
                 "trained: give them other names, or the same shapes"
             )
         for name, other_name in zip(step.layer.blob_names, other.blob_names, strict=True):
-            setattr(step.layer, name, getattr(other, other_name))
+            if name not in step.layer.looks:  # Else it follows the one that it looks at.
+                setattr(step.layer, name, getattr(other, other_name))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from soonest import Handle, prioritize
 from soonest.caffe import log, nets, snapshots, solvers, weights
+from soonest.caffe.debug import Watch
 from soonest.caffe.message import Message
 from soonest.caffe.net import Net
 from soonest.caffe.rates import Rate
 from soonest.caffe.reach import unreached
+from soonest.caffe.scoring import Means
 from soonest.caffe.signals import Requests
 from soonest.caffe.trained import copy_weights, share_weights
 
@@ -68,6 +71,11 @@ class Trainer:
         )  # fmt: skip
         if not any(weight for step in self.net.steps for weight in step.weights):
             raise ValueError(f"{own.file}: the net has no loss to train with: add a loss layer")
+        for name in self.net.repeated_names() if self._first else ():
+            log.warning(
+                f"{own.file}: several layers are named {name!r}, so only the weights of the first "
+                "can be read again: give each a name of its own"
+            )
         self.tests: list[Net] = []
         for other in nets.testing(solver) if self._first else ():
             test = Net(other.definition, "TEST", state=other.state, file=other.file)
@@ -80,8 +88,6 @@ class Trainer:
             for blob in self.net.stored
             if isinstance(blob.tensor, nn.Parameter) and blob.tensor.requires_grad
         ]
-        if not self._learned:
-            raise ValueError(f"{own.file}: the net has no blobs to learn with an lr_mult above 0")
         self.optimizer = solvers.make(
             solver,
             [
@@ -90,13 +96,14 @@ class Trainer:
                     "weight_decay": solver.weight_decay * (blob.decay_mult or 0),
                 }
                 for blob in self._learned
-            ],
+            ]
+            or [{"params": []}],
         )
         self._unreached: list[Tensor] | None = None
         self.iteration = 0
         self.loss = 0.0
         self.handle: Handle | None = None
-        self._stopped = False
+        self._stopped = self._shown = False
 
     def _saves(self) -> bool:
         return self.solver.snapshot > 0 or self.solver.snapshot_after_train
@@ -141,7 +148,9 @@ class Trainer:
             return
         if self._first and self._due(solver.display):
             with torch.no_grad():
-                self._smoothed.add(self.net().loss.item())
+                # Caffe's net goes on to say what the last iteration let it say.
+                watch = self._watch(self.net) if self._shown else None
+                self._smoothed.add(self.net(watch=watch).loss.item())
             self._say(f"Iteration {self.iteration}, loss = {self._smoothed.value:g}")
         if self._due(solver.test_interval):
             self.test()
@@ -150,8 +159,11 @@ class Trainer:
     def run(self, iterations: int) -> None:
         """Trains for so many iterations, or until a signal asks to stop."""
         solver = self.solver
-        if self._ranks > 1 and self.handle is None:
-            self.handle = prioritize(self.net, self.optimizer, separable=True)
+        if self._ranks > 1 and self.handle is None and self._learned:
+            # As in Caffe, BatchNorm's statistics stay those of each rank.
+            self.handle = prioritize(
+                self.net, self.optimizer, separable=True, broadcast_buffers=False
+            )
         self._smoothed = log.Smoothed(solver.average_loss)
         self._pace = log.Pace(self.iteration)
         stop = self.iteration + iterations
@@ -172,14 +184,17 @@ class Trainer:
         self.optimizer.zero_grad()
         self.loss = 0.0
         outputs: dict[str, Tensor] = {}
+        self._shown = shown = self._due(solver.display)
         for turn in range(solver.iter_size):
+            watch = self._watch(self.net) if shown else None
             with self._alone(turn < solver.iter_size - 1):
-                result = self.net()
+                result = self.net(watch=watch)
                 self._backward(result.loss)
+            if watch:
+                watch.back()
             self.loss += result.loss.item() / solver.iter_size
             outputs = result.outputs
         self._smoothed.add(self.loss)
-        shown = self._due(solver.display)
         if shown:
             self._show(outputs)
         self._update(shown=shown)
@@ -190,11 +205,17 @@ class Trainer:
 
         Caffe's weight decay and histories move those, too.
         """
+        if not loss.requires_grad and not self._learned:
+            return  # Only statistics move.
         if self._unreached is None:
             self._unreached = unreached(loss, [blob.tensor for blob in self._learned])
         for tensor in self._unreached:
             loss = loss + 0 * tensor.sum()
         loss.backward()
+
+    def _watch(self, net: Net) -> Watch | None:
+        """What a pass through a net is to be told to, if the solver asks for that."""
+        return Watch(net, self._say) if self.solver.debug_info and self._first else None
 
     def _alone(self, alone: bool) -> AbstractContextManager[None]:
         """Where backward passes only add to this rank's gradients, if that is wanted."""
@@ -217,10 +238,14 @@ class Trainer:
         if shown:
             self._say(f"Iteration {self.iteration}, lr = {rate:g}")
         clip_scale = self._clip_scale()
-        for group, blob in zip(self.optimizer.param_groups, self._learned, strict=True):
+        for group, blob in zip(self.optimizer.param_groups, self._learned, strict=False):
             group["lr"] = rate * (blob.lr_mult or 0)
             group["clip_scale"] = clip_scale
         self.optimizer.step()
+
+    def apply(self) -> None:
+        """Moves the weights by the gradients that are there."""
+        self._update(shown=False)
 
     def _clip_scale(self) -> float:
         """By which gradients are multiplied so that their norm is not above what is allowed."""
@@ -244,7 +269,12 @@ class Trainer:
         for number, net in enumerate(self.tests):
             self._say(f"Iteration {self.iteration}, Testing net (#{number})")
             batches = self.solver.test_iter[number]
-            found = tested(net, batches, given_up=lambda: self._requests.stops)
+            found = tested(
+                net,
+                batches,
+                given_up=lambda: self._requests.stops,
+                watch=partial(self._watch, net),
+            )
             if found is None:
                 self._say("Test interrupted.")
                 return
@@ -273,16 +303,16 @@ class Trainer:
 
 @torch.no_grad()
 def tested(
-    net: Net, batches: int, *, given_up: Callable[[], bool]
+    net: Net,
+    batches: int,
+    *,
+    given_up: Callable[[], bool],
+    watch: Callable[[], Watch | None],
 ) -> tuple[float, dict[str, Tensor]] | None:
     """The mean loss and the mean of each output over so many batches; None if given up."""
-    total = 0.0
-    sums: dict[str, Tensor] = {}
+    means = Means()
     for _ in range(batches):
         if given_up():
             return None
-        result = net()
-        total += result.loss.item()
-        for name, blob in result.outputs.items():
-            sums[name] = sums[name] + blob if name in sums else blob.clone()
-    return total / max(1, batches), {name: blob / batches for name, blob in sums.items()}
+        means.add(net(watch=watch()))
+    return means.loss, means.outputs()

@@ -78,6 +78,6 @@ def write_hdf5(path: str | Path, data: Weights, diff: Weights | None = None) -> 
     with hdf5.open_to_write(path) as file:
         for name, layers in (("data", data), ("diff", diff)):
             for layer, blobs in (layers or {}).items():
-                group = file.create_group(f"{name}/{layer}")
+                group = file.require_group(f"{name}/{layer}")
                 for number, array in blobs.items():
                     group.create_dataset(str(number), data=array)

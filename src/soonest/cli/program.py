@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from typing import NoReturn
 
 from soonest.cli import bench, caffe, demo, lab, predict
-from soonest.cli.request import FailedError, WrongRequestError
+from soonest.cli.request import FailedError, Parser, WrongRequestError
 from soonest.errors import SoonestError
 
 COMMANDS = (bench, demo, lab, predict, caffe)
@@ -17,15 +16,8 @@ COMMANDS = (bench, demo, lab, predict, caffe)
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage around it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise WrongRequestError(f"{message} (see '{self.prog} --help')")
-
-
-def parser() -> argparse.ArgumentParser:
-    top = _Parser(prog="soonest", description="Soonest needed, soonest sent.")
+def parser() -> Parser:
+    top = Parser(prog="soonest", description="Soonest needed, soonest sent.")
     top.add_argument(
         "--version", action="version", version=f"soonest {metadata.version('soonest')}"
     )
@@ -44,6 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 it failed, 2 the request was wrong, 130 interrupted.
     """
+    try:
+        return _run(argv)
+    finally:
+        if argv is None:  # The process ends: a Ctrl-C now would only cut through that.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         args = parser().parse_args(argv)
         return args.run(args)

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 NO_PICTURES = "pictures need matplotlib: pip install 'soonest[report]'"
 
@@ -16,6 +17,13 @@ class WrongRequestError(Exception):
 
 class FailedError(Exception):
     """The request was right, but carrying it out failed; the message says why."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise WrongRequestError(f"{message} (see '{self.prog} --help')")
 
 
 def rate(text: str) -> float:

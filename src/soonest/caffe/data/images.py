@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from soonest.caffe import log
 from soonest.caffe.data.records import RecordLayer
 from soonest.caffe.data.transform import Transform
 from soonest.caffe.files import read_bytes
 from soonest.caffe.layers.base import Shape
 from soonest.caffe.message import Message
+
+_JPEG, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_WARNED: set[str] = set()
+"""Of which images it was said already that they are cut off."""
 
 
 def decoded(data: bytes, what: str, *, color: bool | None, size: tuple[int, int] = (0, 0)) -> Any:
@@ -27,14 +32,40 @@ def decoded(data: bytes, what: str, *, color: bool | None, size: tuple[int, int]
     Raises:
         ValueError: it is no image.
     """
-    cv2 = _library()
-    flags = {None: cv2.IMREAD_UNCHANGED, True: cv2.IMREAD_COLOR, False: cv2.IMREAD_GRAYSCALE}
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags[color]) if data else None
+    image = _read(data, color)
+    if image is None and data.startswith(_JPEG):
+        # One that is cut off; with an end OpenCV reads what there is, as it does from a file.
+        image = _read(data + _JPEG_END, color)
+        if image is not None and what not in _WARNED:
+            _WARNED.add(what)
+            log.warning(f"{what} is cut off at its end: what is missing is made up")
     if image is None:
         raise ValueError(f"{what} is no image that OpenCV can read")
     if all(size):
-        image = cv2.resize(image, (size[1], size[0]))
+        image = resized(image, *size)
     return image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
+
+
+def _read(data: bytes, color: bool | None) -> Any:
+    cv2 = _library()
+    flags = {None: cv2.IMREAD_UNCHANGED, True: cv2.IMREAD_COLOR, False: cv2.IMREAD_GRAYSCALE}
+    return cv2.imdecode(np.frombuffer(data, np.uint8), flags[color]) if data else None
+
+
+def resized(image: Any, height: int, width: int, *, order: int = 1) -> Any:
+    """An image of rows, columns, and perhaps channels, brought to another size.
+
+    Args:
+        image: to resize.
+        height: of the new one.
+        width: of the new one.
+        order: 0 takes the nearest pixel, 1 goes linearly between pixels, 3 is cubic.
+    """
+    cv2 = _library()
+    ways = {0: cv2.INTER_NEAREST, 1: cv2.INTER_LINEAR, 3: cv2.INTER_CUBIC}
+    if order not in ways:
+        raise ValueError(f"no interpolation of order {order} exists: take 0, 1 or 3")
+    return cv2.resize(image, (width, height), interpolation=ways[order])
 
 
 class ImageData(RecordLayer):

@@ -51,16 +51,7 @@ class RecordLayer(Layer):
         raise NotImplementedError
 
     def share(self, rank: int, ranks: int, *, divide: bool = False) -> None:
-        """Lets several ranks share out the records while training.
-
-        Args:
-            rank: this one.
-            ranks: how many.
-            divide: whether the batch is that of all ranks, not of each.
-
-        Raises:
-            ValueError: the batch cannot be divided.
-        """
+        """While training, several ranks share out the records."""
         if self.phase != "TRAIN":
             return
         if divide:
@@ -78,7 +69,7 @@ class RecordLayer(Layer):
     def forward(self) -> list[Tensor]:
         if self._batches is None:
             # Of layers of every type that reads ahead this field says how far.
-            self._batches = Ahead(self._made(), self.spec.data_param.prefetch)
+            self._batches = Ahead(self.batches(), self.spec.data_param.prefetch)
         return [torch.from_numpy(np.ascontiguousarray(array)) for array in next(self._batches)]
 
     def close(self) -> None:
@@ -87,7 +78,8 @@ class RecordLayer(Layer):
             self._batches.close()
             self._batches = None
 
-    def _made(self) -> Iterator[list[Any]]:
+    def batches(self) -> Iterator[list[Any]]:
+        """Without end, those of this rank."""
         mine = itertools.islice(self.records(), self._rank, None, self._ranks)
         while True:
             yield self.batch(list(itertools.islice(mine, self.batch_size)))

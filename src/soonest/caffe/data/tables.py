@@ -45,11 +45,20 @@ class HDF5Data(RecordLayer):
     def records(self) -> Iterator[list[Any]]:
         random = np.random.default_rng(0)  # The same on every rank.
         files = list(self._files)
+        first: tuple[str, list[Shape]] | None = None
         while True:
             if self.own().shuffle:
                 random.shuffle(files)
             for path in files:
                 table = self._table(path)
+                shapes = [array.shape[1:] for array in table]
+                first = first or (path, shapes)
+                if shapes != first[1]:
+                    raise ValueError(
+                        f"rows of {path} have the shapes {[list(one) for one in shapes]}, but "
+                        f"those of {first[0]} {[list(one) for one in first[1]]}: all files must "
+                        "agree"
+                    )
                 order = np.arange(len(table[0]))
                 if self.own().shuffle:
                     random.shuffle(order)

@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from soonest.caffe import wire
-from soonest.caffe.blobs import Array, to_array
-from soonest.caffe.files import read_bytes
+from soonest.caffe.blobs import Array, read_array
 from soonest.caffe.message import Message
 
 
@@ -107,9 +105,7 @@ def read_mean(path: str) -> Array:
     Raises:
         ValueError: it cannot be read.
     """
-    what = "a mean image"
-    blob = wire.decode(read_bytes(path, what), "BlobProto", file=path)
-    array = to_array(blob, path)
+    array = read_array(path, "a mean image")
     if array.ndim == 4 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != 3:

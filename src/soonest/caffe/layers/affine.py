@@ -10,30 +10,30 @@ from soonest.caffe.layers.base import Layer, Shape, axis_of, filler
 from soonest.caffe.message import Message
 
 
-def _stretch(spec: Message, shapes: Sequence[Shape]) -> tuple[int, Shape]:
-    """Which axis of the first bottom the other operand starts at, and its shape."""
-    first = shapes[0]
+def _stretch(spec: Message, first: Shape) -> tuple[int, Shape]:
+    """At which axis of the bottom the blob of a layer starts, and its shape."""
     axis = axis_of(spec.axis, len(first))
-    if len(shapes) > 1:
-        axis = 0 if not shapes[1] else axis
-        shape = shapes[1]
-    elif spec.num_axes == -1:
-        shape = first[axis:]
-    else:
-        shape = first[axis : axis + spec.num_axes]
-        if len(shape) != spec.num_axes:
-            raise ValueError(f"num_axes {spec.num_axes} from axis {axis} are more than there are")
-    if first[axis : axis + len(shape)] != shape:
-        raise ValueError(
-            f"its second bottom has the shape {list(shape)}, which does not fit {list(first)} at "
-            f"axis {axis}"
-        )
+    if spec.num_axes == -1:
+        return axis, first[axis:]
+    shape = first[axis : axis + spec.num_axes]
+    if len(shape) != spec.num_axes:
+        raise ValueError(f"num_axes {spec.num_axes} from axis {axis} are more than there are")
     return axis, shape
 
 
 def _spread(operand: Tensor, axis: int, like: Tensor) -> Tensor:
-    """The operand with ones behind its axes, so that it meets those of another tensor."""
-    return operand.reshape(*operand.shape, *(1,) * (like.dim() - axis - operand.dim()))
+    """The operand with ones behind its axes, so that it meets those of another tensor from one on.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    axis = axis_of(axis, like.dim()) if operand.dim() else 0
+    if like.shape[axis : axis + operand.dim()] != operand.shape:
+        raise ValueError(
+            f"a bottom of the shape {list(like.shape)} does not fit {list(operand.shape)} at axis "
+            f"{axis}"
+        )
+    return operand.reshape((*operand.shape, *(1,) * (like.dim() - axis - operand.dim())))
 
 
 class Bias(Layer):
@@ -42,8 +42,9 @@ class Bias(Layer):
 
     def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
         super().__init__(spec, shapes, phase)
-        self.axis, shape = _stretch(spec.bias_param, shapes)
+        self.axis = spec.bias_param.axis
         if len(shapes) == 1:
+            self.axis, shape = _stretch(spec.bias_param, shapes[0])
             self.add_blob("bias", shape, spec.bias_param.filler)
 
     def forward(self, bottom: Tensor, other: Tensor | None = None) -> Tensor:
@@ -59,8 +60,9 @@ class Scale(Layer):
     def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
         super().__init__(spec, shapes, phase)
         own = spec.scale_param
-        self.axis, shape = _stretch(own, shapes)
+        self.axis, shape = own.axis, shapes[-1]
         if len(shapes) == 1:
+            self.axis, shape = _stretch(own, shapes[0])
             self.add_blob("weight", shape, own.filler if own.has("filler") else filler(1))
         if own.bias_term:
             self.add_blob("bias", shape, own.bias_filler)

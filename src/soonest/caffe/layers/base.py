@@ -50,6 +50,8 @@ class Layer(nn.Module):
         self.blob_names: list[str] = []
         """Attributes that files hold, in their order there."""
         self._fillers: dict[str, Message] = {}
+        self.looks: dict[str, tuple[Layer, str, Shape]] = {}
+        """Of blobs that are another layer's, whose and which they are, and their shape here."""
         _in_range(len(shapes), self.bottoms, "bottom")
         _in_range(len(spec.top), self.tops, "top")
         if self.paired and len(shapes) != len(spec.top):
@@ -74,6 +76,24 @@ class Layer(nn.Module):
         self.blob_names.append(name)
         self._fillers[name] = filler
 
+    def look_at(self, name: str, owner: Layer, owner_name: str) -> None:
+        """Lets a blob be that of another layer from now on, in the shape that it has here.
+
+        Args:
+            name: of the blob.
+            owner: whose it is.
+            owner_name: as it is named there.
+        """
+        self.looks[name] = (owner, owner_name, tuple(getattr(self, name).shape))
+        delattr(self, name)
+
+    def __getattr__(self, name: str) -> Any:
+        looks = self.__dict__.get("looks", {})
+        if name in looks:
+            owner, owner_name, shape = looks[name]
+            return getattr(owner, owner_name).view(shape)
+        return super().__getattr__(name)
+
     def blobs(self) -> list[Tensor]:
         """What files hold of this layer, in their order there."""
         return [getattr(self, name) for name in self.blob_names]
@@ -92,6 +112,18 @@ class Layer(nn.Module):
         else:
             setattr(self, name, values)
 
+    def share(self, rank: int, ranks: int, *, divide: bool = False) -> None:
+        """Tells it which of several ranks this is; most layers need not know.
+
+        Args:
+            rank: this one.
+            ranks: how many.
+            divide: whether batches are those of all ranks, not of each.
+
+        Raises:
+            ValueError: the batch cannot be divided.
+        """
+
     def infer(self, *bottoms: Tensor) -> Any:
         """The tops, or one, with no values but their shapes; bottoms are without values, too."""
         return self(*bottoms)
@@ -107,6 +139,14 @@ def _in_range(count: int, allowed: tuple[int, int], what: str) -> None:
         if fewest < most < MANY:
             wanted = f"{fewest} to {most}"
         raise ValueError(f"it has {count} {what}s: it takes {wanted}")
+
+
+def gradient(blob: Tensor) -> Tensor | None:
+    """Of a blob, also where it is another one's in a shape of its own; None if it has none."""
+    is_own = isinstance(blob, nn.Parameter) or blob._base is None
+    owner = blob if is_own else blob._base
+    assert owner is not None
+    return None if owner.grad is None else owner.grad.detach().view(blob.shape)
 
 
 def axis_of(axis: int, dimensions: int, name: str = "axis") -> int:

@@ -31,7 +31,13 @@ class InnerProduct(Layer):
 
     def forward(self, bottom: Tensor) -> Tensor:
         weight = self.weight.t() if self.transpose else self.weight
-        return functional.linear(bottom.flatten(self.axis), weight, self.bias)
+        values = bottom.reshape(*bottom.shape[: self.axis], -1)
+        if values.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"its bottom of the shape {list(bottom.shape)} has {values.shape[-1]} values from "
+                f"axis {self.axis} on, but its weights are for {weight.shape[1]}"
+            )
+        return functional.linear(values, weight, self.bias)
 
 
 class Embed(Layer):
@@ -50,5 +56,8 @@ class Embed(Layer):
             self.register_parameter("bias", None)
 
     def forward(self, bottom: Tensor) -> Tensor:
-        top = functional.embedding(bottom.long(), self.weight)
+        words, most = bottom.long(), len(self.weight)
+        if words.device.type == "cpu" and ((words < 0) | (words >= most)).any():
+            raise ValueError(f"its bottom has a value that is not one of 0 to {most - 1}")
+        top = functional.embedding(words, self.weight)
         return top if self.bias is None else top + self.bias

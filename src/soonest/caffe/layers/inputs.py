@@ -1,4 +1,4 @@
-"""Layers that read nothing: what is fed from outside, and what fillers make up."""
+"""Layers that read nothing: what is fed from outside, is made up, or is itself learned."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ from soonest.caffe.layers.base import MANY, Layer, Shape, check_shape, filler
 from soonest.caffe.message import Message
 
 
-class Input(Layer):
-    """What is fed to the net; until then, zeros."""
+class Fed(Layer):
+    """Something whose tops a program may give to the net."""
 
     bottoms = (0, 0)
     tops = (1, MANY)
+    shapes: list[Shape]
+
+    def infer(self, *bottoms: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape, device="meta") for shape in self.shapes)
+
+
+class Input(Fed):
+    """What is fed to the net; until then, zeros."""
 
     def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
         super().__init__(spec, shapes, phase)
@@ -29,6 +37,71 @@ class Input(Layer):
 
     def forward(self) -> tuple[Tensor, ...]:
         return tuple(torch.zeros(shape) for shape in self.shapes)
+
+
+class MemoryData(Fed):
+    """Images and labels that a program has put there, a batch at a time, again and again."""
+
+    tops = (2, 2)
+
+    def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
+        super().__init__(spec, shapes, phase)
+        own = spec.memory_data_param
+        image = (own.channels, own.height, own.width)
+        self.shapes = [(own.batch_size, *image), (own.batch_size, 1, 1, 1)]
+        for shape in self.shapes:
+            check_shape(shape, "top")
+        self._items: tuple[Tensor, Tensor] | None = None
+        self._next = 0
+
+    def put(self, images: Tensor, labels: Tensor) -> None:
+        """Gives it items, from the first of which it starts.
+
+        Args:
+            images: (items, channels, height, width); items are a multiple of the batch.
+            labels: one for each.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        batch, *image = self.shapes[0]
+        if list(images.shape[1:]) != image or len(images) % batch or not len(images):
+            raise ValueError(
+                f"images have the shape {list(images.shape)}: give a multiple of {batch}, each of "
+                f"{image}"
+            )
+        if labels.numel() != len(images):
+            raise ValueError(f"there are {labels.numel()} labels for {len(images)} images")
+        self._items = images.float(), labels.float().reshape(-1, 1, 1, 1)
+        self._next = 0
+
+    def forward(self) -> tuple[Tensor, ...]:
+        if self._items is None:
+            raise ValueError(
+                "its data come from a program, and none has put any there: feed its tops to the "
+                "net, or read with Data, HDF5Data or ImageData"
+            )
+        first = self._next
+        last = first + self.shapes[0][0]
+        self._next = last % len(self._items[0])
+        return tuple(values[first:last] for values in self._items)
+
+
+class Parameter(Layer):
+    """A blob that is learned, as a top."""
+
+    bottoms = (0, 0)
+    blob: Tensor
+
+    def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
+        super().__init__(spec, shapes, phase)
+        self.add_blob("blob", tuple(spec.parameter_param.shape.dim), filler(0))
+
+    def forward(self) -> Tensor:
+        # In Caffe each backward pass writes its gradient anew: with iter_size the last one counts.
+        if torch.is_grad_enabled() and self.blob.grad is not None:
+            self.blob.grad.zero_()
+        return self.blob.view_as(self.blob)
 
 
 class DummyData(Layer):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from soonest.caffe.blobs import read_array
 from soonest.caffe.layers.base import Layer, Shape, axis_of, count
 from soonest.caffe.message import Message
 
 _LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)
 """Caffe takes no chance for smaller than the smallest float32, so a loss is 87.3365 at most."""
+_LEAST_LOG_OF_GAIN = math.log(1e-20)
+"""The same of InfogainLoss."""
 
 
 class Softmax(Layer):
@@ -21,29 +25,40 @@ class Softmax(Layer):
         return torch.softmax(bottom, axis_of(self.spec.softmax_param.axis, bottom.dim()))
 
 
+class _Capped(torch.autograd.Function):
+    """Logarithms that are not below a least one; their gradient is as if they were not held."""
+
+    @staticmethod
+    def forward(ctx: Any, logs: Tensor, least: float) -> Tensor:
+        return logs.clamp(min=least)
+
+    @staticmethod
+    def backward(ctx: Any, *sent: Tensor) -> tuple[Tensor, None]:
+        return sent[0], None
+
+
 class _Labelled(Layer):
     """Something that has scores along one axis, and a label for each place beside it."""
 
     bottoms = (2, 2)
 
-    def _prepare(self, shapes: Sequence[Shape], axis: int) -> None:
-        scores, labels = shapes
-        self.axis = axis_of(axis, len(scores))
-        self.outer = count(scores[: self.axis])
-        self.inner = count(scores[self.axis + 1 :])
-        self.classes = scores[self.axis]
-        if count(labels) != self.outer * self.inner:
+    def _by_place(self, scores: Tensor, labels: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Scores as (outer, classes, inner), labels as (outer, inner).
+
+        Raises:
+            ValueError: there are not as many labels as places.
+        """
+        axis = axis_of(axis, scores.dim())
+        shape = scores.shape
+        outer, inner = count(shape[:axis]), count(shape[axis + 1 :])
+        if labels.numel() != outer * inner:
             raise ValueError(
-                f"it has {count(labels)} labels, but its scores of shape {list(scores)} ask for "
-                f"{self.outer * self.inner}: one for each place but along axis {self.axis}"
+                f"it has {labels.numel()} labels, but its scores of shape {list(shape)} ask for "
+                f"{outer * inner}: one for each place but along axis {axis}"
             )
+        return scores.reshape(outer, shape[axis], inner), labels.reshape(outer, inner).long()
 
-    def _by_place(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores as (outer, classes, inner), labels as (outer, inner)."""
-        shape = (self.outer, self.classes, self.inner)
-        return scores.reshape(shape), labels.reshape(self.outer, self.inner).long()
-
-    def _valid(self, labels: Tensor, ignored: int | None) -> Tensor:
+    def _valid(self, labels: Tensor, ignored: int | None, classes: int) -> Tensor:
         """Which labels count.
 
         Raises:
@@ -51,11 +66,10 @@ class _Labelled(Layer):
         """
         valid = torch.ones_like(labels, dtype=torch.bool) if ignored is None else labels != ignored
         if labels.device.type == "cpu":
-            wrong = labels[valid & ((labels < 0) | (labels >= self.classes))]
+            wrong = labels[valid & ((labels < 0) | (labels >= classes))]
             if len(wrong):
                 raise ValueError(
-                    f"a label is {int(wrong[0])}, but there are only the classes 0 to "
-                    f"{self.classes - 1}"
+                    f"a label is {int(wrong[0])}, but there are only the classes 0 to {classes - 1}"
                 )
         return valid
 
@@ -81,34 +95,61 @@ class SoftmaxWithLoss(_Labelled):
     tops = (1, 2)
     is_loss = True
 
-    def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
-        super().__init__(spec, shapes, phase)
-        self._prepare(shapes, spec.softmax_param.axis)
-        self.ignored = _ignored(spec.loss_param)
-        self.mode = _mode(spec.loss_param, "VALID")
-
     def forward(self, bottom: Tensor, label: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        scores, labels = self._by_place(bottom, label)
-        valid = self._valid(labels, self.ignored)
+        loss = self.spec.loss_param
+        scores, labels = self._by_place(bottom, label, self.spec.softmax_param.axis)
+        valid = self._valid(labels, _ignored(loss), scores.shape[1])
         logs = torch.log_softmax(scores, 1)
         chosen = logs.gather(1, torch.where(valid, labels, 0).unsqueeze(1)).squeeze(1)
-        capped = chosen.detach().clamp(min=_LEAST_LOG)
-        chosen = chosen + (capped - chosen.detach())  # The gradient is not capped.
-        total = -torch.where(valid, chosen, 0.0).sum()
-        loss = _divided(total, self.mode, valid, outer=self.outer)
-        return loss if len(self.spec.top) == 1 else (loss, logs.detach().exp().view_as(bottom))
+        losses = torch.where(valid, -_Capped.apply(chosen, _LEAST_LOG), 0.0)
+        total = _divided(losses.sum(), _mode(loss, "VALID"), valid, outer=len(scores))
+        return total if len(self.spec.top) == 1 else (total, logs.detach().exp().view_as(bottom))
+
+
+class InfogainLoss(_Labelled):
+    """Takes for each label a row of a matrix, which weighs the classes; it has its own softmax."""
+
+    bottoms = (2, 3)
+    tops = (1, 2)
+    is_loss = True
+
+    def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
+        super().__init__(spec, shapes, phase)
+        self.register_buffer("matrix", None, persistent=False)
+        own = spec.infogain_loss_param
+        if len(shapes) == 2:
+            if not own.has("source"):
+                raise ValueError("its matrix is missing: give a source, or a third bottom")
+            self.matrix = torch.from_numpy(read_array(own.source, "a matrix").copy())
+
+    def forward(
+        self, bottom: Tensor, label: Tensor, given: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        loss = self.spec.loss_param
+        scores, labels = self._by_place(bottom, label, self.spec.infogain_loss_param.axis)
+        classes = scores.shape[1]
+        matrix = self.matrix if given is None else given
+        if matrix.numel() != classes * classes:
+            raise ValueError(
+                f"its matrix has {matrix.numel()} values, but {classes} classes ask for "
+                f"{classes * classes}"
+            )
+        valid = self._valid(labels, _ignored(loss), classes)
+        logs = torch.log_softmax(scores, 1)
+        # By place: the row of its label, in which ignored places have zeros.
+        weights = matrix.detach().to(logs.device).reshape(classes, classes)
+        rows = weights[torch.where(valid, labels, 0)].movedim(-1, 1) * valid.unsqueeze(1)
+        losses = -(rows * _Capped.apply(logs, _LEAST_LOG_OF_GAIN)).sum()
+        total = _divided(losses, _mode(loss, "VALID"), valid, outer=len(scores))
+        return total if len(self.spec.top) == 1 else (total, logs.detach().exp().view_as(bottom))
 
 
 class MultinomialLogisticLoss(_Labelled):
     is_loss = True
 
-    def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
-        super().__init__(spec, shapes, phase)
-        self._prepare(shapes, 1)
-
     def forward(self, bottom: Tensor, label: Tensor) -> Tensor:
-        chances, labels = self._by_place(bottom, label)
-        self._valid(labels, None)
+        chances, labels = self._by_place(bottom, label, 1)
+        self._valid(labels, None, chances.shape[1])
         chosen = chances.gather(1, labels.unsqueeze(1))
         return -chosen.clamp(min=1e-20).log().sum() / bottom.shape[0]
 
@@ -116,14 +157,11 @@ class MultinomialLogisticLoss(_Labelled):
 class HingeLoss(_Labelled):
     is_loss = True
 
-    def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
-        super().__init__(spec, shapes, phase)
-        self._prepare([(shapes[0][0], count(shapes[0][1:])), shapes[1]], 1)
-
     def forward(self, bottom: Tensor, label: Tensor) -> Tensor:
-        scores, labels = self._by_place(bottom, label)
-        self._valid(labels, None)
-        own = functional.one_hot(labels, self.classes).movedim(-1, 1).to(scores.dtype)
+        scores, labels = self._by_place(bottom.reshape(bottom.shape[0], -1), label, 1)
+        classes = scores.shape[1]
+        self._valid(labels, None, classes)
+        own = functional.one_hot(labels, classes).movedim(-1, 1).to(scores.dtype)
         margin = (1 + scores * (1 - 2 * own)).relu()
         if self.spec.hinge_loss_param.norm == "L2":
             margin = margin * margin
@@ -191,26 +229,21 @@ class Accuracy(_Labelled):
 
     tops = (1, 2)
 
-    def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
-        super().__init__(spec, shapes, phase)
-        own = spec.accuracy_param
-        self._prepare(shapes, own.axis)
-        self.top_k, self.ignored = own.top_k, _ignored(own)
-        if not 1 <= self.top_k <= self.classes:
-            raise ValueError(f"its top_k is {self.top_k}: give 1 to {self.classes}")
-
     @torch.no_grad()
     def forward(self, bottom: Tensor, label: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        scores, labels = self._by_place(bottom, label)
-        valid = self._valid(labels, self.ignored)
+        own = self.spec.accuracy_param
+        scores, labels = self._by_place(bottom, label, own.axis)
+        classes = scores.shape[1]
+        if not 1 <= own.top_k <= classes:
+            raise ValueError(f"its top_k is {own.top_k}: give 1 to {classes}")
+        valid = self._valid(labels, _ignored(own), classes)
         safe = torch.where(valid, labels, 0)
-        own = scores.gather(1, safe.unsqueeze(1))
-        better = (scores >= own).sum(1) - 1
-        hit = ((better < self.top_k) & valid).to(scores.dtype)
+        better = (scores >= scores.gather(1, safe.unsqueeze(1))).sum(1) - 1
+        hit = ((better < own.top_k) & valid).to(scores.dtype)
         share = hit.sum() / valid.sum().clamp(min=1)
         if len(self.spec.top) == 1:
             return share
-        zeros = hit.new_zeros(self.classes)
+        zeros = hit.new_zeros(classes)
         hits = zeros.index_add(0, safe.flatten(), hit.flatten())
         seen = zeros.index_add(0, safe.flatten(), valid.flatten().to(hit.dtype))
         return share, hits / seen.clamp(min=1)

@@ -59,7 +59,9 @@ class Swish(Layer):
 
 class Clip(Layer):
     def forward(self, bottom: Tensor) -> Tensor:
-        return bottom.clamp(self.spec.clip_param.min, self.spec.clip_param.max)
+        # One after the other: of a min above the max Caffe takes the min, clamp would the max.
+        own = self.spec.clip_param
+        return bottom.clamp(max=own.max).clamp(min=own.min)
 
 
 class Threshold(Layer):
@@ -133,8 +135,9 @@ class Dropout(Layer):
     def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
         super().__init__(spec, shapes, phase)
         self.ratio = spec.dropout_param.dropout_ratio
-        if not 0 <= self.ratio < 1:
+        self.drops = phase == "TRAIN"
+        if not 0 <= self.ratio <= 1 or (self.drops and self.ratio == 1):
             raise ValueError(f"its dropout_ratio is {self.ratio:g}: give 0 or more, below 1")
 
     def forward(self, bottom: Tensor) -> Tensor:
-        return functional.dropout(bottom, self.ratio, training=self.phase == "TRAIN")
+        return functional.dropout(bottom, self.ratio, training=self.drops)

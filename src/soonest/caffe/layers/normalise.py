@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,13 +41,14 @@ class BatchNorm(Layer):
             mean, variance = self.mean * weight, self.variance * weight
             top = functional.batch_norm(values, mean, variance, training=False, eps=self.eps)
         else:
-            # A momentum of 1 makes the running statistics those of this batch.
-            mean, variance = torch.empty_like(self.mean), torch.empty_like(self.variance)
-            if values.numel() <= values.shape[1]:
-                raise ValueError("it needs more than one value per channel to train")
-            top = functional.batch_norm(
-                values, mean, variance, training=True, momentum=1.0, eps=self.eps
-            )
+            mean, variance = torch.empty_like(self.mean), torch.zeros_like(self.variance)
+            if values.numel() == values.shape[1] == len(mean):  # One each, which is the mean.
+                top, mean = values - values, values.detach().flatten()
+            else:
+                # A momentum of 1 makes the running statistics those of this batch.
+                top = functional.batch_norm(
+                    values, mean, variance, training=True, momentum=1.0, eps=self.eps
+                )
             if not bottom.is_meta:
                 with torch.no_grad():
                     self.scale.mul_(self.fraction).add_(1)
@@ -65,10 +67,10 @@ class LRN(Layer):
         self.within = own.norm_region == "WITHIN_CHANNEL"
         if self.size % 2 == 0:
             raise ValueError(f"its local_size is {self.size}: give an odd one")
-        if len(shapes[0]) != 4:
-            raise ValueError(f"its bottom must have 4 axes, not the shape {list(shapes[0])}")
 
     def forward(self, bottom: Tensor) -> Tensor:
+        if bottom.dim() != 4:
+            raise ValueError(f"its bottom must have 4 axes, not the shape {list(bottom.shape)}")
         if not self.within:
             return functional.local_response_norm(bottom, self.size, self.alpha, self.beta, self.k)
         # Caffe takes 1 here for whatever k it is given.
@@ -77,13 +79,38 @@ class LRN(Layer):
 
 
 class MVN(Layer):
-    """Mean and variance normalisation of each image, or each of its channels."""
+    """Mean and variance normalisation of each image, or each of its channels.
+
+    It has four axes whatever its bottom has.
+    """
 
     def forward(self, bottom: Tensor) -> Tensor:
         own = self.spec.mvn_param
-        axes = tuple(range(1 if own.across_channels else 2, bottom.dim()))
-        centred = bottom - bottom.mean(axes, keepdim=True)
-        if not own.normalize_variance:
-            return centred
-        deviation = (centred * centred).mean(axes, keepdim=True).sqrt()
-        return centred / (deviation + own.eps)
+        if bottom.dim() > 4:
+            raise ValueError(f"its bottom must have 4 axes or less, not {list(bottom.shape)}")
+        values = bottom.reshape(*bottom.shape, *(1,) * (4 - bottom.dim()))
+        axes = (1, 2, 3) if own.across_channels else (2, 3)
+        if own.normalize_variance:
+            return _Normalised.apply(values, axes, own.eps)
+        return values - values.mean(axes, keepdim=True)
+
+
+class _Normalised(torch.autograd.Function):
+    """Values less their mean, over their deviation plus eps, with a gradient as if eps were 0."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+        centred = values - values.mean(axes, keepdim=True)
+        deviation = (centred * centred).mean(axes, keepdim=True).sqrt() + eps
+        top = centred / deviation
+        ctx.save_for_backward(top, deviation)
+        ctx.axes = axes
+        return top
+
+    @staticmethod
+    def backward(ctx: Any, *sent: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = sent
+        top, deviation = ctx.saved_tensors
+        along = (gradient * top).mean(ctx.axes, keepdim=True)
+        mean = gradient.mean(ctx.axes, keepdim=True)
+        return (gradient - mean - top * along) / deviation, None, None

@@ -20,19 +20,19 @@ class Concat(Layer):
         own = spec.concat_param
         if own.has("concat_dim") and own.has("axis"):
             raise ValueError("it has both axis and concat_dim, its old form: use axis")
-        axis = own.concat_dim if own.has("concat_dim") else own.axis
-        self.axis = axis_of(axis, len(shapes[0]))
-        for shape in shapes:
-            rest = [size for axis, size in enumerate(shape) if axis != self.axis]
-            first = [size for axis, size in enumerate(shapes[0]) if axis != self.axis]
-            if rest != first or len(shape) != len(shapes[0]):
-                raise ValueError(
-                    f"its bottoms have the shapes {list(shapes[0])} and {list(shape)}: they must "
-                    f"be equal but for axis {self.axis}"
-                )
+        self.axis = own.concat_dim if own.has("concat_dim") else own.axis
 
     def forward(self, *bottoms: Tensor) -> Tensor:
-        return torch.cat(bottoms, self.axis)
+        first = bottoms[0].shape
+        along = axis_of(self.axis, len(first))
+        for bottom in bottoms:
+            other = [*bottom.shape[:along], *first[along : along + 1], *bottom.shape[along + 1 :]]
+            if other != list(first):
+                raise ValueError(
+                    f"its bottoms have the shapes {list(first)} and {list(bottom.shape)}: they "
+                    f"must be equal but for axis {along}"
+                )
+        return torch.cat(bottoms, along)
 
 
 class Slice(Layer):
@@ -43,24 +43,24 @@ class Slice(Layer):
         own = spec.slice_param
         if own.has("slice_dim") and own.has("axis"):
             raise ValueError("it has both axis and slice_dim, its old form: use axis")
-        axis = own.slice_dim if own.has("slice_dim") else own.axis
-        self.axis = axis_of(axis, len(shapes[0]))
-        size, tops = shapes[0][self.axis], len(spec.top)
-        points = list(own.slice_point)
-        if points:
-            ends = [0, *points, size]
-            if len(points) != tops - 1 or any(b <= a for a, b in pairwise(ends)):
-                raise ValueError(
-                    f"its slice points {points} must be {tops - 1}, rising, between 0 and {size}"
-                )
-            self.sizes = [b - a for a, b in pairwise(ends)]
-        elif size % tops:
-            raise ValueError(f"{size} cannot be cut into {tops} equal parts: give slice points")
-        else:
-            self.sizes = [size // tops] * tops
+        self.axis = own.slice_dim if own.has("slice_dim") else own.axis
 
     def forward(self, bottom: Tensor) -> tuple[Tensor, ...]:
-        return bottom.split(self.sizes, self.axis)
+        axis = axis_of(self.axis, bottom.dim())
+        return bottom.split(self._sizes(bottom.shape[axis]), axis)
+
+    def _sizes(self, size: int) -> list[int]:
+        points, tops = list(self.spec.slice_param.slice_point), len(self.spec.top)
+        if not points:
+            if size % tops:
+                raise ValueError(f"{size} cannot be cut into {tops} equal parts: give slice points")
+            return [size // tops] * tops
+        ends = [0, *points, size]
+        if len(points) != tops - 1 or any(b <= a for a, b in pairwise(ends)):
+            raise ValueError(
+                f"its slice points {points} must be {tops - 1}, rising, between 0 and {size}"
+            )
+        return [b - a for a, b in pairwise(ends)]
 
 
 class Split(Layer):
@@ -152,13 +152,14 @@ class Eltwise(Layer):
     def __init__(self, spec: Message, shapes: Sequence[Shape], phase: str) -> None:
         super().__init__(spec, shapes, phase)
         own = spec.eltwise_param
-        if any(shape != shapes[0] for shape in shapes):
-            raise ValueError(f"its bottoms have several shapes: {[list(one) for one in shapes]}")
         self.coefficients = [float(one) for one in own.coeff] or [1.0] * len(shapes)
         if own.has("coeff") and (len(own.coeff) != len(shapes) or own.operation == "PROD"):
             raise ValueError("coeff must be given once per bottom, and not for PROD")
 
     def forward(self, first: Tensor, *others: Tensor) -> Tensor:
+        if any(other.shape != first.shape for other in others):
+            shapes = [list(one.shape) for one in (first, *others)]
+            raise ValueError(f"its bottoms have several shapes: {shapes}")
         operation = self.spec.eltwise_param.operation
         if operation == "SUM":
             top = first if self.coefficients[0] == 1 else first * self.coefficients[0]
@@ -192,13 +193,17 @@ class Reduction(Layer):
 
 
 class ArgMax(Layer):
-    """The places, or the values, of the largest; of equal ones the last."""
+    """The places, or the values, of the largest; of equal ones the last.
+
+    Without an axis each image is looked at as a whole, and the result has three axes or more: the
+    image, what is told of it, and the best.
+    """
 
     def forward(self, bottom: Tensor) -> Tensor:
         own = self.spec.argmax_param
         has_axis = own.has("axis")
         axis = axis_of(own.axis, bottom.dim()) if has_axis else 1
-        values = (bottom if has_axis else bottom.flatten(1)).detach()
+        values = (bottom if has_axis else bottom.reshape(bottom.shape[0], -1)).detach()
         size = values.shape[axis]
         if not 1 <= own.top_k <= size:
             raise ValueError(f"top_k is {own.top_k}: give 1 to {size}")
@@ -207,4 +212,5 @@ class ArgMax(Layer):
         where = (size - 1 - places.narrow(axis, 0, own.top_k)).to(bottom.dtype)
         if has_axis:
             return best if own.out_max_val else where
-        return torch.stack([where, best], 1) if own.out_max_val else where.unsqueeze(1)
+        told = torch.stack([where, best] if own.out_max_val else [where], 1)
+        return told.reshape(*told.shape, *(1,) * (bottom.dim() - 3))

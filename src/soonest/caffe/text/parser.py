@@ -1,41 +1,41 @@
 """Reads messages from text: the format of ``.prototxt`` files.
 
-The grammar is that of protobuf's text format:
-https://protobuf.dev/reference/protobuf/textformat-spec/
+Protobuf's own reader says what the text means. It does not say in which line a message starts, and
+lets some texts pass that Caffe refuses, so the marks of a text are gone through first.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
-from typing import NoReturn
+from bisect import bisect_left
+from typing import Any, NoReturn
 
-from soonest.caffe.message import REAL, Message, to_float32
-from soonest.caffe.schema import INTEGER_RANGE, MESSAGES, Field, MessageType
+from soonest.caffe.message import Message
+from soonest.caffe.protobuf import CLASSES, from_protobuf, text_format
+from soonest.caffe.schema import ENUMS
+from soonest.caffe.text.outline import Outline, UnreadableError, outline
 
-MOST_NESTED = 100
-"""Messages within messages, as in protobuf."""
-MOST_VALUES = 1_000_000
-"""Besides numbers with a fraction. No net has as many; a hostile text could fill memory with
-them."""
-
-_TOKEN = re.compile(
-    r"""(?P<space>(?:[ \t\r\n\f\v]+|\#[^\n]*)+)
-      | (?P<name>[A-Za-z_][A-Za-z0-9_]*)
-      | (?P<number>(?:0[xX][0-9A-Fa-f]+|(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[fF]?))
-        (?![A-Za-z0-9_.])
-      | (?P<string>"(?:[^"\\\n]|\\[^\n])*"|'(?:[^'\\\n]|\\[^\n])*')
-      | (?P<mark>[{}<>\[\]:;,\-])""",
-    re.VERBOSE,
+_REWRITTEN = re.compile(r"\#[^\n]*|\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|-[ \t]+(?=[0-9.a-z])")
+"""Comments, strings, and a sign that stands apart from its number."""
+_CHARACTER = re.compile(r"\\(?:u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|[\udc80-\udcff]", re.DOTALL)
+_WORDS = (
+    (r'^Message type "\w+\.(\w+)" has no field named "(\w+)"', r"\1 has no field '\2'"),
+    (r'^Message type "\w+\.(\w+)" should not have multiple "(\w+)".*', r"'\2' is given twice"),
+    (r"^Message type .* does not have extensions", "expected the name of a field, found '['"),
+    (r"^Expected identifier or number, got (.*)\.$", r"expected the name of a field, found '\1'"),
+    (r"^Expected identifier\.$", "expected the name of a field"),
+    (r'^Expected "(.)"\.$', r"expected '\1'"),
+    (r"^Couldn't parse integer: (.*)$", r"expected a whole number, found '\1'"),
+    (r"^(?:Couldn't parse|Invalid octal) float: (.*)$", r"expected a number, found '\1'"),
+    (r"^Expected string but found: (.*)$", r"expected text in quotes, found \1"),
+    (r'^Expected "true" or "false"\.$', "expected true or false"),
 )
-_ESCAPE = re.compile(
-    rb"\\(?:([abfnrtv\\'\"?])|([0-7]{1,3})|[xX]([0-9a-fA-F]{1,2})"
-    rb"|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.?))",
-    re.DOTALL,
-)
-_ESCAPED = dict(zip(b"abfnrtv\\'\"?", b"\a\b\f\n\r\t\v\\'\"?", strict=True))
-_TRUE, _FALSE = ("true", "True", "t", "1"), ("false", "False", "f", "0")
-_CLOSES = {"{": "}", "<": ">"}
+"""How errors of protobuf's reader start, and what we say instead."""
+_HINTS = {
+    "ceil_mode": "that is of a fork: BVLC's word is round_mode, FLOOR for false and CEIL for true",
+}
+"""Fields of Caffe's forks that are often met, and what stands for them."""
+_LONGEST = 200
 
 
 class TextError(ValueError):
@@ -65,233 +65,128 @@ def parse(text: str | bytes, type_name: str, *, file: str = "text") -> Message:
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", errors="surrogateescape")
-    return _Parser(text, file).message(MESSAGES[type_name])
+    return _Text(text, file).message(type_name)
 
 
-class _Parser:
-    """One pass over a text. A token is looked at before it is taken."""
+class _Text:
+    """A text, and where things are in it."""
 
     def __init__(self, text: str, file: str) -> None:
         self._text = text
         self._file = file
         self._ends = [match.start() for match in re.finditer("\n", text)]
-        self._kind, self._token = "", ""
-        self._start = self._stop = self._values = 0
-        self._advance()
 
-    def message(self, type_: MessageType) -> Message:
-        self._root = type_
-        return self._fields(type_, closes="", depth=0)
-
-    # Tokens
-
-    def _advance(self) -> None:
-        while True:
-            match = _TOKEN.match(self._text, self._stop)
-            self._start = self._stop
-            if match is None:
-                if self._stop == len(self._text):
-                    self._kind, self._token = "end", ""
-                    return
-                self._unreadable()
-            self._stop = match.end()
-            self._kind, self._token = str(match.lastgroup), match[0]
-            if self._kind != "space":
-                return
-
-    def _unreadable(self) -> NoReturn:
-        rest = self._text[self._start : self._start + 30]
-        if rest[0] in "\"'":
-            self._fail("this string does not end in its line: close it, or escape the line break")
-        word = re.match(r"[A-Za-z0-9_.]+|.", rest, re.DOTALL)
-        self._fail(f"cannot read {word[0] if word else rest!r}: it is no name, number or mark")
-
-    def _take(self, mark: str) -> bool:
-        if self._kind == "mark" and self._token == mark:
-            self._advance()
-            return True
-        return False
-
-    def _fail(self, what: str, at: int | None = None) -> NoReturn:
-        offset = self._start if at is None else at
-        line = self._line(offset)
-        begin = self._ends[line - 2] + 1 if line > 1 else 0
-        raise TextError(self._file, line, offset - begin + 1, what)
-
-    def _line(self, offset: int) -> int:
-        return bisect_right(self._ends, offset - 1) + 1
-
-    def _found(self) -> str:
-        return "the end of the text" if self._kind == "end" else repr(self._token)
-
-    # Grammar
-
-    def _fields(self, type_: MessageType, *, closes: str, depth: int, opened: int = 1) -> Message:
-        found = Message(type_)
-        found.line = opened
-        while True:
-            if self._kind == "mark" and self._token == closes:
-                break
-            if self._kind == "end":
-                if closes:
-                    self._fail(
-                        f"the text ends within {type_.name}, which starts in line {opened}: "
-                        f"close it with {closes!r}"
-                    )
-                break
-            self._field(found, depth)
-        for field in type_.fields.values():
-            if field.required and not found.has(field.name):
-                self._fail(f"{type_.name} needs a field {field.name!r}")
-        if closes:
-            self._advance()
-        return found
-
-    def _field(self, into: Message, depth: int) -> None:
-        at = self._start
-        if self._kind != "name":
-            self._fail(f"expected the name of a field of {into.schema.name}, found {self._found()}")
-        name = self._token
-        field = into.schema.fields.get(name)
-        if field is None:
-            hint = ": is a bracket not closed?" if depth and name in self._root.fields else ""
-            self._fail(
-                f"{into.schema.name}, which starts in line {into.line}, has no field {name!r}{hint}"
-            )
-        self._advance()
-        if not field.repeated and into.has(name):
-            self._fail(f"field {name!r} of {into.schema.name} is given twice", at)
-        colon = self._take(":")
-        if field.kind != "message" and not colon:
-            self._fail(f"expected ':' behind {name!r}, found {self._found()}")
-        if field.repeated and self._take("["):
-            into.values.setdefault(name, [])
-            if not self._take("]"):
-                self._value(field, into, depth)
-                while self._take(","):
-                    self._value(field, into, depth)
-                if not self._take("]"):
-                    self._fail(f"expected ',' or ']' in the list {name!r}, found {self._found()}")
-        else:
-            self._value(field, into, depth)
-        if not self._take(","):
-            self._take(";")
-
-    def _value(self, field: Field, into: Message, depth: int) -> None:
-        if field.kind not in REAL:
-            self._values += 1
-            if self._values > MOST_VALUES:
-                self._fail(f"more than {MOST_VALUES} values")
-        if field.kind == "message":
-            value = self._nested(field, depth + 1)
-        elif field.kind in ("string", "bytes"):
-            value = self._string(field)
-        elif field.kind in ("float", "double"):
-            value = self._real(field)
-        elif field.kind == "bool":
-            value = self._bool(field)
-        elif field.kind == "enum":
-            value = self._enum(field)
-        else:
-            value = self._integer(field)
-        if field.repeated:
-            into.values.setdefault(field.name, []).append(value)
-        else:
-            into.values[field.name] = value
-
-    def _nested(self, field: Field, depth: int) -> Message:
-        line = self._line(self._start)
-        if depth > MOST_NESTED:
-            self._fail(f"more than {MOST_NESTED} messages within each other")
-        closes = _CLOSES.get(self._token, "") if self._kind == "mark" else ""
-        if not closes:
-            self._fail(f"expected '{{' behind {field.name!r}, found {self._found()}")
-        self._advance()
-        return self._fields(field.message, closes=closes, depth=depth, opened=line)
-
-    def _string(self, field: Field) -> str | bytes:
-        if self._kind != "string":
-            self._fail(f"field {field.name!r} takes text in quotes, not {self._found()}")
-        whole = b""
-        while self._kind == "string":
-            inner = self._token[1:-1].encode("utf-8", errors="surrogateescape")
-            whole += _ESCAPE.sub(self._unescaped, inner)
-            self._advance()
-        if field.kind == "bytes":
-            return whole
-        return whole.decode("utf-8", errors="surrogateescape")
-
-    def _unescaped(self, match: re.Match[bytes]) -> bytes:
-        simple, octal, hexadecimal, short, long, _ = match.groups()
-        if simple:
-            return bytes([_ESCAPED[simple[0]]])
-        if octal and int(octal, 8) < 256:
-            return bytes([int(octal, 8)])
-        if hexadecimal:
-            return bytes([int(hexadecimal, 16)])
-        if short or long:
-            code = int(short or long, 16)
-            if code <= 0x10FFFF and not 0xD800 <= code < 0xE000:
-                return chr(code).encode("utf-8")
-        return self._fail(f"no escape {match[0].decode('utf-8', 'replace')!r} exists")
-
-    def _signed(self) -> tuple[bool, int]:
-        at = self._start
-        return self._take("-"), at
-
-    def _integer(self, field: Field) -> int:
-        negative, at = self._signed()
-        value = self._whole()
-        if value is None:
-            self._fail(f"field {field.name!r} takes a whole number, not {self._found()}", at)
-        low, high = INTEGER_RANGE[field.kind]
-        value = -value if negative else value
-        if not low <= value <= high:
-            self._fail(f"{value} is out of range for {field.name!r}: {low} to {high}", at)
-        self._advance()
-        return value
-
-    def _whole(self) -> int | None:
-        """The number here if it is whole and below 2**64, in any of three bases."""
-        token = self._token
-        if self._kind != "number" or len(token) > 25:
-            return None
+    def message(self, type_name: str) -> Message:
         try:
-            if token[:1] == "0" and token.isdigit():
-                return int(token, 8)
-            return int(token, 0)
-        except ValueError:
-            return None
+            root, unclosed = outline(self._text)
+        except UnreadableError as error:
+            self._refuse_earlier(error.at, type_name)
+            self._fail(error.at, str(error))
+        found = CLASSES[type_name]()
+        try:
+            text_format.Parse(_REWRITTEN.sub(_rewritten, self._text), found)
+        except text_format.ParseError as error:
+            self._refuse(error, type_name, unclosed)
+        for path in found.FindInitializationErrors():
+            *above, name = path.split(".")
+            self._fail(_followed(root, above).at, f"a field {name!r} is needed here")
+        message = from_protobuf(found)
+        self._place(message, root)
+        return message
 
-    def _real(self, field: Field) -> float:
-        negative, at = self._signed()
-        token = self._token
-        if self._kind == "number":
-            whole = self._whole()
-            value = float(token.rstrip("fF")) if whole is None else float(whole)
-        elif self._kind == "name" and token.lower() in ("inf", "infinity", "nan"):
-            value = float(token.lower())
-        else:
-            self._fail(f"field {field.name!r} takes a number, not {self._found()}", at)
-        self._advance()
-        value = -value if negative else value
-        return float(to_float32(value)) if field.kind == "float" else value
+    def _place(self, message: Message, outline: Outline) -> None:
+        """Gives a message, and those in it, their lines."""
+        message.line = self._line(outline.at)
+        for name, starts in outline.within.items():
+            values: Any = message.values[name]
+            for one, start in zip(values if isinstance(values, list) else [values], starts,
+                                  strict=True):  # fmt: skip
+                self._place(one, start)
 
-    def _bool(self, field: Field) -> bool:
-        token = self._token
-        if token not in _TRUE and token not in _FALSE:
-            self._fail(f"field {field.name!r} takes true or false, not {self._found()}")
-        self._advance()
-        return token in _TRUE
+    def _line(self, at: int) -> int:
+        return bisect_left(self._ends, at) + 1
 
-    def _enum(self, field: Field) -> str:
-        token = self._token
-        if self._kind == "number":
-            token = field.enum.names.get(int(token) if token.isdigit() else -1, "")
-        elif self._kind != "name":
-            token = ""
-        if token not in field.enum.values:
-            known = ", ".join(field.enum.values)
-            self._fail(f"field {field.name!r} takes one of {known}, not {self._found()}")
-        self._advance()
+    def _fail(self, at: int, what: str) -> NoReturn:
+        begin = self._text.rfind("\n", 0, at) + 1
+        raise TextError(self._file, self._line(at), at - begin + 1, what)
+
+    def _refuse_earlier(self, at: int, type_name: str) -> None:
+        """Raises TextError if something is wrong before a place already."""
+        before = self._text[:at]
+        try:
+            text_format.Parse(_REWRITTEN.sub(_rewritten, before), CLASSES[type_name]())
+        except text_format.ParseError as error:
+            line = error.GetLine() or 1
+            begin = self._ends[line - 2] + 1 if line > 1 else 0
+            is_end = re.search(r'Expected "[}>]"\.$', str(error))
+            if not is_end and begin + (error.GetColumn() or 1) - 1 < len(before.rstrip()):
+                self._refuse(error, type_name, None)
+
+    def _refuse(self, error: Any, type_name: str, unclosed: Outline | None) -> NoReturn:
+        line, column = error.GetLine(), error.GetColumn()
+        what = str(error).removeprefix(f"{line}:{column} : ")
+        shown = self._text.split("\n")[line - 1]
+        for line_before in (_REWRITTEN.sub(_rewritten, shown), ""):  # It is none at the end.
+            what = what.removeprefix(f"'{line_before}': ")
+        if unclosed and what == f'Expected "{unclosed.closes}".':
+            self._fail(
+                len(self._text),
+                f"the text ends within what starts in line {self._line(unclosed.at)}: close it "
+                f"with {unclosed.closes!r}",
+            )
+        column = _before_rewriting(shown, column)
+        raise TextError(self._file, line, column, _in_our_words(what, type_name, unclosed))
+
+
+def _in_our_words(what: str, type_name: str, unclosed: Outline | None) -> str:
+    if enum := re.match(
+        r'Enum type "\w+\.([\w.]+)" has no value (?:named|with number) (.*)\.', what
+    ):
+        return f"expected one of {', '.join(ENUMS[enum[1]].values)}, found {enum[2]!r}"
+    for pattern, ours in _WORDS:
+        if match := re.match(pattern, what, re.DOTALL):
+            said = match.expand(ours)
+            unknown = re.search(r"has no field '(\w+)'", said)
+            if unknown and unknown[1] in _HINTS:
+                said += f": {_HINTS[unknown[1]]}"
+            elif (
+                unknown and unclosed and unknown[1] in CLASSES[type_name].DESCRIPTOR.fields_by_name
+            ):
+                said += ": is a bracket not closed?"
+            return said if len(said) < _LONGEST else said[:_LONGEST] + "…"
+    return what if len(what) < _LONGEST else what[:_LONGEST] + "…"
+
+
+def _followed(outline: Outline, path: list[str]) -> Outline:
+    """The message at the end of a path such as ``layer[3].clip_param``."""
+    for step in path:
+        name, _, number = step.rstrip("]").partition("[")
+        outline = outline.within[name][int(number or 0)]
+    return outline
+
+
+def _before_rewriting(line: str, column: int) -> int:
+    """Where in a line that stands which is at a column once it is rewritten."""
+    for match in _REWRITTEN.finditer(line):
+        if match.start() + 1 >= column:
+            break
+        column -= len(_rewritten(match)) - len(match[0])
+    return column
+
+
+def _rewritten(match: re.Match[str]) -> str:
+    """What protobuf's reader takes for the same."""
+    token = match[0]
+    if token[0] == "-":
+        return " " * (len(token) - 1) + "-"
+    return _CHARACTER.sub(_as_bytes, token)
+
+
+def _as_bytes(match: re.Match[str]) -> str:
+    """What stands for a character that protobuf's reader does not bring back: its bytes."""
+    token = match[0]
+    if token[0] != "\\":
+        return f"\\{ord(token) - 0xDC00:03o}"
+    if token[1] not in "uU":
         return token
+    return "".join(f"\\{byte:03o}" for byte in chr(int(token[2:], 16)).encode())

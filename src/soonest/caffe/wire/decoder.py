@@ -1,4 +1,8 @@
-"""Reads messages from bytes: ``.caffemodel``, ``.solverstate`` and mean files."""
+"""Reads messages from bytes: ``.caffemodel``, ``.solverstate`` and mean files.
+
+Protobuf's runtime reads them, but for large arrays: it would copy these. So they are cut out before
+and put back afterwards, as arrays that look into the file.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,37 @@ import numpy as np
 
 from soonest.caffe.files import Bytes
 from soonest.caffe.message import REAL, Message
-from soonest.caffe.schema import MESSAGES, Field, MessageType
-from soonest.caffe.wire.types import CLOSE, FIXED32, FIXED64, LENGTH, OPEN, VARINT, type_of
+from soonest.caffe.protobuf import CLASSES, DecodeError, from_protobuf
+from soonest.caffe.schema import MESSAGES, MessageType
+from soonest.caffe.wire.types import (
+    CLOSE,
+    FIXED32,
+    FIXED64,
+    LENGTH,
+    OPEN,
+    VARINT,
+    has_arrays,
+    is_array,
+    to_varint,
+)  # fmt: skip
 
-MOST_NESTED = 100
-"""Messages within messages, as in protobuf."""
-MOST_VALUES = 1_000_000
-"""Besides numbers with a fraction. No net has as many; a hostile file could fill memory with
-them."""
-
+MOST_BYTES = 2**22
+"""Besides arrays. No net has as many; a hostile file could fill memory with the values in them."""
+_MESSAGE_BYTES = 16
+"""How many of these a message counts for, as it takes memory even if it is empty."""
 _FIXED_BYTES = {FIXED32: 4, FIXED64: 8}
+
+Cut = dict[str, list[Any]]
+"""What has been cut out of a message, by field: pieces of an array, or what was cut out of messages
+within, in their order."""
 
 
 class WireError(ValueError):
-    """Bytes that cannot be read, and where.
+    """Bytes that cannot be read.
 
     Attributes:
-        offset_bytes: from the start of the file.
+        offset_bytes: where that shows, from the start of the file; where the message starts if
+            nothing says more.
     """
 
     def __init__(self, file: str, offset_bytes: int, what: str) -> None:
@@ -56,22 +74,69 @@ class _Decoder:
     def __init__(self, data: Bytes, file: str) -> None:
         self._data = data
         self._file = file
-        self._values = 0
+        self._kept_bytes = 0
 
     def message(self, type_: MessageType) -> Message:
-        return self._message(type_, 0, len(self._data), 0)
-
-    def _keep(self, values: dict[str, Any], field: Field, value: Any, at: int) -> None:
-        self._values += 1
-        if self._values > MOST_VALUES:
-            self._fail(at, f"more than {MOST_VALUES} values: this is no such file, or damaged")
-        if field.repeated:
-            values.setdefault(field.name, []).append(value)
-        else:
-            values[field.name] = value
+        cut: Cut = {}
+        data = self._without(type_, 0, len(self._data), cut)
+        found = CLASSES[type_.name]()
+        try:
+            found.ParseFromString(data)
+        except DecodeError:
+            self._fail(0, f"this is no {type_.name}, or it is cut off or damaged")
+        for path in found.FindInitializationErrors():
+            self._fail(0, f"{type_.name} lacks its field {path!r}")
+        message = from_protobuf(found)
+        _put_back(message, cut)
+        return message
 
     def _fail(self, at: int, what: str) -> NoReturn:
         raise WireError(self._file, at, what)
+
+    def _without(self, type_: MessageType, at: int, end: int, cut: Cut) -> bytes:
+        """The bytes of a message without its arrays, which go into ``cut``."""
+        if not has_arrays(type_):
+            return self._data[at:end]
+        kept = bytearray()
+        while at < end:
+            key, after = self._varint(at, end)
+            number, wire = key >> 3, key & 7
+            if not 0 < number < 2**29 or wire > FIXED32:
+                self._fail(at, f"no field can start with {key}: this is no such file, or damaged")
+            field = type_.by_number.get(number)
+            if wire in (OPEN, CLOSE) or (field and is_array(field) and wire != LENGTH):
+                # A group, as no file of today has one, or numbers one by one, as old files have
+                # them: protobuf's runtime reads them, and all that follows.
+                kept += self._data[at:end]
+                break
+            if wire == VARINT:
+                start = stop = self._varint(after, end)[1]
+            else:
+                start, stop = self._stretch(wire, after, end, field.name if field else number)
+            if wire == LENGTH and field and is_array(field):
+                self._array(cut, field.name, REAL[field.kind], start, stop)
+            elif wire == LENGTH and field and field.kind == "message" and has_arrays(field.message):
+                inner: Cut = {}
+                rest = self._without(field.message, start, stop, inner)
+                cut.setdefault(field.name, []).append(inner)
+                kept += self._data[at:after] + to_varint(len(rest)) + rest
+                self._kept_bytes += _MESSAGE_BYTES
+            else:
+                self._kept_bytes += stop - at
+                kept += self._data[at:stop]
+            if self._kept_bytes > MOST_BYTES:
+                self._fail(at, f"more than {MOST_BYTES} bytes besides arrays: this is no such file")
+            at = stop
+        return bytes(kept)
+
+    def _array(self, cut: Cut, name: str, dtype: np.dtype[Any], start: int, stop: int) -> None:
+        count, rest = divmod(stop - start, dtype.itemsize)
+        if rest:
+            self._fail(
+                start, f"{stop - start} bytes are no whole number of {dtype.name}s: it is damaged"
+            )
+        if count:
+            cut.setdefault(name, []).append(np.frombuffer(self._data, dtype, count, start))
 
     def _varint(self, at: int, end: int) -> tuple[int, int]:
         value = shift = 0
@@ -87,14 +152,7 @@ class _Decoder:
                 self._fail(start, "a number has more than 10 bytes: the file is damaged")
         return self._fail(start, "the data ends within a number: the file is cut off or damaged")
 
-    def _tag(self, at: int, end: int) -> tuple[int, int, int]:
-        key, after = self._varint(at, end)
-        number, wire = key >> 3, key & 7
-        if not 0 < number < 2**29 or wire > FIXED32:
-            self._fail(at, f"no field can start with {key}: this is no such file, or damaged")
-        return number, wire, after
-
-    def _stretch(self, wire: int, at: int, end: int, what: str) -> tuple[int, int]:
+    def _stretch(self, wire: int, at: int, end: int, what: str | int) -> tuple[int, int]:
         """Where a value of known length starts and stops."""
         if wire == LENGTH:
             length, start = self._varint(at, end)
@@ -102,154 +160,26 @@ class _Decoder:
             length, start = _FIXED_BYTES[wire], at
         if length > end - start:
             self._fail(
-                at, f"{what} has {length} bytes, but {end - start} are left: the file is cut off"
+                at,
+                f"field {what!r} has {length} bytes, but {end - start} are left: the file is cut "
+                "off",
             )
         return start, start + length
 
-    def _message(self, type_: MessageType, at: int, end: int, depth: int) -> Message:
-        found = Message(type_)
-        begin = at
-        pieces: dict[str, list[Any]] = {}
-        while at < end:
-            number, wire, after = self._tag(at, end)
-            field = type_.by_number.get(number)
-            if wire == CLOSE:
-                self._fail(at, "a group ends that did not start: the file is damaged")
-            if field is None or not _fits(field, wire):
-                at = self._skip(number, wire, after, end, depth)
+
+def _put_back(message: Message, cut: Cut) -> None:
+    for name, parts in cut.items():
+        field = message.schema.fields[name]
+        if field.kind == "message":
+            inner = message.values[name]
+            if field.repeated:
+                for one, its in zip(inner, parts, strict=False):  # Behind a group none was cut.
+                    _put_back(one, its)
             else:
-                at = self._value(found, field, wire, after, end, depth, pieces)
-        for name, parts in pieces.items():
-            arrays = [np.frombuffer(part, REAL[type_.fields[name].kind]) for part in parts]
-            found.values[name] = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        for field in type_.fields.values():
-            if field.required and not found.has(field.name):
-                self._fail(begin, f"{type_.name} lacks its field {field.name!r}")
-        return found
-
-    def _value(
-        self,
-        into: Message,
-        field: Field,
-        wire: int,
-        at: int,
-        end: int,
-        depth: int,
-        pieces: dict[str, list[Any]],
-    ) -> int:
-        values = into.values
-        if wire == VARINT:
-            raw, after = self._varint(at, end)
-            value = _whole(field, raw)
-            if value is not None:
-                self._keep(values, field, value, at)
-            return after
-        start, after = self._stretch(wire, at, end, f"field {field.name!r} of {into.schema.name}")
-        if field.kind in REAL:
-            self._reals(values, field, wire, start, after, pieces)
-        elif field.kind == "message":
-            if depth >= MOST_NESTED:
-                self._fail(at, f"more than {MOST_NESTED} messages within each other")
-            value = self._message(field.message, start, after, depth + 1)
-            if field.repeated or field.name not in values:
-                self._keep(values, field, value, at)
-            else:
-                _merge(values[field.name], value)
-        elif field.kind == "string":
-            self._keep(
-                values, field, self._data[start:after].decode("utf-8", "surrogateescape"), at
-            )
-        elif field.kind == "bytes":
-            self._keep(values, field, self._data[start:after], at)
+                for its in parts[1:]:  # Protobuf has put these pieces of one message together.
+                    for key, more in its.items():
+                        parts[0].setdefault(key, []).extend(more)
+                _put_back(inner, parts[0])
         else:
-            while start < after:
-                raw, start = self._varint(start, after)
-                value = _whole(field, raw)
-                if value is not None:
-                    self._keep(values, field, value, at)
-        return after
-
-    def _reals(
-        self,
-        values: dict[str, Any],
-        field: Field,
-        wire: int,
-        start: int,
-        stop: int,
-        pieces: dict[str, list[Any]],
-    ) -> None:
-        dtype = REAL[field.kind]
-        if (stop - start) % dtype.itemsize:
-            self._fail(
-                start, f"{stop - start} bytes are no whole number of {field.kind}s: it is damaged"
-            )
-        count = (stop - start) // dtype.itemsize
-        if not field.repeated:
-            values[field.name] = float(np.frombuffer(self._data, dtype, count, start)[0])
-        elif wire == LENGTH:
-            if count:
-                pieces.setdefault(field.name, []).append(
-                    np.frombuffer(self._data, dtype, count, start)
-                )
-        else:
-            # One by one, as old files have them: they gather in one buffer, not in an array each.
-            parts = pieces.setdefault(field.name, [])
-            if not parts or not isinstance(parts[-1], bytearray):
-                parts.append(bytearray())
-            parts[-1] += self._data[start:stop]
-
-    def _skip(self, number: int, wire: int, at: int, end: int, depth: int) -> int:
-        if wire == VARINT:
-            return self._varint(at, end)[1]
-        if wire != OPEN:
-            return self._stretch(wire, at, end, f"unknown field {number}")[1]
-        open_ = [number]
-        begin = at
-        while open_:
-            if at >= end:
-                self._fail(begin, "the data ends within a group: the file is cut off or damaged")
-            if depth + len(open_) > MOST_NESTED:
-                self._fail(begin, f"more than {MOST_NESTED} messages within each other")
-            inner, wire, after = self._tag(at, end)
-            if wire == OPEN:
-                open_.append(inner)
-                at = after
-            elif wire == CLOSE:
-                if inner != open_.pop():
-                    self._fail(at, "a group ends that did not start: the file is damaged")
-                at = after
-            else:
-                at = self._skip(inner, wire, after, end, depth)
-        return at
-
-
-def _fits(field: Field, wire: int) -> bool:
-    """Whether a field may come in this way; repeated numbers do in two."""
-    own = type_of(field.kind)
-    return wire == own or (wire == LENGTH and field.repeated and own != LENGTH)
-
-
-def _merge(into: Message, other: Message) -> None:
-    """Protobuf's rule for a message that comes in several pieces."""
-    for name, value in other.values.items():
-        field = into.schema.fields[name]
-        if name not in into.values:
-            into.values[name] = value
-        elif field.repeated:
-            into.values[name] = [*into.values[name], *value]
-        elif field.kind == "message":
-            _merge(into.values[name], value)
-        else:
-            into.values[name] = value
-
-
-def _whole(field: Field, raw: int) -> Any:
-    if field.kind == "bool":
-        return raw != 0
-    if field.kind in ("uint32", "uint64"):
-        return raw & 0xFFFFFFFF if field.kind == "uint32" else raw
-    bits = 64 if field.kind == "int64" else 32
-    value = raw & ((1 << bits) - 1)
-    value = value - (1 << bits) if value >> (bits - 1) else value
-    # A name that this version does not know is as if it were absent, as in protobuf.
-    return field.enum.names.get(value) if field.kind == "enum" else value
+            arrays = [*parts, *([message.values[name]] if message.has(name) else [])]
+            message.values[name] = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -1,15 +1,16 @@
-"""Writes messages as bytes: ``.caffemodel``, ``.solverstate`` and mean files."""
+"""Writes messages as bytes: ``.caffemodel``, ``.solverstate`` and mean files.
+
+Protobuf's runtime writes them, but for large arrays: it would keep every number as a value of its
+own first.
+"""
 
 from __future__ import annotations
-
-import struct
-from typing import Any
 
 import numpy as np
 
 from soonest.caffe.message import REAL, Message
-from soonest.caffe.schema import Field
-from soonest.caffe.wire.types import LENGTH, type_of
+from soonest.caffe.protobuf import to_protobuf
+from soonest.caffe.wire.types import LENGTH, has_arrays, is_array, to_varint
 
 MOST_BYTES = 2**31 - 1
 """Of a message, as in protobuf: Caffe reads no longer ones."""
@@ -33,62 +34,38 @@ def encode(message: Message) -> bytes:
 
 def _encode(message: Message, pieces: list[bytes | memoryview]) -> int:
     """Appends the bytes of a message and says how many they are."""
+    if not has_arrays(message.schema):
+        pieces.append(to_protobuf(message).SerializePartialToString())
+        return len(pieces[-1])
     size = 0
     for field in message.schema.by_number.values():
         if not message.has(field.name):
             continue
         value = message.values[field.name]
-        values = value if field.repeated else [value]
-        if field.packed:
-            own: list[bytes | memoryview] = [_packed(field, values)]
-            size += _delimited(field, own, len(own[0]), pieces)
-        elif field.kind == "message":
-            for one in values:
+        if is_array(field):
+            own: list[bytes | memoryview] = [
+                np.ascontiguousarray(value, dtype=REAL[field.kind]).data.cast("B")
+            ]
+            size += _delimited(field.number, own, len(own[0]), pieces)
+        elif field.kind == "message" and has_arrays(field.message):
+            for one in value if field.repeated else [value]:
                 own = []
-                size += _delimited(field, own, _encode(one, own), pieces)
-        elif type_of(field.kind) == LENGTH:
-            for one in values:
-                raw = one if isinstance(one, bytes) else one.encode("utf-8", "surrogateescape")
-                size += _delimited(field, [raw], len(raw), pieces)
+                size += _delimited(field.number, own, _encode(one, own), pieces)
         else:
-            tag = _to_varint(field.number << 3 | type_of(field.kind))
-            for one in values:
-                piece = tag + _scalar(field, one)
-                pieces.append(piece)
-                size += len(piece)
+            alone = Message(message.schema)
+            alone.values[field.name] = value
+            pieces.append(to_protobuf(alone).SerializePartialToString())
+            size += len(pieces[-1])
     return size
 
 
 def _delimited(
-    field: Field, own: list[bytes | memoryview], length: int, pieces: list[bytes | memoryview]
+    number: int,
+    own: list[bytes | memoryview],
+    length: int,
+    pieces: list[bytes | memoryview],
 ) -> int:
-    head = _to_varint(field.number << 3 | LENGTH) + _to_varint(length)
+    head = to_varint(number << 3 | LENGTH) + to_varint(length)
     pieces.append(head)
     pieces.extend(own)
     return len(head) + length
-
-
-def _packed(field: Field, values: Any) -> bytes | memoryview:
-    if field.kind in REAL:
-        array = np.ascontiguousarray(values, dtype=REAL[field.kind])
-        return array.data.cast("B")
-    return b"".join(_scalar(field, one) for one in values)
-
-
-def _scalar(field: Field, value: Any) -> bytes:
-    if field.kind == "float":
-        return struct.pack("<f", value)
-    if field.kind == "double":
-        return struct.pack("<d", value)
-    if field.kind == "enum":
-        value = field.enum.values[value]
-    return _to_varint(int(value) & 0xFFFFFFFFFFFFFFFF)
-
-
-def _to_varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

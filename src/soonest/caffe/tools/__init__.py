@@ -1,0 +1,1 @@
+"""The programs that come with Caffe besides its own, each under its name there."""
