@@ -244,7 +244,7 @@ class Peers:
     def _without_store(self, gone: int | None, how: str) -> str:
         """Who is at fault, where the key-value store does not say."""
         host = self._store_host
-        if gone is None and host not in (None, self.rank):
+        if host is not None and host != self.rank:  # others may have ended because it did
             return f"{self._did_not_take_part([host])}: the key-value store in it {how}"
         if gone is not None:
             return self._did_not_take_part([gone])
