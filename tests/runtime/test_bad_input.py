@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import soonest
@@ -87,10 +87,58 @@ def sync_batchnorm() -> tuple[Any, Any]:
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def replaced_step() -> tuple[Any, Any]:
+def wrapped_from_outside() -> tuple[Any, Any]:
     model, optimizer = plain()
-    optimizer.step = print  # type: ignore[method-assign]
+    KEPT.append(DistributedDataParallel(model))
     return model, optimizer
+
+
+def in_data_parallel() -> tuple[Any, Any]:
+    model, optimizer = plain()
+    KEPT.append(nn.DataParallel(model))
+    return model, optimizer
+
+
+def in_our_class() -> tuple[Any, Any]:
+    model, optimizer = plain()
+    KEPT.append(soonest.DistributedDataParallel(model, init_sync=False))
+    return model, optimizer
+
+
+def our_class() -> tuple[Any, Any]:
+    model, optimizer = plain()
+    return soonest.DistributedDataParallel(model, init_sync=False), optimizer
+
+
+def of_another_library() -> tuple[Any, Any]:
+    model, optimizer = plain()
+    namespace = {"__module__": "horovod.torch.optimizer"}
+    optimizer.__class__ = type("SGD", (type(optimizer),), namespace)
+    return model, optimizer
+
+
+def wrapper_of_two() -> tuple[Any, Any]:
+    model, optimizer = plain()
+    wrapper: Any = object.__new__(torch.optim.Optimizer)
+    wrapper.first, wrapper.second = optimizer, torch.optim.Adam(model.parameters())
+    return model, wrapper
+
+
+def with_buffer(buffer: Tensor) -> tuple[Any, Any]:
+    model, optimizer = plain()
+    model.register_buffer("odd", buffer)
+    return model, optimizer
+
+
+def expanded_buffer() -> tuple[Any, Any]:
+    return with_buffer(torch.ones(1).expand(4))
+
+
+def sparse_buffer() -> tuple[Any, Any]:
+    return with_buffer(torch.eye(3).to_sparse())
+
+
+KEPT: list[Any] = []
 
 
 def two_optimizers_of_one_parameter() -> tuple[Any, Any]:
@@ -135,7 +183,14 @@ BAD: dict[Callable[[], tuple[Any, Any]], tuple[type[Exception], str]] = {
     differentiable: (ValueError, "differentiable=False"),
     capturable: (ValueError, "capturable=False"),
     sync_batchnorm: (ValueError, "module '1' is a SyncBatchNorm"),
-    replaced_step: (ValueError, "was replaced by"),
+    wrapped_from_outside: (ValueError, "wrapped by DistributedDataParallel from outside"),
+    in_data_parallel: (ValueError, "wrapped by DataParallel from outside"),
+    in_our_class: (ValueError, "call the prioritize(optimizer) of that one"),
+    our_class: (ValueError, "call its own prioritize(optimizer)"),
+    of_another_library: (ValueError, "wrapped by horovod, which shares gradients itself"),
+    wrapper_of_two: (TypeError, "holds 2 optimizers: give prioritize the torch.optim.Optimizer"),
+    expanded_buffer: (ValueError, "buffer 'odd' is expanded (shape (4,), strides (0,))"),
+    sparse_buffer: (ValueError, "buffer 'odd' is torch.sparse_coo"),
     two_optimizers_of_one_parameter: (
         ValueError,
         "hold the same parameter ('bias')",
@@ -231,14 +286,60 @@ def alone() -> list[Any]:
     assert float(handle.clip_grad_norm_(1.0)) > 1.0
     optimizer.step()
     handle.flush()
-    assert handle.report() is None
+    assert str(handle.report()) == "one rank: nothing to send"
+    with pytest.raises(ValueError, match="prioritized already"):
+        soonest.prioritize(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="has been wrapped by DistributedDataParallel"):
+        DistributedDataParallel(model)(torch.ones(1, 3))
     assert handle.optimizer_state_dict() == optimizer.state_dict()
     with pytest.raises(ValueError, match="no method 'pigeon'"):
-        soonest.prioritize(model, optimizer, method="pigeon")
+        soonest.prioritize(*plain(), method="pigeon")
     result = [handle.plan, handle.timeline(), type(optimizer) is before]
     handle.detach()
     handle.detach()
     return result
+
+
+def wrapped_later() -> list[str]:
+    """What is said when a prioritized model is wrapped, and then called."""
+    said: list[str] = []
+    for wrap in (DistributedDataParallel, nn.Sequential):
+        model, optimizer = plain()
+        handle = soonest.prioritize(model, optimizer)
+        net = wrap(model)
+        net = net if wrap is DistributedDataParallel else DistributedDataParallel(net)
+        with pytest.raises(ValueError) as refused:
+            net(torch.ones(1, 3))
+        said.append(str(refused.value))
+        handle.detach()
+    model, _ = plain()
+    with pytest.raises(ValueError) as refused:
+        DistributedDataParallel(soonest.DistributedDataParallel(model))(torch.ones(1, 3))
+    return [*said, str(refused.value)]
+
+
+def test_a_model_that_is_wrapped_later_is_refused_when_it_is_called() -> None:
+    for said in run_ranks(wrapped_later, 2):
+        for sentence in said:
+            assert "wrapped by DistributedDataParallel, which shares gradients itself" in sentence
+            assert "soonest.DistributedDataParallel(model) in its place" in sentence
+
+
+def replaced_step() -> list[str]:
+    """What is said of a step that nobody can see through, with the state shared out and without."""
+    model, optimizer = plain()
+    optimizer.step = print  # type: ignore[method-assign]
+    with pytest.raises(ValueError) as refused:
+        soonest.prioritize(model, optimizer, shard_optimizer=True)
+    with pytest.warns(UserWarning, match="was replaced by") as warned:
+        soonest.prioritize(model, optimizer)
+    return [str(refused.value), *(str(one.message) for one in warned)]
+
+
+def test_a_step_that_cannot_be_seen_through() -> None:
+    for refused, *warned in run_ranks(replaced_step, 2):
+        assert "so ranks cannot update their own parts only" in refused
+        assert any("nothing of it overlaps the next forward pass" in one for one in warned)
 
 
 def test_a_group_of_one_rank_does_nothing() -> None:

@@ -355,6 +355,7 @@ def test_buffers_that_land_on_one_stream_are_there_for_all(spreads: bool) -> Non
         group: Any = FakeGroup(meeting, rank, streams)
         buffers = Buffers(model, lambda: group, lane, worlds.PEERS)
         assert model.running_mean is not None
+        buffers.forward_begins()
         model.running_mean.fill_(rank)
         with watched(streams, *model.buffers()):
             lane.wait_all()
@@ -363,6 +364,7 @@ def test_buffers_that_land_on_one_stream_are_there_for_all(spreads: bool) -> Non
             buffers.share()
             streams.follow(side, streams.main)
             with streams.use(side):
+                buffers.forward_begins()
                 assert model.running_mean.sum() == 0
             streams.detector.host_waits.clear()
             model.running_mean.clone()
