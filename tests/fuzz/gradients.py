@@ -67,7 +67,10 @@ def change_gradients(run: Run, place: int, how: str) -> None:
     if how == "alias":
         one = run.parameter(place)
         same = [p for p in run.parameters() if p.shape == one.shape and p.dtype == one.dtype]
-        one.grad = same[-1].grad if one.requires_grad else one.grad
+        if one.requires_grad:  # for one step: how DDP adds to such depends on the order
+            one.grad = same[-1].grad
+            run.step()
+            one.grad = None
         return
     for p in run.parameters():
         if p.grad is None:

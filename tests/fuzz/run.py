@@ -122,9 +122,16 @@ class Run:
 
     def freshen(self) -> None:
         """Before whatever is done with the net."""
-        if self.stale:
-            self.stale = False
-            self.arm.wrap_anew(self.model, self.optimizer)
+        if not self.stale:
+            return
+        self.stale = False
+        buffers = [b.clone() for b in self.model.buffers()]
+        sends = getattr(self.arm.net, "require_forward_param_sync", None)
+        self.arm.wrap_anew(self.model, self.optimizer)
+        if sends is not None:  # buffers go on as before: to wrap is no call of ``prioritize``
+            self.arm.net.require_forward_param_sync = sends
+            for b, kept in zip(self.model.buffers(), buffers, strict=True):
+                b.copy_(kept)
 
     def no_sync(self) -> Any:
         self.freshen()

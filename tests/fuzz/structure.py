@@ -85,6 +85,8 @@ def replace_layer(run: Run, place: int, how: str, apart: bool) -> None:
     for p, q in zip(old.parameters(), new.parameters(), strict=True):
         _replaced(run, p, q, how)
     run.stale = True
+    if apart:  # until the next pass, DDP does not know of it
+        run.one_pass()
 
 
 @action("between", place=_PLACES, how=("whole", "in place"))
@@ -121,6 +123,8 @@ def insert_layer(run: Run, kind: str, apart: bool) -> None:
     last = getattr(run.model, "last", None)
     if not isinstance(last, nn.Module) or run.memory.get("inserted", 0) > 1:
         return
+    if kind == "norm without parameters" and not any(True for _ in run.model.buffers()):
+        return  # then DDP shares no buffers that come later
     run.memory["inserted"] = run.memory.get("inserted", 0) + 1
     torch.manual_seed(run.loop.seed + run.at + apart * run.rank)
     size = 3
@@ -133,12 +137,16 @@ def insert_layer(run: Run, kind: str, apart: bool) -> None:
     run.model.last = _With(last, extra)
     if parameters := list(extra.parameters()):
         run.optimizer.add_param_group({"params": parameters})
-    run.stale = True
+        run.stale = True
+    if apart:  # until the next pass, DDP does not know of it
+        run.one_pass()
 
 
 @action("between", how=("added", "grown", "float", "none"))
 def new_buffer(run: Run, how: str) -> None:
     """A buffer is made late, or becomes larger."""
+    if not any(True for _ in run.model.buffers()):  # then DDP shares none that come later
+        return
     made = run.memory["buffers"] = run.memory.get("buffers", 0) + 1
     if how == "none":
         run.model.register_buffer("nothing", None)
@@ -146,7 +154,6 @@ def new_buffer(run: Run, how: str) -> None:
         run.model.register_buffer("history", torch.zeros(made))
     else:
         run.model.register_buffer(f"extra{made}", torch.full((2,), 1.0 + run.rank))
-    run.stale = True  # without any buffers at first, DDP shares none later
 
 
 @action("between", how=("in turn", "reversed", "to a new one", "swap two", "same list"))
