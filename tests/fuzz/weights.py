@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ def evaluate(run: Run, mode: str, count: int, alike: bool) -> None:
     training = run.model.training
     run.freshen()
     run.arm.net.train(mode == "train")
+    with_gradients = mode == "eval with gradients"
     with (
-        torch.inference_mode()
-        if mode == "inference"
-        else torch.set_grad_enabled(mode == "eval with gradients")
+        torch.inference_mode() if mode == "inference" else torch.set_grad_enabled(with_gradients),
+        run.averages_by_hand() if with_gradients else nullcontext(),
     ):
         for _ in range(count):
             x = run.inputs()
