@@ -182,6 +182,7 @@ def write(run: Run, place: int, how: str) -> None:
             p.data = torch.cat([value.flatten(), value.flatten()])[p.numel() :].view(p.shape)
         elif how == "set_":
             p.set_(value)
+            run.stale = True  # torch forgets DDP's hook
         elif how == "clamp_":
             p.clamp_(-0.2, 0.2)
         elif how == "apply":
@@ -194,6 +195,7 @@ def write(run: Run, place: int, how: str) -> None:
             p.detach().numpy()[...] *= 0.9
         elif how == "swap_tensors":
             torch.utils.swap_tensors(p, nn.Parameter(value, p.requires_grad))
+            run.stale = True
         elif how == "foreach":
             torch._foreach_mul_(run.parameters(), 0.9)
         elif how == "load":
@@ -224,7 +226,7 @@ def move(run: Run, how: str) -> None:
     elif run.loop.model != "recurrent" and len({p.dtype for p in run.parameters()}) == 1:
         run.model.to(torch.float64 if how == "double and back" else torch.bfloat16)
         run.model.float()
-        run.stale = True  # torch forgets DDP's hooks where a dtype changes
+    run.stale = True  # DDP combines nothing, or something else, where a dtype or a stride changes
 
 
 @action("between", how=("deepcopy", "save", "both", "save optimizer", "one"))
