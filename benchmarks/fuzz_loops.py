@@ -3,7 +3,7 @@
 Each seed stands for one loop, on two ranks. One that comes out otherwise than under
 DistributedDataParallel is made as short as it gets, and shown.
 
-    python benchmarks/fuzz_loops.py --loops 3000 --seed 0 --minutes 90
+    python benchmarks/fuzz_loops.py --loops 3000 --minutes 90 --json benchmarks/records/fuzz-loops.json
     python benchmarks/fuzz_loops.py --replay 17
 """
 
@@ -36,7 +36,6 @@ from fuzz.pair import (  # pyright: ignore[reportMissingImports]
 )
 from fuzz.shrink import shrink  # pyright: ignore[reportMissingImports]
 
-RECORD = Path(__file__).parent / "records" / "fuzz-loops.json"
 _EVERY_S = 10.0
 
 
@@ -47,7 +46,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--loops", type=int, default=100, help="how many (100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first one (0)")
+    parser.add_argument("--seed", type=int, help="of the first one (0, or what the record lacks)")
     parser.add_argument("--minutes", type=float, default=60.0, help="when to stop (60)")
     parser.add_argument("--replay", type=int, metavar="SEED", help="train this loop, and show it")
     parser.add_argument("--without", default="", help="actions to leave out, with commas")
@@ -55,7 +54,11 @@ def main() -> int:
     parser.add_argument(
         "--shrink", type=int, default=10, help="so many that come out wrong, at most (10)"
     )
-    parser.add_argument("--json", type=Path, help=f"where to write the record, such as {RECORD}")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="the record to write, or to go on with: benchmarks/records/fuzz-loops.json",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     without, arms = tuple(filter(None, args.without.split(","))), tuple(args.arms.split(","))
@@ -63,7 +66,10 @@ def main() -> int:
         if args.replay is not None:
             return replay(pair, draw(args.replay, without), arms)
         record = Record(without, arms)
-        seeds = range(args.seed, args.seed + args.loops)
+        if args.json and args.json.exists():
+            record.take_up(json.loads(args.json.read_text(encoding="utf-8")))
+        first = record.last + 1 if args.seed is None else args.seed
+        seeds = range(first, first + args.loops)
         for loop, arm in record.take(pair, seeds, args.minutes * 60):
             if args.shrink > 0:
                 args.shrink -= 1
@@ -109,7 +115,8 @@ class Record:
 
     without: tuple[str, ...]
     arms: tuple[str, ...]
-    seeds: list[int] = field(default_factory=list[int])
+    loops: int = 0
+    last: int = -1
     outcomes: Counter[str] = field(default_factory=Counter[str])
     by_arm: dict[str, Counter[str]] = field(default_factory=dict[str, Counter[str]])
     lines: Counter[str] = field(default_factory=Counter[str])
@@ -126,9 +133,7 @@ class Record:
                 return
             if now - shown > _EVERY_S:
                 shown = now
-                print(
-                    f"{len(self.seeds)} loops in {now - began:.0f} s: {self._short()}", flush=True
-                )
+                print(f"{self.loops} loops in {now - began:.0f} s: {self._short()}", flush=True)
             loop = draw(seed, self.without)
             outcomes = pair.train(loop, self.arms)
             if wrong := self._note(loop, outcomes):
@@ -138,7 +143,8 @@ class Record:
                 yield loop, wrong[0]
 
     def _note(self, loop: Loop, outcomes: dict[str, Outcome]) -> list[str]:
-        self.seeds.append(loop.seed)
+        self.loops += 1
+        self.last = max(self.last, loop.seed)
         kinds = {outcome.kind for outcome in outcomes.values()}
         self.outcomes[
             next((kind for kind in (*BAD[::-1], RAISED, REFUSED) if kind in kinds), EQUAL)
@@ -161,16 +167,29 @@ class Record:
         return ", ".join(f"{count} {kind}" for kind, count in self.outcomes.most_common())
 
     def __str__(self) -> str:
-        lines = [f"{len(self.seeds)} loops: {self._short()}"]
+        lines = [f"{self.loops} loops: {self._short()}"]
         lines += [f"  {arm}: {dict(counts)}" for arm, counts in self.by_arm.items()]
         lines += [f"  {count} × {text}" for text, count in self.sentences.most_common()]
+        lines += [f"  DDP: {count} × {text}" for text, count in self.raised.most_common()]
         return "\n".join(lines)
+
+    def take_up(self, data: dict[str, Any]) -> None:
+        """Goes on with a record that was written, of the same ways and actions."""
+        self.loops, self.last, self.wrong = data["loops"], data["last_seed"], data["wrong"]
+        for found, key in (
+            (self.outcomes, "outcomes"),
+            (self.lines, "actions"),
+            (self.sentences, "sentences"),
+            (self.raised, "raised_by_ddp"),
+        ):
+            found.update(data[key])
+        self.by_arm = {arm: Counter(counts) for arm, counts in data["by_arm"].items()}
 
     def to_json(self) -> dict[str, Any]:
         """The record as it is written."""
         return {
-            "loops": len(self.seeds),
-            "seeds": [min(self.seeds, default=0), max(self.seeds, default=0)],
+            "loops": self.loops,
+            "last_seed": self.last,
             "without": list(self.without),
             "outcomes": dict(self.outcomes.most_common()),
             "by_arm": {arm: dict(counts.most_common()) for arm, counts in self.by_arm.items()},

@@ -111,7 +111,7 @@ def no_gradient(run: Run, place: int) -> None:
         p.grad = None
 
 
-@action("between", place=_PLACES)
+@action("between", "state", place=_PLACES)
 def no_gradient_on_one_rank(run: Run, place: int) -> None:
     """Before a pass, which then gives all ranks the same again."""
     if run.rank == 1:

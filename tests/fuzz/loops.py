@@ -29,6 +29,11 @@ class Action:
     call: Callable[..., None]
     choices: Choices
 
+    @property
+    def touches_gradients(self) -> bool:
+        """Whether it does something with gradients, or with states, at any time."""
+        return "between" in self.moments and bool({"gradient", "zero", "state"} & {*self.moments})
+
 
 ACTIONS: dict[str, Action] = {}
 
@@ -122,7 +127,8 @@ SECTIONS = ("kept", "parameters", "gradients", "buffers", "optimizer", "outputs"
 def draw(seed: int, without: Collection[str] = ()) -> Loop:
     """The loop of a seed.
 
-    Each has only some kinds of actions, so that each of these is often alone with another.
+    Each has only some kinds of actions, so that each of these is often alone with another. Some do
+    with gradients and states nothing but what goes where these are shared out over the ranks, too.
 
     Args:
         seed: any.
@@ -137,9 +143,14 @@ def draw(seed: int, without: Collection[str] = ()) -> Loop:
     if settings["scaler"] or optimizer in optimizers.CLOSURE_ONLY:
         settings["scaler"] = optimizer not in optimizers.CLOSURE_ONLY
         settings["around"] = ""
+    keeps_to_steps = random.random() < 0.4
     of = {
         moment: [
-            name for name, one in ACTIONS.items() if moment in one.moments and name not in without
+            name
+            for name, one in ACTIONS.items()
+            if moment in one.moments
+            and name not in without
+            and not (keeps_to_steps and moment == "between" and one.touches_gradients)
         ]
         for moment in ("pass", "gradient", "between")
     }
@@ -159,12 +170,15 @@ def draw(seed: int, without: Collection[str] = ()) -> Loop:
     steps = random.randint(3, 7)
     closure = optimizer in optimizers.CLOSURE_ONLY or random.random() < 0.1
     usual_zero = draw_line(random, "zero")
+    if keeps_to_steps:
+        usual_zero = Line("zero", (("how", random.choice(("none", "zero", "model"))),))
     zeroes_last = random.random() < 0.2
     for step in range(steps):
         add("between", 0.35)
         if not closure:
             if not zeroes_last and random.random() < 0.9:
-                lines.append(usual_zero if random.random() < 0.8 else draw_line(random, "zero"))
+                usual = keeps_to_steps or random.random() < 0.8
+                lines.append(usual_zero if usual else draw_line(random, "zero"))
             add("between", 0.1)
             lines.append(draw_line(random, random.choice(chosen["pass"])))
             add("between", 0.1)

@@ -41,6 +41,8 @@ EQUAL, RAISED, REFUSED, BROKEN, DIFFERENT, HANGS = (
 BAD = (BROKEN, DIFFERENT, HANGS)
 _ALL_CANDIDATES, _TURN = learn.CANDIDATES, learn.STEPS
 _SLOW_S = 2e-3
+_NO_SENTENCES = ("an update failed: ", "a thread that communicates has ended")
+"""What soonest says of something else that broke."""
 _STACKS, _ERRORS = ".stacks", ".errors"
 
 
@@ -119,7 +121,7 @@ def _run(loop: Loop, name: str) -> _Found:
 def _is_sentence(error: Exception, trace: TracebackType | None) -> bool:
     """Whether soonest itself has raised it, and not something that broke in there."""
     if isinstance(error, SoonestError):
-        return True
+        return not str(error).startswith(_NO_SENTENCES)
     *_, last = traceback.walk_tb(trace)
     inside = f"{os.sep}soonest{os.sep}" in last[0].f_code.co_filename
     planning = f"{os.sep}core{os.sep}" in last[0].f_code.co_filename  # of which no user knows
@@ -210,7 +212,10 @@ class Pair:
         together = len({(one.kind, one.at) for one in outcomes}) == 1
         if errors and not (together and errors[0].kind in (REFUSED, RAISED)):
             self.close()
-        return max(outcomes, key=lambda one: _WORSE.index(one.kind))
+        worst = max(outcomes, key=lambda one: _WORSE.index(one.kind))
+        if worst.kind == REFUSED and all(one.text.startswith("PeerLostError") for one in errors):
+            return Outcome(BROKEN, worst.text, worst.at)  # no rank is lost, and none says why
+        return worst
 
     def _outcomes(self) -> list[Outcome]:
         """Of all ranks; a rank that does not answer in time hangs, or has died."""

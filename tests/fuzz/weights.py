@@ -307,7 +307,7 @@ def optimizer_state(run: Run, how: str) -> None:
         run.optimizer.load_state_dict(copy.deepcopy(run.memory["optimizer"]))
 
 
-@action("between", how=("momentum", "lr", "clear"))
+@action("between", "state", how=("momentum", "lr", "clear"))
 def write_state(run: Run, how: str) -> None:
     """Entries of the optimizer's state are changed by hand."""
     if how == "clear":
