@@ -3,7 +3,7 @@
 Each seed stands for one loop, on two ranks. One that comes out otherwise than under
 DistributedDataParallel is made as short as it gets, and shown.
 
-    python benchmarks/fuzz_loops.py --loops 3000 --minutes 90 --json benchmarks/records/fuzz-loops.json
+    python benchmarks/fuzz_loops.py --loops 3000 --json benchmarks/records/fuzz-loops.json
     python benchmarks/fuzz_loops.py --replay 17
 """
 
@@ -54,11 +54,7 @@ def main() -> int:
     parser.add_argument(
         "--shrink", type=int, default=10, help="so many that come out wrong, at most (10)"
     )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        help="the record to write, or to go on with: benchmarks/records/fuzz-loops.json",
-    )
+    parser.add_argument("--json", type=Path, help="the record to write, or to go on with")
     args = parser.parse_args()
     torch.set_num_threads(1)
     without, arms = tuple(filter(None, args.without.split(","))), tuple(args.arms.split(","))

@@ -201,6 +201,7 @@ class Run:
             self.scaler.update()
             self.unscaled = False
         elif self.loop.optimizer in optimizers.CLOSURE_ONLY:
+            self.freshen()
             self.outputs.append(step(self.closure).detach())
         else:
             step()
