@@ -67,6 +67,7 @@ class Run:
             self._make_scheduler()
         arm.wrap(self.model, self.optimizer)
         if not loop.setting("early"):
+            self.step_before = self.optimizer.step
             self._make_scheduler()
 
     def new_optimizer(self) -> Optimizer:
