@@ -309,7 +309,9 @@ class Engine:
         sweep = self.backward.latest
         if sweep is None or sweep.step is not None:  # no backward pass was combined since
             record = self.profiler.new_record()
-            sweep = Sweep(self.backward.passes, self.program, record, local=True)
+            before, sweep = sweep, Sweep(self.backward.passes, self.program, record, local=True)
+            if before is not None:
+                sweep.unused |= before.unused
             self.lane.begin(sweep)
         gradients = self.gradients.of(
             self._updater.owned, self._landing.unknown, self._landing.copies

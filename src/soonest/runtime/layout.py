@@ -97,6 +97,7 @@ class Layout:
         without: names of parameters that are left alone.
         frozen: ids of parameters that belong here, though they require no gradient now.
         before: in which gradients have been until now.
+        only: ids of the parameters that belong here, if no others do.
 
     Attributes:
         flats: the description of the buffers, one per dtype.
@@ -113,10 +114,13 @@ class Layout:
         without: Collection[str] = (),
         frozen: Collection[int] = (),
         before: Layout | None = None,
+        only: Collection[int] | None = None,
     ) -> None:
         self._model, self.without = model, without
         rank = {name: index for index, name in enumerate(order)}
         named = trainable(model, without, frozen)
+        if only is not None:
+            named = [one for one in named if id(one[2]) in only]
         named.sort(key=lambda item: rank.get(item[0], len(rank)))
         place = {name: index for index, (name, _, _) in enumerate(named)}
         self.flats = flats_for(named)
@@ -138,18 +142,17 @@ class Layout:
         self.note_memory()
 
     def in_order(self, order: Sequence[str]) -> Layout:
-        """The same parameters, with new buffers in another order of first use.
-
-        With them come those that are to be trained by now.
-        """
+        """The same parameters, with new buffers in another order of first use."""
         here = {id(member.parameter) for member in self.members}
-        return Layout(self._model, order, without=self.without, frozen=here, before=self)
+        without = self.without
+        return Layout(self._model, order, without=without, frozen=here, before=self, only=here)
 
     def grown(self) -> Layout:
         """These parameters, named as in the model now, and those that are to be trained by now."""
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         here = [id(member.parameter) for member in self.members]
-        return self.in_order([names[one] for one in here if one in names])
+        order = [names[one] for one in here if one in names]
+        return Layout(self._model, order, without=self.without, frozen=here, before=self)
 
     def _place(
         self,
@@ -163,9 +166,9 @@ class Layout:
         like = before.raw_grad if before is not None else parameter
         # Detached, as users may detach gradients in place, which views refuse.
         grad = view_like(self.grads[flat], slot, like).detach()
-        if before is not None and parameter.grad is before.grad:
+        if before is not None and parameter.grad is before.grad and _alike(grad, before.grad):
             # The user's own object, and all views of it, move along.
-            grad.copy_(before.raw_grad)
+            grad.copy_(before.grad)
             grad = _move(before.grad, grad)
         twin = before.twin if before is not None else nn.Parameter(parameter.detach())
         for name, value in vars(parameter).items():  # optimizers may look for marks on a parameter
@@ -198,10 +201,9 @@ class Layout:
             SoonestError: one is of another dtype, shape or device now.
         """
         for member in moved:
-            now, before = member.parameter, member.raw_grad
-            if (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device):
+            if not _alike(member.parameter, member.raw_grad):
                 raise changed(member)
-            member.twin.data = now.data
+            member.twin.data = member.parameter.data
         self.note_memory()
 
     def take_back_gradient(self, member: Member) -> None:
@@ -225,7 +227,8 @@ class Layout:
     def move_out(self) -> None:
         """Gives every gradient in the buffers memory of its own again."""
         for member in self.members:
-            if member.parameter.grad is member.grad:
+            moved = member.grad.data_ptr() != member.grad_address
+            if member.parameter.grad is member.grad and not moved:
                 member.parameter.grad = member.raw_grad.clone(memory_format=torch.preserve_format)
 
 
@@ -306,6 +309,10 @@ def _own_storage(part: Tensor) -> Tensor:
     data = part.view(torch.uint8)
     own = torch.from_numpy(data.numpy()) if data.is_cpu else torch.from_dlpack(data)
     return own.view(part.dtype)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _move(tensor: Tensor, here: Tensor) -> Tensor:

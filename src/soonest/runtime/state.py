@@ -69,7 +69,8 @@ class OptimizerState:
                 f"the state of this {self._cls.__name__} is shared out over "
                 f"{self.parts.ranks.group.size()} ranks (shard_optimizer=True): call "
                 "handle.optimizer_state_dict(), or handle.state_dict() for torch.distributed."
-                "checkpoint, on every rank instead, which gathers it"
+                "checkpoint, on every rank instead, which gathers it; or, where a step() asks that "
+                "was kept or wrapped before prioritize, call optimizer.step() itself"
             )
 
     def plain_optimizer(self) -> Optimizer:

@@ -17,6 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from soonest.runtime.state import OptimizerState
+from soonest.runtime.update import raw_step
 
 
 class Driver(Protocol):
@@ -43,6 +44,8 @@ def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> No
                 f"this {type(self).__name__} was made from the class of a prioritized optimizer, "
                 "as some libraries do to share gradients themselves: leave that out"
             )
+        if vars(type(self)).get("taken_by") is not driver:  # kept from before it was handed back
+            return raw_step(type(self))(self, closure)
         return driver.step(closure)
 
     def zero_grad(self: Any, set_to_none: bool = True) -> None:
@@ -96,6 +99,7 @@ def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> No
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "taken_from": cls,
+        "taken_by": driver,
     }
     _reroute(optimizer, cls.step, hooked)
     optimizer.__class__ = type(cls.__name__, (cls,), namespace)
