@@ -174,9 +174,14 @@ def _check_devices(named: list[tuple[str, str, nn.Parameter]]) -> None:
         )
 
 
-def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
-    """Raises ValueError if it holds something that cannot be updated here."""
-    known = {id(parameter) for parameter in model.parameters()}
+def check_optimizer(model: nn.Module, optimizer: Optimizer, former: Collection[int] = ()) -> None:
+    """Raises ValueError if it holds something that cannot be updated here.
+
+    Args:
+        model, optimizer: the user's own.
+        former: ids of parameters that it has held before; they may have left the model since.
+    """
+    known = {id(parameter) for parameter in model.parameters()}.union(former)
     for g, group in enumerate(optimizer.param_groups):
         for i, parameter in enumerate(group["params"]):
             if id(parameter) not in known:

@@ -332,7 +332,7 @@ class Engine:
         Raises:
             ValueError: it has some that are not the model's.
         """
-        checks.check_optimizer(self.model, self.optimizer)
+        checks.check_optimizer(self.model, self.optimizer, self._updater.held)
         self.flush()
         self._updater.regroup()
         if self._newcomers is not None:

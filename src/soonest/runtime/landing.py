@@ -88,7 +88,7 @@ class Landing:
     def _forget_copy(self, member: Member) -> None:
         """The user zeroes a gradient that is still to get its value: it needs none."""
         gradient = self.copies.pop(member.order)
-        self._release_gradient(member)
+        self.hold_gradient(member, member.grad)  # what is sent is still under way
         with torch.no_grad(), guard.DisableGuard():
             gradient.zero_()
 

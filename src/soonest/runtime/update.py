@@ -106,6 +106,11 @@ class Updater:
         known = {id(member.parameter) for member in self.owned}
         self._others = [p for group in groups for p in group["params"] if id(p) not in known]
 
+    @property
+    def held(self) -> set[int]:
+        """Ids of the parameters that the optimizer had when its groups were last looked at."""
+        return {one for ids in self._ids for one in ids}
+
     def outdated(self) -> bool:
         """Whether the groups have changed since, by whatever way."""
         return self._ids != _ids_of(self._optimizer.param_groups)
