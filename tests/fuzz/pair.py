@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as dist
 
 # pyright: reportUnusedImport=false
-from fuzz import gradients, passes, structure, weights  # noqa: F401
+from fuzz import gradients, passes, states, structure, weights  # noqa: F401
 from fuzz.arms import DDP, TIMEOUT_S, Arm
 from fuzz.looks import differences
 from fuzz.loops import Loop
