@@ -8,8 +8,8 @@ from pathlib import Path
 TABLE = Path(__file__).parents[2] / "docs" / "pytorch-tests.md"
 EXCEPTIONS = {
     "test_ddp_native_mixed_precision_ignored_params": (
-        "asks for `mixed_precision`, which is refused with a sentence: parameters live in flat "
-        "buffers and cannot change their dtype (with torch's class, too, it does not train on CPUs)"
+        "asks for `mixed_precision`, which is refused with a sentence: gradients are combined in "
+        "the dtype that parameters have when wrapped (with torch's class, too, it does not train on CPUs)"
     ),
     "test_ddp_profiling_torch_profiler": (
         "counts the all-reduces of the C++ Reducer in a profile of the thread that runs the "

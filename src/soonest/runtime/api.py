@@ -68,8 +68,8 @@ def prioritize(
 
     Args:
         model: on CPU, or on one CUDA device; its trainable parameters, of any floating or complex
-            dtype, become views of flat buffers, when they come to be trained. Several models that
-            one optimizer trains are given as an ``nn.ModuleList`` of them.
+            dtype, stay in their memory, and their gradients lie in flat buffers. Several models
+            that one optimizer trains are given as an ``nn.ModuleList`` of them.
         optimizer: holds parameters of ``model`` only. Trainable parameters that it does not hold
             are combined but not updated. Several that train parts of one model are given together;
             each backward pass then combines all gradients, and each step updates its part.
@@ -97,7 +97,8 @@ def prioritize(
             same on every rank, and each rank keeps the exact ones of its part, which it updates
             and which ``handle.state_dict()`` saves.
         broadcast_buffers: give every rank the first one's buffers, such as BatchNorm's running
-            statistics, after each backward pass that is combined.
+            statistics, at the moments at which ``DistributedDataParallel`` does: before a forward
+            pass, if the one before was to be combined.
 
     Returns:
         A handle; it need not be kept. For several optimizers one each.
