@@ -9,7 +9,8 @@ TABLE = Path(__file__).parents[2] / "docs" / "pytorch-tests.md"
 EXCEPTIONS = {
     "test_ddp_native_mixed_precision_ignored_params": (
         "asks for `mixed_precision`, which is refused with a sentence: gradients are combined in "
-        "the dtype that parameters have when wrapped (with torch's class, too, it does not train on CPUs)"
+        "the dtype that parameters have when wrapped (with torch's class, too, it does not train "
+        "on CPUs)"
     ),
     "test_ddp_profiling_torch_profiler": (
         "counts the all-reduces of the C++ Reducer in a profile of the thread that runs the "
