@@ -298,7 +298,7 @@ def _refusal(given: dict[str, Any]) -> ValueError | None:
         if name == "mixed_precision" and value is not None:
             return ValueError(
                 "mixed_precision was given, but gradients are combined in the dtype that their "
-                "parameters have when wrapped: use torch.autocast, and wire_dtype=torch.bfloat16 in "
-                "prioritize"
+                "parameters have when wrapped: use torch.autocast, and in prioritize "
+                "wire_dtype=torch.bfloat16"
             )
     return None

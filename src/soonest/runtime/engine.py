@@ -22,7 +22,7 @@ from soonest.runtime.gradients import Gradients
 from soonest.runtime.landing import Landing
 from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Layout, Member
-from soonest.runtime.newcomers import Newcomers, admit
+from soonest.runtime.newcomers import Newcomers
 from soonest.runtime.peers import Peers
 from soonest.runtime.profiler import Profiler
 from soonest.runtime.program import Program
@@ -51,7 +51,7 @@ class Engine:
             rank after the same steps.
         buffers: to be sent around after each backward pass, if there are any.
         newcomers: looks out for parameters that come to be trained; None if they are left alone.
-        anew: called with a layout that holds them, too, to plan and bind anew.
+        anew: called with those that have come, to admit them and to plan and bind anew.
 
     Attributes:
         backward: the model's backward passes.
@@ -79,7 +79,7 @@ class Engine:
         after_step: Callable[[Engine], None],
         buffers: Buffers | None = None,
         newcomers: Newcomers | None = None,
-        anew: Callable[[Engine, Layout], None] | None = None,
+        anew: Callable[[Engine, Sequence[nn.Parameter]], None] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -240,11 +240,9 @@ class Engine:
         """Trains these, too, from now on; a collective call."""
         assert self._anew is not None
         self.complete()
-        if parameters:
-            admit(self.ranks, parameters)
         self._look_at_modules()
         self.profiler.observing = True
-        self._anew(self, self.layout.grown())
+        self._anew(self, parameters)
         self.state.adopt()
 
     # The optimizer

@@ -27,15 +27,15 @@ def ranks_of(group: Group, host: str | None = None, *, native: bool = False) -> 
     """
     hosts = collectives.gather_objects(group, host or host_name())
     rank, members = group.rank(), dist.get_process_group_ranks(group)
-    second = group if native else again(group)
+    second, control = (group, None) if native else (again(group), again(group))
     by_host = [[r for r, other in enumerate(hosts) if other == name] for name in sorted(set(hosts))]
     sizes = {len(these) for these in by_host}
     if len(by_host) == 1 or len(sizes) > 1 or 1 in sizes:
-        return Ranks(group, second, native=native)
+        return Ranks(group, second, native=native, control=control)
     places = [list(place) for place in zip(*by_host, strict=True)]
     mine = [next(these for these in groups if rank in these) for groups in (by_host, places)]
     inside, across = (_subgroup(group, [members[r] for r in these]) for these in mine)
-    return Ranks(group, second, inside, across, native)
+    return Ranks(group, second, inside, across, native, control)
 
 
 def host_name() -> str:

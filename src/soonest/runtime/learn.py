@@ -179,7 +179,7 @@ class Learner:
             return
         engine.complete()
         layout, plan = self._layout(engine, chosen.order), Plan.from_json(chosen.plan)
-        agree_on_plan(engine.ranks.group, plan)
+        agree_on_plan(engine.ranks.talk, plan)
         engine.profiler.attention.learning = False
         engine.bind(layout, plan)
         self._stays(engine, plan, "as it stayed before, since training is resumed")
@@ -327,7 +327,7 @@ class Learner:
         assert decision is not None
         plan = Plan.from_json(decision.plan)
         self._named = self._named or engine.program.plan.fingerprint[:8]
-        agree_on_plan(engine.ranks.group, plan)
+        agree_on_plan(engine.ranks.talk, plan)
         engine.bind(layout, plan)
         if decision.stays:
             self._stays(engine, plan, decision.why)
@@ -375,4 +375,4 @@ class Learner:
 
     def _first_rank(self, engine: Engine, mine: _T) -> _T:
         engine.flush()  # nothing else may be on the group now
-        return collectives.first_rank_object(engine.ranks.group, mine)
+        return collectives.first_rank_object(engine.ranks.talk, mine)

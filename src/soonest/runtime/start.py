@@ -42,7 +42,7 @@ from soonest.runtime.joining import private_group
 from soonest.runtime.lanes import Lane
 from soonest.runtime.layout import Layout, trainable
 from soonest.runtime.learn import Learner
-from soonest.runtime.newcomers import Newcomers
+from soonest.runtime.newcomers import Newcomers, admit
 from soonest.runtime.peers import Peers
 from soonest.runtime.takeover import optimizer_in
 
@@ -171,12 +171,15 @@ def start(
             after_step = _together(peers, after_step)
             after_step = turns(after_step) if turns else after_step
 
-        def anew(engine: Engine, grown: Layout) -> None:
+        def anew(engine: Engine, parameters: Sequence[nn.Parameter]) -> None:
             if sharded:
                 check_parts(model, without)
             with peers.together("taking in parameters"):
-                agree.agree_on_model(group, model, without)
-                engine.bind(grown, _agreed_plan(group, grown, network, methods))
+                agree.agree_on_model(ranks.talk, model, without)
+                if parameters:
+                    admit(ranks, parameters)
+                grown = engine.layout.grown()
+                engine.bind(grown, _agreed_plan(ranks.talk, grown, network, methods))
                 learner.start_over(engine, stays=given is not None)
 
         with peers.together("prioritize()"):

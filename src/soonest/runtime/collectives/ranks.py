@@ -23,6 +23,8 @@ class Ranks:
             have different numbers of ranks.
         across: on each host the one with this rank's place there; None along with ``inside``.
         native: the backend has a true reduce-scatter, and single messages are not to be sent.
+        control: for what ranks tell each other between steps. On ``group`` a rank that is elsewhere
+            would take it for a bucket of another size, and end. ``group`` itself if None.
     """
 
     group: Group
@@ -30,6 +32,12 @@ class Ranks:
     inside: Group | None = None
     across: Group | None = None
     native: bool = False
+    control: Group | None = None
+
+    @property
+    def talk(self) -> Group:
+        """Where ranks tell each other what is no part of a plan."""
+        return self.control or self.group
 
     @property
     def methods(self) -> tuple[str, ...]:
