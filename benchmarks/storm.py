@@ -31,6 +31,7 @@ import torch._dynamo  # once for all ranks, which are forked
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict
 from torch import nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 import soonest
 from soonest.core.network import Cost, Network
@@ -110,6 +111,8 @@ class _Rank:
         folder: where to leave what it has to tell.
     """
 
+    handle: soonest.Handle
+
     def __init__(self, me: int, fault: Fault, folder: Path) -> None:
         self._me, self._fault, self._folder = me, fault, folder
         self._odd = me == fault.rank
@@ -142,7 +145,7 @@ class _Rank:
             self._served = _serve(known)
         while not known.exists():
             time.sleep(0.02)
-        store = dist.TCPStore("127.0.0.1", int(known.read_text()), wait_for_workers=False)
+        store = TCPStore("127.0.0.1", int(known.read_text()), wait_for_workers=False)
         dist.init_process_group(
             "gloo", store=store, rank=self._me, world_size=self._fault.ranks,
             timeout=timedelta(seconds=TIMEOUT_S),
@@ -169,13 +172,14 @@ class _Rank:
         net: nn.Module = model
         if fault.configuration.startswith("drop-in"):
             net = soonest.DistributedDataParallel(model)
-            if fault.configuration == "drop-in":
-                self.handle = net.handle  # type: ignore[assignment]
-            else:
-                self.handle = net.prioritize(optimizer, **options)
+            if fault.configuration != "drop-in":
+                net.prioritize(optimizer, **options)
+            assert net.handle is not None
+            self.handle = net.handle
         else:
             self.handle = soonest.prioritize(model, optimizer, **options)
-        model[2].weight.register_post_accumulate_grad_hook(lambda _: self._at("backward"))
+        weight: nn.Parameter = model[2].weight  # pyright: ignore[reportAssignmentType]
+        weight.register_post_accumulate_grad_hook(lambda _: self._at("backward"))
         start = collectives.start
 
         def started(*args: Any) -> Any:
@@ -252,7 +256,7 @@ _ACTS: dict[str, Callable[[], object]] = {
 
 
 def _serve(known: Path) -> Any:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     partial = known.with_suffix(".partial")
     partial.write_text(str(store.port))
     partial.rename(known)
