@@ -29,7 +29,7 @@ class Buffers:
     collective call: one rank may evaluate by itself. Only where a rank sees that its own have
     changed meanwhile, as they do in two forward passes in a row, are they sent at that moment.
 
-    A short head precedes them, which says what follows; see ``_Head``.
+    A short head precedes them, which says what follows; see ``_Sending``.
 
     Args:
         model: whose.
