@@ -102,7 +102,8 @@ def test_one_rank_that_asks_for_the_state_is_told_what_to_call() -> None:
         assert sentence == (
             "the state of this AdamW is shared out over 2 ranks (shard_optimizer=True): call "
             "handle.optimizer_state_dict(), or handle.state_dict() for torch.distributed."
-            "checkpoint, on every rank instead, which gathers it"
+            "checkpoint, on every rank instead, which gathers it; or, where a step() asks that was "
+            "kept or wrapped before prioritize, call optimizer.step() itself"
         )
 
 
