@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,11 +89,18 @@ def _kind_of(module: nn.Module) -> str | None:
 def _wrappers_of(model: nn.Module, but: nn.Module | None) -> Iterator[nn.Module]:
     mine = {id(parameter) for parameter in model.parameters()}
     inside = {id(module) for module in model.modules()}
-    for found in gc.get_objects():
-        # Not isinstance, which would ask every object there is.
-        if not issubclass(type(found), nn.Module) or id(found) in inside or found is but:
-            continue
-        if _kind_of(found) is None or getattr(found, "has_given_way", False):
+    kinds = set(_with_subclasses(DistributedDataParallel, DataParallel))
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
+        kinds |= set(_with_subclasses(fsdp.FullyShardedDataParallel))
+    # By type alone, as there may be millions of objects.
+    for found in [one for one in gc.get_objects() if type(one) in kinds]:
+        if id(found) in inside or found is but or getattr(found, "has_given_way", False):
             continue
         if any(id(parameter) in mine for parameter in found.parameters()):
             yield found
+
+
+def _with_subclasses(*classes: type) -> Iterator[type]:
+    for cls in classes:
+        yield cls
+        yield from _with_subclasses(*cls.__subclasses__())
