@@ -39,12 +39,12 @@ def _different(ddp: Any, name: str, form: str, near: float) -> list[str]:
     return differences(ddp, ours, near=near)[:3]
 
 
-def compared(ranks: int, near: float, cases: list[tuple[str, str]]) -> list[Found]:
+def compared(ranks: int, near: float, cases: list[tuple[str, str]], at_once: int) -> list[Found]:
     """By rank; a few loops at a time, as processes keep the connections of all they have made."""
     names = list(LOOPS)
     found: list[Found] = [{} for _ in range(ranks)]
-    for first in range(0, len(names), 8):
-        these = [case for case in cases if case[0] in names[first : first + 8]]
+    for first in range(0, len(names), at_once):
+        these = [case for case in cases if case[0] in names[first : first + at_once]]
         some = run_ranks(compare, ranks, near, these, timeout_s=200)
         found = [{**before, **now} for before, now in zip(found, some, strict=True)]
     return found
@@ -52,7 +52,7 @@ def compared(ranks: int, near: float, cases: list[tuple[str, str]]) -> list[Foun
 
 @pytest.fixture(scope="module")
 def bitwise() -> list[Found]:
-    return compared(2, 0.0, CASES)
+    return compared(2, 0.0, CASES, at_once=8)
 
 
 @pytest.mark.timeout(700)
@@ -63,7 +63,7 @@ def test_two_ranks_are_bitwise_equal(name: str, form: str, bitwise: list[Found])
 
 @pytest.fixture(scope="module")
 def close() -> list[Found]:
-    return compared(3, 1e-12, OF_THREE)
+    return compared(3, 1e-12, OF_THREE, at_once=1)
 
 
 @pytest.mark.timeout(700)
