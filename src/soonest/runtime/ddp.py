@@ -194,7 +194,8 @@ class DistributedDataParallel(_Theirs):
         self._passing_sync_batchnorm_handle(self.module)
 
     def _pre_forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        wrapping.check_caller()
+        if not torch.compiler.is_compiling():
+            wrapping.check_caller()
         accumulates = torch.is_grad_enabled() and not self.require_backward_grad_sync
         if accumulates and hasattr(self, "reducer"):
             self.reducer.accumulate()

@@ -249,7 +249,7 @@ class Engine:
 
     def step(self, closure: Callable[[], Any] | None) -> Any:
         """What the user's ``optimizer.step(closure)`` does."""
-        if modes.is_compiling():
+        if modes.is_compiling() and self._updater.owned:
             raise self._peers.at_fault(
                 ValueError(
                     "optimizer.step() is called from code that torch.compile compiles, and soonest "
