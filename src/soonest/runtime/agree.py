@@ -87,14 +87,20 @@ def agree_on_the_rest(
         for name, tensor in (*frozen, *buffers)
         if name not in left_alone and not is_lazy(tensor)
     }
+    if (difference := _difference(group, mine)) is not None:
+        raise PlanMismatchError(
+            f"the ranks have different models: {difference}. Every rank must build the same model"
+        )
+
+
+def _difference(group: collectives.Group, mine: Mapping[str, str]) -> str | None:
+    """What differs first between the ranks, and who has what, in words; a collective call."""
     every = collectives.gather_objects(group, mine)
     for name in {name: None for theirs in every for name in theirs}:
         found = [theirs.get(name, "missing") for theirs in every]
         if len(set(found)) > 1:
-            raise PlanMismatchError(
-                f"the ranks have different models: {name} is {by_rank(found)}. Every rank must "
-                "build the same model"
-            )
+            return f"{name} is {by_rank(found)}"
+    return None
 
 
 def _rests(parameter: nn.Parameter) -> bool:
@@ -123,14 +129,11 @@ def agree_on_groups(
                 mine[f"{option} in group {number}"] = readable
         held = [names[id(p)] for p in settings["params"] if id(p) in names]
         mine[f"what is trained in group {number}"] = ", ".join(held) or "nothing"
-    every = collectives.gather_objects(group, mine)
-    for what in {what: None for theirs in every for what in theirs}:
-        found = [theirs.get(what, "missing") for theirs in every]
-        if len(set(found)) > 1:
-            raise PlanMismatchError(
-                f"the ranks' optimizers differ: {what} is {by_rank(found)}. Every rank must build "
-                "the same optimizer, or load the same state into it before"
-            )
+    if (difference := _difference(group, mine)) is not None:
+        raise PlanMismatchError(
+            f"the ranks' optimizers differ: {difference}. Every rank must build the same "
+            "optimizer, or load the same state into it before"
+        )
 
 
 def _readable(value: Any) -> str | None:

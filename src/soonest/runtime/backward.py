@@ -17,7 +17,7 @@ from soonest.runtime.calls import weakly
 from soonest.runtime.gradients import Gradients
 from soonest.runtime.landing import Landing
 from soonest.runtime.lanes import Lane
-from soonest.runtime.layout import Member, is_shared
+from soonest.runtime.layout import Member, has_alias
 from soonest.runtime.peers import Peers
 from soonest.runtime.profiler import Profiler
 from soonest.runtime.program import Program
@@ -223,7 +223,7 @@ class Backward:
         if copy is None:
             self._landing.hold_gradient(member, member.grad)
         else:
-            if not fresh and is_shared(copy):
+            if not fresh and has_alias(copy):
                 self._aliased.append(member)
             self._landing.hold_copy(member, copy)
         self._arrived(sweep, member)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from soonest.errors import SoonestError
 from soonest.runtime import guard
-from soonest.runtime.layout import Layout, Member, changed, is_shared
+from soonest.runtime.layout import Layout, Member, changed, has_alias
 from soonest.runtime.peers import Peers
 
 
@@ -69,7 +69,7 @@ class Gradients:
             self._take_back(member)
             member.raw_grad.mul_(self._shares[member.flat])
             return None
-        kept = sys.getrefcount(gradient) > _NAMES or (not fresh and is_shared(gradient))
+        kept = sys.getrefcount(gradient) > _NAMES or (not fresh and has_alias(gradient))
         if gradient.dtype != member.raw_grad.dtype:
             raise self._peers.at_fault(_of_another_dtype(member, gradient))
         try:

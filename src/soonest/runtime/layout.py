@@ -354,7 +354,7 @@ def _end(tensor: Tensor) -> int:
     return int(tensor.storage_offset()) + 1 + sum((n - 1) * step for n, step in steps)
 
 
-def is_shared(gradient: Tensor) -> bool:
+def has_alias(gradient: Tensor) -> bool:
     """Whether another tensor lies over the memory of a gradient outside of the buffers."""
     return _references(gradient.untyped_storage()._cdata) > 1 + _COUNTED_BESIDE
 

@@ -34,17 +34,12 @@ def check_inside(model: nn.Module) -> None:
             raise ValueError(f"{where} is wrapped by {kind}, {_TWICE}: {_INSTEAD}")
 
 
-def check_outside(model: nn.Module, but: nn.Module | None = None) -> None:
-    """Raises ValueError if something else that exists shares gradients of this model.
-
-    Args:
-        model: that is to be trained.
-        but: a wrapper that may.
-    """
-    if next(_wrappers_of(model, but), None) is None:
+def check_outside(model: nn.Module) -> None:
+    """Raises ValueError if something else that exists shares gradients of this model."""
+    if next(_wrappers_of(model), None) is None:
         return
     gc.collect()  # one that nobody uses any more does no harm
-    for wrapper in _wrappers_of(model, but):
+    for wrapper in _wrappers_of(model):
         kind = type(wrapper).__name__
         if is_ours(wrapper):
             raise ValueError(
@@ -86,7 +81,7 @@ def _kind_of(module: nn.Module) -> str | None:
     return "FSDP" if any(cls.__name__ in _FSDP for cls in type(module).__mro__) else None
 
 
-def _wrappers_of(model: nn.Module, but: nn.Module | None) -> Iterator[nn.Module]:
+def _wrappers_of(model: nn.Module) -> Iterator[nn.Module]:
     mine = {id(parameter) for parameter in model.parameters()}
     inside = {id(module) for module in model.modules()}
     kinds = set(_with_subclasses(DistributedDataParallel, DataParallel))
@@ -94,7 +89,7 @@ def _wrappers_of(model: nn.Module, but: nn.Module | None) -> Iterator[nn.Module]
         kinds |= set(_with_subclasses(fsdp.FullyShardedDataParallel))
     # By type alone, as there may be millions of objects.
     for found in [one for one in gc.get_objects() if type(one) in kinds]:
-        if id(found) in inside or found is but or getattr(found, "has_given_way", False):
+        if id(found) in inside or getattr(found, "has_given_way", False):
             continue
         if any(id(parameter) in mine for parameter in found.parameters()):
             yield found

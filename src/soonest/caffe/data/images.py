@@ -79,7 +79,9 @@ class ImageData(RecordLayer):
         if (own.new_height == 0) != (own.new_width == 0):
             raise ValueError("give both new_height and new_width, or none")
         self._transform = Transform(spec.transform_param, phase, self.random)
-        self._lines = _listed(own.source)
+        self._lines = [(name.lstrip(), label) for name, label in listed(own.source)]
+        if not self._lines:
+            raise ValueError(f"{own.source} lists no images")
 
     def own(self) -> Message:
         return self.spec.image_data_param
@@ -111,19 +113,18 @@ class ImageData(RecordLayer):
         return [self._transform.batch(images), np.array([x for _, x in records], np.float32)]
 
 
-def _listed(source: str) -> list[tuple[str, int]]:
+def listed(source: str) -> list[tuple[str, int]]:
+    """Names and labels, from a file with one of each in a line; a name may have spaces in it."""
     found: list[tuple[str, int]] = []
     text = read_bytes(source, "a list of images").decode("utf-8", "surrogateescape")
     for number, line in enumerate(text.splitlines(), 1):
-        name, _, label = line.strip().rpartition(" ")
+        name, _, label = line.rstrip().rpartition(" ")
         if not line.strip():
             continue
         try:
             found.append((name, int(label)))
         except ValueError:
             raise ValueError(f"{source}:{number}: a line is a path, a space, a label") from None
-    if not found:
-        raise ValueError(f"{source} lists no images")
     return found
 
 

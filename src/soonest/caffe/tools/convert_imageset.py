@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from soonest.caffe import wire
-from soonest.caffe.data.images import decoded
+from soonest.caffe.data.images import decoded, listed
 from soonest.caffe.files import read_bytes
 from soonest.caffe.log import Say
 from soonest.caffe.message import Message
@@ -87,21 +87,6 @@ def convert(root: str, source: str, target: str, settings: Settings, *, say: Say
                 say(f"Processed {count} files.")
     if count % TOGETHER:
         say(f"Processed {count} files.")
-
-
-def listed(source: str) -> list[tuple[str, int]]:
-    """Names and labels; a name may have spaces in it."""
-    found: list[tuple[str, int]] = []
-    text = read_bytes(source, "a list of images").decode("utf-8", "surrogateescape")
-    for number, line in enumerate(text.splitlines(), 1):
-        name, _, label = line.rstrip().rpartition(" ")
-        if not line.strip():
-            continue
-        try:
-            found.append((name, int(label)))
-        except ValueError:
-            raise ValueError(f"{source}:{number}: a line is a path, a space, a label") from None
-    return found
 
 
 def datum_of(path: str, settings: Settings) -> Message | None:
