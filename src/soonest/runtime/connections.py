@@ -70,14 +70,14 @@ def _sockets() -> Iterator[tuple[str, int, str]]:
 
 
 def _inodes() -> Iterator[str]:
-    folder = Path("/proc/self/fd")
+    folder = "/proc/self/fd"
     try:
         names = os.listdir(folder)
     except OSError:
         return
     for name in names:
         try:
-            target = os.readlink(folder / name)
+            target = os.readlink(f"{folder}/{name}")
         except OSError:  # closed meanwhile
             continue
         if target.startswith("socket:["):

@@ -12,6 +12,7 @@ from soonest.runtime import collectives, groups
 from soonest.runtime.peers import reason_of
 
 _MEET_S = 0.05
+"""The longest pause between two looks whether all have come."""
 
 
 def private_group(parent: collectives.Group, timeout_s: float | None) -> collectives.Group:
@@ -58,6 +59,7 @@ def _meet(store: dist.distributed_c10d.PrefixStore, ranks: int, timeout_s: float
     keys = [str(rank) for rank in range(ranks)]
     deadline_s = time.monotonic() + timeout_s
     look_s = time.monotonic() + collectives.LOOK_S
+    pause_s = 1e-3
     while not store.check(keys):
         now_s = time.monotonic()
         if now_s > deadline_s:
@@ -65,7 +67,8 @@ def _meet(store: dist.distributed_c10d.PrefixStore, ranks: int, timeout_s: float
         if now_s > look_s:
             collectives.look()
             look_s = now_s + collectives.LOOK_S
-        time.sleep(_MEET_S)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _MEET_S)
 
 
 _calls: Counter[str] = Counter()

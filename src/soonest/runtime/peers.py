@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -260,7 +260,13 @@ def _hosts(store: Any) -> bool:
     while not hasattr(store, "port") and hasattr(store, "underlying_store"):
         store = store.underlying_store
     port = getattr(store, "port", None)
-    return port is not None and connections.listens_on(port)
+    return port is not None and _listens(os.getpid(), port)
+
+
+@cache
+def _listens(process: int, port: int) -> bool:
+    """Looked up once: a store stays where it is, and there may be many connections."""
+    return connections.listens_on(port)
 
 
 def _in_time(ask: Callable[[], None]) -> bool:
