@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import soonest
 from ranks import run_ranks
+from soonest.errors import PlanMismatchError, SoonestError
 
 
 def plain() -> tuple[Any, Any]:
@@ -323,6 +325,36 @@ def test_a_model_that_is_wrapped_later_is_refused_when_it_is_called() -> None:
         for sentence in said:
             assert "wrapped by DistributedDataParallel, which shares gradients itself" in sentence
             assert "soonest.DistributedDataParallel(model) in its place" in sentence
+
+
+def laid_out_by_rank() -> str:
+    model = nn.Conv2d(2, 4, 3)
+    if dist.get_rank():
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with pytest.raises(PlanMismatchError) as refused:
+        soonest.prioritize(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    return str(refused.value)
+
+
+def test_ranks_must_lay_parameters_out_alike() -> None:
+    for said in run_ranks(laid_out_by_rank, 2):
+        assert "in memory by (18, 1, 6, 2) on rank 1" in said
+
+
+def cut_short() -> str:
+    """A part of a parameter begins where that does, and has its strides."""
+    model, optimizer = plain()
+    soonest.prioritize(model, optimizer)
+    model(torch.ones(1, 3)).sum().backward()
+    model.weight.data = model.weight.data[:2]
+    with pytest.raises(SoonestError) as refused:
+        optimizer.step()
+    return str(refused.value)
+
+
+def test_a_parameter_that_is_cut_short_is_refused() -> None:
+    for said in run_ranks(cut_short, 2):
+        assert "'weight' is float32 (2, 3) on cpu now, but was float32 (3, 3)" in said
 
 
 def replaced_step() -> list[str]:

@@ -55,7 +55,7 @@ def agree_on_model(
     Raises:
         PlanMismatchError: on every rank, naming the first parameter that differs.
     """
-    mine = [f"{name} {tuple(p.shape)} {p.dtype}" for name, _, p in trainable(model, without)]
+    mine = [f"{name} {_described(p)}" for name, _, p in trainable(model, without)]
     models = collectives.gather_objects(group, mine)
     for rank, theirs in enumerate(models):
         for index, (first, other) in enumerate(zip_longest(models[0], theirs, fillvalue="missing")):
@@ -64,6 +64,12 @@ def agree_on_model(
                     f"the ranks have different models: parameter {index} is {first} on rank 0 and "
                     f"{other} on rank {rank}. Every rank must build the same model"
                 )
+
+
+def _described(parameter: nn.Parameter) -> str:
+    """With the order of its elements in memory, which is that of its gradient in the buffers."""
+    order = "" if parameter.is_contiguous() else f" in memory by {parameter.stride()}"
+    return f"{tuple(parameter.shape)} {parameter.dtype}{order}"
 
 
 def agree_on_the_rest(

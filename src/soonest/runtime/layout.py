@@ -69,9 +69,13 @@ class Member:
 
     @property
     def has_moved(self) -> bool:
-        """Whether the user has given the parameter other memory, or laid it out differently."""
-        now = self.parameter
-        return now.data_ptr() != self.address or now.stride() != self.twin.stride()
+        """Whether the user has given the parameter other memory, or another part or order of it."""
+        now, known = self.parameter, self.twin
+        return (
+            now.data_ptr() != self.address
+            or now.stride() != known.stride()
+            or now.shape != known.shape
+        )
 
     @property
     def gradient_is_kept(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from soonest.caffe import text, upgrade, wire
 from soonest.caffe.files import mapped, read_bytes, replaced
@@ -67,4 +66,4 @@ def _upgraded(to_new: Callable[[Message], Message], old: Message, source: str, s
 
 def _write(path: str, source: str) -> None:
     with replaced(path) as new:
-        Path(new).write_text(source, encoding="utf-8")
+        new.write_text(source, encoding="utf-8")
