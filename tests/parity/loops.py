@@ -509,17 +509,20 @@ def hooked(arm: Arm, steps: int) -> dict[str, Any]:
 
 
 def called_functionally(arm: Arm, steps: int) -> dict[str, Any]:
-    """``functional_call`` with parameters that are computed from the model's own."""
+    """``functional_call`` with what is computed from the model's own, and with other parameters."""
     model = mlp()
     optimizer = adamw(model)
-    net, data = arm.share(model, optimizer), Data()
+    net, data, seen = arm.share(model, optimizer), Data(), []
+    others = {name: nn.Parameter(p.detach().clone()) for name, p in net.named_parameters()}
     for _ in range(steps):
         optimizer.zero_grad()
         x, y = data()
         halved = {name: 0.5 * p for name, p in net.named_parameters()}
         F.cross_entropy(torch.func.functional_call(net, halved, (x,)), y).backward()
         optimizer.step()
-    return arm.outcome(model, optimizer)
+        with torch.no_grad():
+            seen.append(torch.func.functional_call(net, others, (x,)))
+    return arm.outcome(model, optimizer, seen=seen)
 
 
 def transformed(arm: Arm, steps: int) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.utils import stateless
 
 
 class Structure:
@@ -23,8 +25,30 @@ class Structure:
         self._parts, self._ids = _parts_of(self._model)
 
     def has_changed(self) -> bool:
-        """Whether modules or parameters have been put in, replaced or taken out since."""
-        return _parts_of(self._model)[1] != self._ids
+        """Whether modules or parameters have been put in, replaced or taken out since.
+
+        What stands in their places for one call only, as in ``torch.func.functional_call``, does
+        not count.
+        """
+        parts, ids = _parts_of(self._model)
+        return ids != self._ids and not (self._holds_tensors(parts) or _is_called_functionally())
+
+    def _holds_tensors(self, parts: list[nn.Module | Tensor]) -> bool:
+        """Whether tensors that have been computed stand where parameters were."""
+        known = set(self._ids)
+        return any(
+            not isinstance(part, nn.Module | nn.Parameter) and id(part) not in known
+            for part in parts
+        )
+
+
+def _is_called_functionally() -> bool:
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is stateless._functional_call.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _parts_of(model: nn.Module) -> tuple[list[nn.Module | Tensor], list[int]]:
