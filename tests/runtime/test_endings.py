@@ -35,7 +35,7 @@ def test_ctrl_c_ends_a_rank_that_waits_for_another(when: str, found: dict[str, A
 
 def test_the_others_hear_what_has_ended_a_rank(found: dict[str, Any]) -> None:
     ended = found["raises"]
-    assert ended["code"] == 1
+    assert ended["code"] == 1, ended["said"]
     assert "PeerLostError: step " in ended["said"]
     assert "rank 1 (host " in ended["said"]
     assert "failed: KeyError: 'boom'" in ended["said"]
@@ -43,6 +43,6 @@ def test_the_others_hear_what_has_ended_a_rank(found: dict[str, Any]) -> None:
 
 def test_a_script_that_ends_says_for_whom_it_waits(found: dict[str, Any]) -> None:
     ended = found["is late"]
-    assert ended["code"] == 0
+    assert ended["code"] == 0, ended["said"]
     assert "this process ends when what other ranks need is sent" in ended["said"]
     assert "step 7: bucket " in ended["said"]

@@ -4,7 +4,7 @@ The ranks talk through torch's key-value store, which does not depend on the bro
 rank that fails leaves a note there. It says what is wrong with that rank; or else what it waited
 for in vain. All others then say where they are, and whoever has left no note after a short while is
 at fault, as far as can be known. Of a rank whose connection has broken without a note it is known
-at once.
+sooner.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from soonest.runtime.signals import is_from_handler
 
 _E = TypeVar("_E", bound=Exception)
 _GRACE_S = 4.0
+_BROKEN_S = 1.0
+"""So long may a rank whose connection has broken leave a note: it breaks when one gives up, too."""
 _LOOK_S = 0.05
 _FAULT, _LOST, _BUSY = "!", "-", "~"
 """How a note begins that says what is wrong with the rank that left it; that others left of a rank
@@ -204,7 +206,7 @@ class Peers:
         self._note(what)
         silent = [rank for rank in range(len(self.names)) if rank != self.rank]
         notes: dict[int, str] = {}
-        deadline_s = time.monotonic() + _GRACE_S
+        began_s = time.monotonic()
         while True:
             for rank in [rank for rank in silent if self._store.check([f"failed/{rank}"])]:
                 silent.remove(rank)
@@ -215,10 +217,11 @@ class Peers:
             lost = [rank for rank, note in notes.items() if note.startswith(_LOST)]
             if lost:
                 return self._did_not_take_part(lost)
-            if gone in silent:
+            waited_s = time.monotonic() - began_s
+            if gone in silent and waited_s > _BROKEN_S:
                 self._note(_LOST, gone)
                 continue
-            if not silent or time.monotonic() > deadline_s:
+            if not silent or waited_s > _GRACE_S:
                 break
             time.sleep(_LOOK_S)
         busy = {rank: note for rank, note in notes.items() if note.startswith(_BUSY)}
