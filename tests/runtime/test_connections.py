@@ -5,9 +5,15 @@ from __future__ import annotations
 import signal
 import socket
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
 
+import soonest
+from ranks import run_ranks
 from soonest.runtime import connections, signals
 
 
@@ -65,3 +71,33 @@ def test_what_a_handler_raises_is_told_from_other_errors(handler: object) -> Non
         assert not signals.is_from_handler(other.value)
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def listening() -> list[str]:
+    """The addresses at which this process listens."""
+    return [
+        address for address, _, state in connections._sockets() if state == connections._LISTENS
+    ]
+
+
+def trained_where_others_could_listen() -> tuple[list[str], int, set[str]]:
+    """Where it listens after some training, groups of ranks, and the ends of all connections."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = soonest.prioritize(model, optimizer)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+    handle.flush()
+    return listening(), len(dist.distributed_c10d._world.pg_map), set(connections.ends())
+
+
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux's /proc")
+def test_nothing_listens_but_where_the_group_does() -> None:
+    with socket.create_server(("127.0.0.1", 0)):
+        assert "127.0.0.1" in listening()
+    for addresses, groups, ends in run_ranks(trained_where_others_could_listen, 2):
+        assert set(addresses) == {"127.0.0.1"}, "ranks are on loopback, and nobody else may come in"
+        assert len(addresses) <= groups, "the backend listens once for each group"
+        assert ends == {"127.0.0.1"}

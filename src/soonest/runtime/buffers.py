@@ -144,11 +144,13 @@ class Buffers:
     def _compare(self, sent: _Sending, when: int) -> None:
         """Raises SoonestError if this rank's buffers, or the moment, are others than sent."""
         if sent.when != when:
+            there, here = self._peers.names[sent.source], self._peers.names[self._peers.rank]
+            odd, other = (here, there) if when == _BEFORE_FORWARD else (there, here)
             raise self._peers.at_fault(
                 SoonestError(
-                    "buffers have been changed between two steps on some ranks only, so they "
-                    "cannot be sent: change them on every rank, or leave them out with "
-                    "broadcast_buffers=False"
+                    f"{odd} has changed its buffers between two steps, perhaps by a forward pass "
+                    f"without a backward pass, and {other} has not, so they cannot be sent: do the "
+                    "same on every rank, or leave buffers out with broadcast_buffers=False"
                 )
             )
         if sent.signature != sent.now.signature:
@@ -260,6 +262,7 @@ class _Sending:
         self, group: Group, source: int, when: int, now: _Set, agreed: _Set | None
     ) -> None:
         self.now = now
+        self.source = source
         self._head = torch.tensor([now.signature, when], dtype=torch.int64)
         (self._sent_head,) = collectives.start_broadcast(group, [self._head], source)
         self.values: list[Sent] = []
