@@ -159,9 +159,8 @@ class Landing:
         """Waits until the member's gradient can be written, or added to if it is still there."""
         with guard.DisableGuard():
             added_to = member.parameter.grad is member.grad
-        if self._held[member.order] is not None:
-            (self.settle if added_to or member.order in self.copies else self.free)(member)
-        with guard.DisableGuard():
+            if self._held[member.order] is not None:
+                (self.settle if added_to or member.order in self.copies else self.free)(member)
             if added_to or not member.gradient_is_kept:
                 return
         self.give_away(member)

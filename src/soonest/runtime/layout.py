@@ -36,8 +36,8 @@ class Member:
         raw_grad: the same memory as a tensor that only the engine sees; it is never held.
         twin: the same memory as ``parameter``, sharing its version counter; what the optimizer
             updates, so that an update never meets the guard.
-        address: where that memory was when it was last looked at.
-        grad_address: the same of the gradient.
+        address, shape, strides: where that memory was when it was last looked at, and which part.
+        grad_address, grad_storage: where that of the gradient is, and what stands for it.
         is_exposed: others may read or write that memory without a tensor of this process.
         storage: what stands for that memory, as torch counts who refers to it.
         references: how many do if nobody else has a tensor over the same memory.
@@ -55,7 +55,10 @@ class Member:
     raw_grad: Tensor
     twin: nn.Parameter
     address: int = 0
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
     grad_address: int = 0
+    grad_storage: int = 0
     is_exposed: bool = False
     storage: int = 0
     references: int = 0
@@ -70,12 +73,17 @@ class Member:
     @property
     def has_moved(self) -> bool:
         """Whether the user has given the parameter other memory, or another part or order of it."""
-        now, known = self.parameter, self.twin
+        now = self.parameter
         return (
             now.data_ptr() != self.address
-            or now.stride() != known.stride()
-            or now.shape != known.shape
+            or now.stride() != self.strides
+            or now.shape != self.shape
         )
+
+    def note_gradient(self) -> None:
+        """Takes note of where the gradient in the buffer is now."""
+        self.grad_address = self.raw_grad.data_ptr()
+        self.grad_storage = self.raw_grad.untyped_storage()._cdata
 
     @property
     def gradient_is_kept(self) -> bool:
@@ -86,7 +94,7 @@ class Member:
         return (
             sys.getrefcount(self.grad) > _OWN_NAMES
             or self.grad.data_ptr() != self.grad_address
-            or _references(self.grad.untyped_storage()._cdata) > _OWN_VIEWS
+            or _references(self.grad_storage) > _OWN_VIEWS
         )
 
 
@@ -179,14 +187,15 @@ class Layout:
             setattr(twin, name, value)
         raw_grad = grad.detach()
         member = Member(slot.name, slot.layer, parameter, order, flat, slot, grad, raw_grad, twin)
-        member.grad_address = raw_grad.data_ptr()
+        member.note_gradient()
         return member
 
     def note_memory(self) -> None:
         """Takes note of where parameters are now, and of who else has that memory."""
         for member in self.members:
             here = member.twin.untyped_storage()
-            member.address = member.twin.data_ptr()
+            member.address, member.shape = member.twin.data_ptr(), member.twin.shape
+            member.strides = member.twin.stride()
             member.storage = here._cdata
             member.is_exposed = member.twin.is_cpu and (here.is_shared() or not here.resizable())
         own = Counter[int]()
@@ -217,6 +226,7 @@ class Layout:
             if member.grad.shape == here.shape:
                 here.copy_(member.grad)
             member.grad.data = member.raw_grad = here
+            member.note_gradient()
 
     def give_away(self, member: Member) -> None:
         """Leaves the gradient in the buffer to the user, as it is, and the buffer to the next."""
@@ -226,7 +236,7 @@ class Layout:
                 _exchange(member.grad, copied)
         here = view_like(self.grads[member.flat], member.slot, member.raw_grad).detach()
         member.grad, member.raw_grad = here, here.detach()
-        member.grad_address = here.data_ptr()
+        member.note_gradient()
 
     def move_out(self) -> None:
         """Gives every gradient in the buffers memory of its own again."""
