@@ -88,7 +88,8 @@ _current_pass = torch._C._current_graph_task_id  # pyright: ignore[reportAttribu
 
 def _accumulator(parameter: nn.Parameter) -> Any:
     frozen = not parameter.requires_grad
-    with torch._C.DisableTorchFunctionSubclass():  # what is in flight may stay there
+    # What is in flight may stay there, and a graph is needed, whatever the user does just now.
+    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.enable_grad():
         parameter.requires_grad_()
         try:
             return get_gradient_edge(parameter).node

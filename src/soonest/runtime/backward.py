@@ -59,6 +59,7 @@ class Backward:
         self.synchronizing = True
         self.passes = 0
         self.latest: Sweep | None = None
+        self._looked_at: Sweep | None = None
         self._open: Sweep | None = None
         self._ends_with_all = False
         self._inner = InnerPasses()
@@ -166,6 +167,8 @@ class Backward:
         member = self._members[order]
         if self._open is not None and not math.isnan(self._open.record.ready[order]):
             raise self._repeated(member) if self._inner.here() else self._unfinished(self._open)
+        if self._open is None and self._looked_at is not self.latest:
+            self._look_at_kept()
         if order in self._landing.unknown:
             guard.land(member.parameter)  # what is added to must be known
         self._landing.make_room(member)
@@ -174,6 +177,12 @@ class Backward:
             self._fresh[order] = gradient is None
             if gradient is not None and gradient is not member.grad:
                 self._gradients.check_own(member, gradient)
+
+    def _look_at_kept(self) -> None:
+        """A pass begins, before anything is written to the buffers."""
+        self._looked_at = latest = self.latest
+        if latest is not None and latest.step is None and not latest.whole:
+            self._landing.complete_kept()
 
     def _after(self, order: int, *_: Any) -> None:
         """A gradient has been written to ``parameter.grad``."""
@@ -267,6 +276,8 @@ class Backward:
         sweep.closed = True
         self._open = None
         self._lane.advance()
+        if sweep.program.state is not None:
+            sweep.program.state.count_users(sweep)
         aliased, self._aliased = self._aliased, []
         for member in aliased:  # nobody can make those wait that lie over the same memory
             self._landing.settle(member)

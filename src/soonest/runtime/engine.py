@@ -310,15 +310,19 @@ class Engine:
             before, sweep = sweep, Sweep(self.backward.passes, self.program, record, local=True)
             if before is not None:
                 sweep.unused |= before.unused
+                sweep.users = before.users
             self.lane.begin(sweep)
+        scaled = self.optimizer.__dict__.get("grad_scale") is not None
         gradients = self.gradients.of(
-            self._updater.owned, self._landing.unknown, self._landing.copies
+            self._updater.owned, self._landing.unknown, self._landing.copies, scaled=scaled
         )
         call = self._updater.call(gradients)
         aliased = self._aliases.of(self.layout.members[order] for order in gradients)
         self._landing.expect(sweep, gradients)
         self.profiler.record = sweep.record
         sweep.step = call
+        if scaled and sweep.plan.sharded:  # each rank divides its parts, where it updates them
+            sweep.whole = False
         self.lane.advance()
         for member in aliased:
             guard.land(member.parameter)
@@ -369,6 +373,10 @@ class Engine:
             return what
         if self._buffers is not None:
             self._buffers.land()
+        latest = self.backward.latest
+        if latest is not None and latest.users is not None:
+            with self._peers.together("ending"):
+                latest.users.wait()
         return None
 
     def complete(self) -> None:

@@ -83,7 +83,12 @@ class Gradients:
         return None
 
     def of(
-        self, members: Iterable[Member], unknown: Collection[int], copies: Mapping[int, Tensor]
+        self,
+        members: Iterable[Member],
+        unknown: Collection[int],
+        copies: Mapping[int, Tensor],
+        *,
+        scaled: bool = False,
     ) -> dict[int, Tensor | None]:
         """By order of the member, the gradients that the optimizer is to use; None: in the buffer.
 
@@ -91,6 +96,10 @@ class Gradients:
             members: whose.
             unknown: orders of those of which another rank may have one; see ``Landing``.
             copies: of those in the buffer that the user has and that have not been written yet.
+            scaled: the optimizer divides them by a scale, in place.
+
+        Raises:
+            SoonestError: they are scaled, and two of them are one tensor.
         """
         found: dict[int, Tensor | None] = {}
         with guard.DisableGuard():
@@ -107,16 +116,29 @@ class Gradients:
                 else:
                     found[member.order] = gradient
         if any(gradient is not None for gradient in found.values()):
-            self._part(found)
+            self._part(found, scaled)
         return found
 
-    def _part(self, found: dict[int, Tensor | None]) -> None:
+    def _part(self, found: dict[int, Tensor | None], scaled: bool) -> None:
         """Where the user has given a parameter the gradient of another, takes its value."""
         places = self._places()
         for order, gradient in found.items():
-            if gradient is not None and _place(gradient) in places:
+            if gradient is None:
+                continue
+            place = _place(gradient)
+            if scaled and place in places:
+                raise self._peers.at_fault(
+                    SoonestError(
+                        f"{self._layout.members[order].name!r} has been given the gradient of "
+                        f"{places[place]!r}, and a fused optimizer under a GradScaler would divide "
+                        "it by the scale twice: give it a copy, as in p.grad = q.grad.clone()"
+                    )
+                )
+            if place in places:
                 guard.land(gradient)
                 found[order] = gradient.detach().clone()
+            elif scaled:
+                places[place] = self._layout.members[order].name
 
     def check_own(self, member: Member, gradient: Tensor) -> None:
         """Raises SoonestError if what is about to be added to is the gradient of another, too."""

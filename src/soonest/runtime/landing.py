@@ -155,6 +155,19 @@ class Landing:
             self._wait_for_gradient(member)
             self._release_gradient(member)
 
+    def complete_kept(self) -> None:
+        """Completes gradients that a backward pass will add to, before it overwrites others.
+
+        It is a collective call if there are any.
+        """
+        for member in self._members:
+            if member.order in self.unknown:
+                guard.land(member.parameter)
+            with guard.DisableGuard():
+                kept = member.parameter.grad is member.grad
+            if kept and self._partial(member):
+                self.settle(member)
+
     def make_room(self, member: Member) -> None:
         """Waits until the member's gradient can be written, or added to if it is still there."""
         with guard.DisableGuard():
@@ -201,8 +214,6 @@ class Landing:
         needed = record.now()
         if self.flying:
             self._wait(member)
-            if sweep and not sweep.step and member.order in self.unknown and self._partial(member):
-                self._complete(member)
         if record.closely or sweep is None or sweep.step is None:
             self._landed(member)
         else:
@@ -248,8 +259,6 @@ class Landing:
     def _resolve(self, member: Member) -> None:
         """Its gradient is combined: now it shows whether any rank had one."""
         self.unknown.discard(member.order)
-        if member.sweep is not None and not member.sweep.whole:
-            return  # nobody can tell, and the gradient could not be read anyway
         with guard.DisableGuard():
             if member.parameter.grad is None and self._program.used_anywhere(member):
                 member.parameter.grad = member.grad

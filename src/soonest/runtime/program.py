@@ -233,6 +233,9 @@ class Program:
 
     def used_anywhere(self, member: Member) -> bool:
         """Whether any rank got a gradient for this parameter, once it is combined."""
+        sweep = member.sweep
+        if self.state is not None and sweep is not None and not sweep.whole:
+            return self.state.has_users(sweep, member)
         return bool(self.layout.grads[member.flat][member.slot.count_at] > 0)
 
 

@@ -13,12 +13,16 @@ from soonest.core.plan import SHARED_PARAMETERS, Plan
 from soonest.errors import SoonestError
 from soonest.runtime import collectives
 from soonest.runtime.collectives import EXACT, Piece, Ranks, Wire
+from soonest.runtime.groups import again
 from soonest.runtime.layout import Layout, Member
 from soonest.runtime.parts import Key, Share, in_memory, shares_of
 from soonest.runtime.peers import Peers
+from soonest.runtime.sweep import Sweep
+from soonest.runtime.usage import Users
 
 _ADVICE = "; under shard_optimizer=True every rank must do so, at the same point"
 _CALLS = ("reading gradients", "clipping gradients", "gathering the optimizer's state")
+_COUNTING = "finding out which parameters the ranks have used"
 _VALUE = "value"
 """The name of the exact values of a part, where they move along with the optimizer's state."""
 
@@ -43,6 +47,7 @@ class ShardedState:
     ) -> None:
         self.ranks = ranks
         self._peers = peers
+        self._users_group = ranks.group if ranks.native else again(ranks.group)
         self.parts: dict[Key, dict[str, Any]] = {}
         self._wire = wire
         self._bind(plan, layout, self._shares(plan, layout))
@@ -70,6 +75,19 @@ class ShardedState:
         if len(set(every)) > 1:
             found = ", ".join(f"{_CALLS[n]} on rank {rank}" for rank, n in enumerate(every))
             raise self._peers.at_fault(SoonestError(f"ranks do different things: {found}{_ADVICE}"))
+
+    def count_users(self, sweep: Sweep) -> None:
+        """Lets all ranks know who has used which parameters in a backward pass; collective."""
+        used = torch.ones(len(self._layout.members))
+        used[list(sweep.unused)] = 0.0
+        with self._peers.together(_COUNTING):
+            sweep.users = Users(self._users_group, used)
+
+    def has_users(self, sweep: Sweep, member: Member) -> bool:
+        """Whether any rank has a gradient of this parameter."""
+        assert sweep.users is not None
+        with self._peers.together(_COUNTING):
+            return sweep.users.has(member.order)
 
     def _shares(self, plan: Plan, layout: Layout) -> list[list[Share]]:
         for member in layout.members:
@@ -119,7 +137,9 @@ class ShardedState:
             if whole is not None:
                 shape = share.member.twin.shape
                 self.parts[share.key] = {
-                    name: share.cut(value).clone() if _per_element(value, shape) else _copy(value)
+                    name: share.cut(value).clone()
+                    if _per_element(name, value, shape)
+                    else _copy(value)
                     for name, value in whole.items()
                 }
         for member in self._layout.members:
@@ -306,15 +326,22 @@ def _cuts(plan: Plan) -> Sequence[tuple[int, int, int]]:
     return [(bucket.flat, bucket.start, bucket.stop) for bucket in plan.buckets]
 
 
-def _per_element(value: Any, shape: torch.Size) -> bool:
-    return isinstance(value, Tensor) and value.shape == shape and value.dim() > 0
+_OF_ALL_ELEMENTS = ("step", "eta", "mu", "mu_product")
+"""What optimizers of ``torch.optim`` keep once for a parameter, as a tensor of no dimensions."""
+
+
+def _per_element(name: str, value: Any, shape: torch.Size) -> bool:
+    """Whether an entry of a state has a value for each element of a parameter of this shape."""
+    if not isinstance(value, Tensor) or value.shape != shape:
+        return False
+    return value.dim() > 0 or name not in _OF_ALL_ELEMENTS
 
 
 def _described(
     state: Mapping[str, Any], shape: torch.Size
 ) -> tuple[dict[str, torch.dtype], dict[str, Any]]:
     """Dtypes of what has a value per element, and the rest."""
-    parts = {key: value.dtype for key, value in state.items() if _per_element(value, shape)}
+    parts = {key: value.dtype for key, value in state.items() if _per_element(key, value, shape)}
     return parts, {key: value for key, value in state.items() if key not in parts}
 
 

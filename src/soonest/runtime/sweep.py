@@ -15,6 +15,7 @@ from soonest.core.plan import SHARED_PARAMETERS, Plan
 if TYPE_CHECKING:
     from soonest.runtime.program import Program
     from soonest.runtime.record import Record
+    from soonest.runtime.usage import Users
 
 
 class Sweep:
@@ -38,6 +39,7 @@ class Sweep:
         shared: per bucket, whether this rank has updated its part; only where each updates one.
         updated: per bucket, whether the parameters that wait for it are updated.
         whole: this rank has all of the gradients, not only its parts.
+        users: says which parameters any rank has used, where ranks have parts of the gradients.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Sweep:
         self.shared = bytearray(len(plan.buckets))
         self.updated = bytearray(len(plan.buckets))
         self.whole = not plan.sharded
+        self.users: Users | None = None
 
     @property
     def plan(self) -> Plan:

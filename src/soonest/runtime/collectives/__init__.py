@@ -10,9 +10,10 @@ from soonest.runtime.collectives.values import (
     gather_objects,
     gather_scalars,
     last_of,
+    start_sum,
     sum_small,
 )
-from soonest.runtime.collectives.waiting import LOOK_S, Work, ended, look, looking
+from soonest.runtime.collectives.waiting import LOOK_S, Work, ended, finish, look, looking
 
 __all__ = [
     "EXACT",
@@ -30,6 +31,7 @@ __all__ = [
     "check_method",
     "combine",
     "ended",
+    "finish",
     "first_rank_object",
     "gather_numbers",
     "gather_objects",
@@ -41,5 +43,6 @@ __all__ = [
     "run",
     "start",
     "start_broadcast",
+    "start_sum",
     "sum_small",
 ]

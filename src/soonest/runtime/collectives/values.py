@@ -10,15 +10,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soonest.runtime.collectives.ranks import Group
-from soonest.runtime.collectives.waiting import finish
+from soonest.runtime.collectives.waiting import Work, finish
 
 
 def sum_small(group: Group, tensor: Tensor) -> None:
     """Sums a small tensor over the ranks, in place, and waits for it; a collective call."""
-    sent = sendable(group, tensor)
-    finish(group.allreduce([sent]), on_device=not sent.is_cpu)
+    sent, work = start_sum(group, tensor)
+    finish(work, on_device=not sent.is_cpu)
     if sent is not tensor:
         tensor.copy_(sent)
+
+
+def start_sum(group: Group, tensor: Tensor) -> tuple[Tensor, Work]:
+    """Begins to sum a small tensor over the ranks; a collective call.
+
+    Returns:
+        A tensor that holds the sums once the work has ended; on CPUs that is this one.
+    """
+    sent = sendable(group, tensor)
+    return sent, group.allreduce([sent])
 
 
 def gather_objects(group: Group, value: Any) -> list[Any]:
