@@ -82,7 +82,10 @@ class Arm:
         if self.name in (PRIORITIZE, SHARDED, OWN_BUFFERS):
             assert self.handle is not None
             self.handle.detach()
+            buffers = [b.clone() for b in model.buffers()]
             self.wrap(model, optimizer)
+            for b, kept in zip(model.buffers(), buffers, strict=True):
+                b.copy_(kept)  # DDP, which is not made anew, sends its own later
         elif self.name == BOTH:
             self.handle = self.net.prioritize(optimizer)
 

@@ -86,7 +86,8 @@ class Loop:
     @property
     def finds_unused(self) -> bool:
         """Whether DistributedDataParallel has to look for parameters that are not used."""
-        return self.model not in models.NEEDS_ALL_USED and (
+        needs_all = self.model in models.NEEDS_ALL_USED and not self.setting("frozen")
+        return not needs_all and (
             self.model in models.LEAVES_SOME_UNUSED or self.setting("find_unused")
         )
 

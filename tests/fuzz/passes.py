@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fuzz.loops import action
 from fuzz.models import FEATURES
+from fuzz.optimizers import Lookahead
 from fuzz.run import BATCH, Run
 
 _TASK, _YES_NO = (0, 0, 1), (False, True)
@@ -155,6 +156,8 @@ def on_its_own(run: Run, steps: int) -> None:
         dist.all_reduce(p.data)
         p.data /= dist.get_world_size()
     run.optimizer.state.clear()  # it is not the same on all ranks any more
+    if isinstance(run.stepper, Lookahead):
+        run.stepper.slow.clear()
     run.zero()
     run.one_pass()
 
