@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import stat
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from ipaddress import ip_address
-from pathlib import Path
 
 Ends = Mapping[str, Collection[int]]
 """The ends of a process's connections: ports by address of an interface."""
 
 _ADDRESS = re.compile(r"\[([0-9a-fA-F.:]+)\]:(\d+)")
-_LISTENS = "0A"
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 def ends() -> Ends:
@@ -30,7 +31,7 @@ def ends() -> Ends:
 
 def listens_on(port: int) -> bool:
     """Whether this process is who answers at a port of this machine."""
-    return any(state == _LISTENS and other == port for _, other, state in _sockets())
+    return any(listens and other == port for _, other, listens in _sockets())
 
 
 def other_end(error: Exception, known: Sequence[Ends]) -> int | None:
@@ -55,38 +56,27 @@ def _swapped(port: int) -> int:
     return struct.unpack("<H", struct.pack(">H", port & 0xFFFF))[0]
 
 
-def _sockets() -> Iterator[tuple[str, int, str]]:
-    """Address, port and state of this process's own ends."""
-    mine = set(_inodes())
-    for table in ("tcp", "tcp6"):
-        try:
-            lines = Path(f"/proc/self/net/{table}").read_text(encoding="ascii").splitlines()[1:]
-        except OSError:
-            continue
-        for fields in map(str.split, lines):
-            if fields[9] in mine:
-                address, port = fields[1].split(":")
-                yield _readable(address), int(port, 16), fields[3]
-
-
-def _inodes() -> Iterator[str]:
-    folder = "/proc/self/fd"
+def _sockets() -> Iterator[tuple[str, int, bool]]:
+    """Address and port of this process's own ends, and whether it listens there."""
     try:
-        names = os.listdir(folder)
+        names = os.listdir("/proc/self/fd")
     except OSError:
         return
-    for name in names:
+    for file in map(int, names):
         try:
-            target = os.readlink(f"{folder}/{name}")
+            if not stat.S_ISSOCK(os.fstat(file).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(file)) as one:
+                if one.type != socket.SOCK_STREAM or one.family not in _FAMILIES:
+                    continue
+                address, port = one.getsockname()[:2]
+                listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
         except OSError:  # closed meanwhile
             continue
-        if target.startswith("socket:["):
-            yield target.removeprefix("socket:[").removesuffix("]")
+        yield _readable(address), port, listens
 
 
 def _readable(address: str) -> str:
-    """As users write it; the system gives words of four bytes in its own order."""
-    words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
-    there = ip_address(b"".join(struct.pack("=I", word) for word in words))
-    plain = getattr(there, "ipv4_mapped", None) or there
-    return str(plain)
+    """As backends write it."""
+    there = ip_address(address.partition("%")[0])
+    return str(getattr(there, "ipv4_mapped", None) or there)
