@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from fuzz.arms import ARMS, OWN_BUFFERS
+from fuzz.found import FOUND
 from fuzz.loops import ACTIONS, Line, Loop, draw
 from fuzz.pair import BAD, DIFFERENT, Pair
 from fuzz.shrink import shrink
@@ -20,15 +21,25 @@ def pair() -> Iterator[Pair]:
         yield pair
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_loop_comes_out_as_under_ddp(seed: int, pair: Pair) -> None:
-    loop = draw(seed)
-    wrong = {
+def wrong(loop: Loop, pair: Pair) -> dict[str, str]:
+    """The ways in which a loop comes out wrong."""
+    return {
         arm: f"{outcome.kind} at {outcome.at}: {outcome.text}"
         for arm, outcome in pair.train(loop, ARMS).items()
         if outcome.kind in BAD
     }
-    assert not wrong, f"python benchmarks/fuzz_loops.py --replay {seed} shortens it:\n{loop}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_loop_comes_out_as_under_ddp(seed: int, pair: Pair) -> None:
+    loop = draw(seed)
+    said = f"python benchmarks/fuzz_loops.py --replay {seed} shortens it:\n{loop}"
+    assert not wrong(loop, pair), said
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_once_different_is_not_any_more(name: str, pair: Pair) -> None:
+    assert not wrong(FOUND[name], pair)
 
 
 def test_what_differs_is_found_and_shortened(pair: Pair) -> None:

@@ -1,0 +1,63 @@
+"""Loops that once came out otherwise than under DDP, as short as they get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fuzz.loops import Line, Loop
+
+
+def _line(name: str, **arguments: Any) -> Line:
+    return Line(name, tuple(arguments.items()))
+
+
+def _pass(*, by_rank: bool = False) -> Line:
+    return _line("one_pass", task=0, by_rank=by_rank, autocast=False)
+
+
+_STEP, _LOOK = _line("step", how="plain"), _line("look", first="kept")
+
+FOUND = {
+    "some gradients cleared between two passes": Loop(
+        1, "mlp", "sgd", (_pass(), _line("zero", how="some"), _pass(), _STEP, _LOOK)
+    ),
+    "the state of a parameter of no dimensions put back": Loop(
+        2,
+        "mixed",
+        "sgd, momentum",
+        (_pass(), _STEP, _line("optimizer_state", how="as it is"), _pass(), _STEP, _LOOK),
+    ),
+    "averages put in, and evaluated in inference mode": Loop(
+        3,
+        "mlp",
+        "sgd",
+        (
+            _line("try_averages", how="data swap", passes="eval"),
+            _line("evaluate", mode="inference", count=1, alike=True),
+            _pass(),
+            _STEP,
+            _LOOK,
+        ),
+    ),
+    "one tensor for two gradients that a fused optimizer divides": Loop(
+        4,
+        "mlp",
+        "sgd, fused",
+        (_pass(), _line("change_gradients", place=1, how="alias"), _LOOK),
+        settings=(("scaler", True),),
+    ),
+    "passes added to gradients that a fused optimizer has divided": Loop(
+        5,
+        "mlp",
+        "adamw, fused",
+        (_pass(), _STEP, _line("same_graph_twice", task=0), _STEP, _LOOK),
+        settings=(("scaler", True),),
+    ),
+    "a gradient looked up that only another rank has used": Loop(
+        6,
+        "branches",
+        "adam",
+        (_pass(by_rank=True), _line("keep", place=3, what="gradient"), _STEP, _LOOK),
+        settings=(("plan", "blocking"),),
+    ),
+}
