@@ -376,7 +376,8 @@ class Engine:
         latest = self.backward.latest
         if latest is not None and latest.users is not None:
             with self._peers.together("ending"):
-                latest.users.wait()
+                if not latest.users.are_known(limit_s):
+                    return f"step {latest.number}: which parameters each rank has used"
         return None
 
     def complete(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from torch import Tensor
 
 from soonest.runtime import collectives
@@ -24,12 +26,16 @@ class Users:
 
     def has(self, order: int) -> bool:
         """Whether any rank has a gradient of this member; waits until that is known."""
-        self.wait()
-        assert self._known is not None
-        return self._known[order] > 0
-
-    def wait(self) -> None:
-        """Returns when this rank has what it needs of the others, and they of it."""
         if self._known is None:
             collectives.finish(self._work, on_device=not self._counts.is_cpu)
             self._known = self._counts.tolist()
+        return self._known[order] > 0
+
+    def are_known(self, limit_s: float) -> bool:
+        """Whether all ranks have what they need of each other, after so long at most."""
+        deadline_s = time.monotonic() + limit_s
+        while self._known is None and self._counts.is_cpu and not collectives.ended(self._work):
+            collectives.look()
+            if time.monotonic() > deadline_s:
+                return False
+        return True
