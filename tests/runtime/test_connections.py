@@ -44,7 +44,7 @@ KNOWN = [{"10.0.0.1": {1000, 1001}}, {"10.0.0.2": {1000}}, {"fe80::1": {7}, "10.
     ],
 )
 def test_who_is_at_the_other_end(text: str, who: int | None) -> None:
-    assert connections.other_end(RuntimeError(text), KNOWN) == who
+    assert connections.Known(KNOWN).broken(RuntimeError(text)) == who
 
 
 class Handler:
