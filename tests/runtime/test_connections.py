@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,26 @@ def test_the_ends_of_this_process_are_known() -> None:
             assert {port, client.getsockname()[1]} <= set(ends["127.0.0.1"])
         assert connections.listens_on(port)
     assert not connections.listens_on(port)
+
+
+def test_who_has_ended_is_known_once_no_connection_stands() -> None:
+    """One of several may also break because a rank gives up what that one is for."""
+    with ExitStack() as all_of_them:
+        server = all_of_them.enter_context(socket.create_server(("127.0.0.1", 0)))
+        address = server.getsockname()
+        clients = [socket.create_connection(address) for _ in range(2)]
+        accepted = [server.accept()[0] for _ in clients]
+        them = {"127.0.0.1": {address[1]}}
+        nobody = {"127.0.0.2": {address[1]}}
+        known = connections.Known([them, nobody])
+        assert known.ended([0, 1]) == []
+        accepted[0].close()
+        clients[0].close()
+        assert known.ended([0, 1]) == []
+        accepted[1].close()  # as a system does for a process; here none reads what it is told
+        assert known.ended([0, 1]) == [0]
+        assert known.ended([1]) == []
+        clients[1].close()
 
 
 KNOWN = [{"10.0.0.1": {1000, 1001}}, {"10.0.0.2": {1000}}, {"fe80::1": {7}, "10.0.0.1": {2000}}]
