@@ -96,7 +96,8 @@ def test_what_a_handler_raises_is_told_from_other_errors(handler: object) -> Non
 
 def listening() -> list[str]:
     """The addresses at which this process listens."""
-    return [address for address, _, listens in connections._sockets() if listens]
+    sockets = connections._sockets()
+    return [one.here[0] for one in sockets if one.state == connections._LISTENS]
 
 
 def trained_where_others_could_listen() -> tuple[list[str], int, set[str]]:
