@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,26 @@ def test_the_ends_of_this_process_are_known() -> None:
     assert not connections.listens_on(port)
 
 
+def test_who_has_ended_is_known_once_no_connection_stands() -> None:
+    """One of several may also break because a rank gives up what that one is for."""
+    with ExitStack() as all_of_them:
+        server = all_of_them.enter_context(socket.create_server(("127.0.0.1", 0)))
+        address = server.getsockname()
+        clients = [socket.create_connection(address) for _ in range(2)]
+        accepted = [server.accept()[0] for _ in clients]
+        them = {"127.0.0.1": {address[1]}}
+        nobody = {"127.0.0.2": {address[1]}}
+        known = connections.Known([them, nobody])
+        assert known.ended([0, 1]) == []
+        accepted[0].close()
+        clients[0].close()
+        assert known.ended([0, 1]) == []
+        accepted[1].close()  # as a system does for a process; here none reads what it is told
+        assert known.ended([0, 1]) == [0]
+        assert known.ended([1]) == []
+        clients[1].close()
+
+
 KNOWN = [{"10.0.0.1": {1000, 1001}}, {"10.0.0.2": {1000}}, {"fe80::1": {7}, "10.0.0.1": {2000}}]
 
 
@@ -44,7 +65,7 @@ KNOWN = [{"10.0.0.1": {1000, 1001}}, {"10.0.0.2": {1000}}, {"fe80::1": {7}, "10.
     ],
 )
 def test_who_is_at_the_other_end(text: str, who: int | None) -> None:
-    assert connections.other_end(RuntimeError(text), KNOWN) == who
+    assert connections.Known(KNOWN).broken(RuntimeError(text)) == who
 
 
 class Handler:
@@ -75,7 +96,8 @@ def test_what_a_handler_raises_is_told_from_other_errors(handler: object) -> Non
 
 def listening() -> list[str]:
     """The addresses at which this process listens."""
-    return [address for address, _, listens in connections._sockets() if listens]
+    sockets = connections._sockets()
+    return [one.here[0] for one in sockets if one.state == connections._LISTENS]
 
 
 def trained_where_others_could_listen() -> tuple[list[str], int, set[str]]:

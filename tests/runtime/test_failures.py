@@ -34,7 +34,7 @@ from runtime.failing import (
 )
 from runtime.steering import keep_to_the_usual_plan
 from soonest import PeerLostError, PlanMismatchError, SoonestError
-from soonest.runtime import calibrate, learn
+from soonest.runtime import calibrate, learn, peers
 
 # Losses: all others raise one error that says who is missing, and what for
 
@@ -47,6 +47,21 @@ def lost_in_training(how: str, timeout_s: float | None, sharded: bool) -> tuple[
         end(how)
         return None
     return told(error_of(steps, model, optimizer, 1000))
+
+
+def lost_for_good(form: str) -> tuple[Said, ...] | None:
+    """Nothing but the end of its connections can tell that a rank is lost: all else takes long."""
+    peers._GRACE_S = peers._BROKEN_S = TIMEOUT_S
+    model, optimizer = model_and_optimizer()
+    net: nn.Module = model
+    if form == "drop-in":
+        net = soonest.DistributedDataParallel(model)
+    else:
+        soonest.prioritize(model, optimizer, shard_optimizer=form == "sharded")
+    steps(net, optimizer, 7)
+    if odd():
+        end("killed")
+    return told(error_of(steps, net, optimizer, 1000))
 
 
 def lost_beside_buffers() -> tuple[Said, ...] | None:
@@ -287,6 +302,9 @@ RUNS = {
     "sleeps": Run(lost_in_training, 3, ("sleeps", SHORT_S, False)),
     "killed while sharing": Run(lost_in_training, 3, ("killed", None, True)),
     "stops while sharing": Run(lost_in_training, 3, ("stops", SHORT_S, True)),
+    "killed for good, plain": Run(lost_for_good, 3, ("plain",)),
+    "killed for good, sharded": Run(lost_for_good, 3, ("sharded",)),
+    "killed for good, drop-in": Run(lost_for_good, 3, ("drop-in",)),
     "killed beside buffers": Run(lost_beside_buffers, 3),
     "killed while planning": Run(lost_in_planning, 3, ("killed", None)),
     "stops while planning": Run(lost_in_planning, 3, ("stops", SHORT_S)),
@@ -319,6 +337,14 @@ def runs() -> Iterator[Runs]:
 
 LOST_IN_TRAINING = [name for name, run in RUNS.items() if run.function is lost_in_training]
 LOST_IN_PLANNING = [name for name, run in RUNS.items() if run.function is lost_in_planning]
+
+
+@pytest.mark.parametrize("form", ["plain", "sharded", "drop-in"])
+def test_a_rank_is_lost_as_soon_as_no_connection_to_it_stands(form: str, runs: Runs) -> None:
+    for said in left(runs[f"killed for good, {form}"].result()):
+        assert said.name == PeerLostError.__name__
+        assert re.search(r"rank 1 \(host [^)]*\) did not take part", said.message)
+        assert said.took_s < TIMEOUT_S / 2
 
 
 @pytest.mark.parametrize("how", LOST_IN_TRAINING)

@@ -30,7 +30,7 @@ LIMITS = {
     "ending.finish time.sleep": "that long",
     "hooks._answer answer.wait": "the collective of the user's hook behind it",
     "passes.ended future.wait": "what the user has put there",
-    "joining._meet time.sleep": "the group's time-out",
+    "joining.wait time.sleep": "the group's time-out",
     "landing._wait self._lane.wait": _LANE,
     "landing._complete self._lane.wait": _LANE,
     "peers.look time.sleep": "the deadline of ``wait_for_notes``",

@@ -12,43 +12,92 @@ import socket
 import stat
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
 from ipaddress import ip_address
+from typing import Any, NamedTuple
 
 Ends = Mapping[str, Collection[int]]
 """The ends of a process's connections: ports by address of an interface."""
 
 _ADDRESS = re.compile(r"\[([0-9a-fA-F.:]+)\]:(\d+)")
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_STANDS, _LISTENS = 1, 10
+"""States of a connection, as Linux numbers them."""
+
+
+class _Socket(NamedTuple):
+    """One of this process's own: address and port of both ends, if it has them, and its state."""
+
+    here: tuple[str, int]
+    there: tuple[str, int] | None
+    state: int
 
 
 def ends() -> Ends:
     """Those of this process; none where the system does not tell."""
     found: dict[str, set[int]] = {}
-    for address, port, _ in _sockets():
+    for address, port in (one.here for one in _sockets()):
         found.setdefault(address, set()).add(port)
     return found
 
 
 def listens_on(port: int) -> bool:
     """Whether this process is who answers at a port of this machine."""
-    return any(listens and other == port for _, other, listens in _sockets())
+    return any(one.state == _LISTENS and one.here[1] == port for one in _sockets())
 
 
-def other_end(error: Exception, known: Sequence[Ends]) -> int | None:
-    """Whose connection an error says to have broken; None if it does not say so.
+def hosts(store: Any) -> bool:
+    """Whether a key-value store is in this process."""
+    while not hasattr(store, "port") and hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    port = getattr(store, "port", None)
+    return port is not None and _listens(os.getpid(), port)
+
+
+@cache
+def _listens(process: int, port: int) -> bool:
+    """Looked up once: a store stays where it is, and there may be many connections."""
+    return listens_on(port)
+
+
+class Known:
+    """The connections from this process to others, as they were when all was well.
 
     Args:
-        error: of a backend.
-        known: ends of all that there are.
+        ends: of all processes; those to this one itself are never asked for.
     """
-    text = str(error)
-    if "imed out" in text:  # who did not answer may just wait for another
-        return None
-    found: set[int] = set()
-    for address, port in _ADDRESS.findall(text):
-        for either in (int(port), _swapped(int(port))):
-            found |= {who for who, theirs in enumerate(known) if either in theirs.get(address, ())}
-    return found.pop() if len(found) == 1 else None
+
+    def __init__(self, ends: Sequence[Ends] = ()) -> None:
+        self._ends = ends
+        # By several, for one breaks also where a process gives up what that one is for.
+        self._reached = {who for who, count in enumerate(_standing(ends)) if count > 1}
+
+    def ended(self, who: Sequence[int]) -> list[int]:
+        """Those of some processes that are no more: no connection to them stands.
+
+        However a process ends, its system closes all of them at once.
+        """
+        reached = [one for one in who if one in self._reached]
+        standing = _standing([self._ends[one] for one in reached]) if reached else []
+        return [one for one, count in zip(reached, standing, strict=True) if not count]
+
+    def broken(self, error: Exception) -> int | None:
+        """To whom a connection has broken; None if the error of a backend does not say so."""
+        text = str(error)
+        if "imed out" in text:  # who did not answer may just wait for another
+            return None
+        found: set[int] = set()
+        for address, port in _ADDRESS.findall(text):
+            for either in (int(port), _swapped(int(port))):
+                theirs = enumerate(self._ends)
+                found |= {who for who, ends in theirs if either in ends.get(address, ())}
+        return found.pop() if len(found) == 1 else None
+
+
+def _standing(known: Sequence[Ends]) -> list[int]:
+    """How many connections stand from this process to each of some."""
+    there = [one.there for one in _sockets() if one.there is not None]
+    return [sum(port in ends.get(address, ()) for address, port in there) for ends in known]
 
 
 def _swapped(port: int) -> int:
@@ -56,8 +105,7 @@ def _swapped(port: int) -> int:
     return struct.unpack("<H", struct.pack(">H", port & 0xFFFF))[0]
 
 
-def _sockets() -> Iterator[tuple[str, int, bool]]:
-    """Address and port of this process's own ends, and whether it listens there."""
+def _sockets() -> Iterator[_Socket]:
     try:
         names = os.listdir("/proc/self/fd")
     except OSError:
@@ -69,11 +117,16 @@ def _sockets() -> Iterator[tuple[str, int, bool]]:
             with socket.socket(fileno=os.dup(file)) as one:
                 if one.type != socket.SOCK_STREAM or one.family not in _FAMILIES:
                     continue
-                address, port = one.getsockname()[:2]
-                listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
+                state = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+                there = _end(one.getpeername()) if state == _STANDS else None
+                found = _Socket(_end(one.getsockname()), there, state)
         except OSError:  # closed meanwhile
             continue
-        yield _readable(address), port, listens
+        yield found
+
+
+def _end(name: tuple[Any, ...]) -> tuple[str, int]:
+    return _readable(name[0]), name[1]
 
 
 def _readable(address: str) -> str:

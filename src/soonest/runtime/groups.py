@@ -8,12 +8,16 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 from soonest.runtime import collectives
 from soonest.runtime.collectives import Group, Ranks
+
+_stores: WeakKeyDictionary[Group, dist.distributed_c10d.Store] = WeakKeyDictionary()
+"""By group, a part of the key-value store that is new, where one was given."""
 
 
 def ranks_of(group: Group, host: str | None = None, *, native: bool = False) -> Ranks:
@@ -51,9 +55,20 @@ def again(group: Group) -> Group:
     return _subgroup(group, dist.get_process_group_ranks(group))
 
 
+def store_of(group: Group) -> dist.distributed_c10d.Store:
+    """Where in the key-value store the ranks of a group keep what concerns it."""
+    return _stores.get(group) or dist.distributed_c10d._get_default_store()
+
+
+def has_own_store(group: Group) -> bool:
+    """Whether no ranks but these have ever written to ``store_of``."""
+    return group in _stores
+
+
 def _subgroup(group: Group, members: list[int]) -> Group:
     timeout = datetime.timedelta(seconds=timeout_of(group))
-    with _by_these_alone(group):
+    store = _stores.get(group)
+    with _by_these_alone(group), _keys_in(store):
         made = dist.new_group(
             members,
             timeout=timeout,
@@ -62,8 +77,7 @@ def _subgroup(group: Group, members: list[int]) -> Group:
             use_local_synchronization=True,
             group_desc="soonest",
         )
-    assert isinstance(made, Group)
-    return made
+    return _kept(made, store)
 
 
 @contextmanager
@@ -85,6 +99,25 @@ def _by_these_alone(callers: Group) -> Iterator[None]:
         default.bound_device_id = bound
 
 
+@contextmanager
+def _keys_in(store: dist.distributed_c10d.Store | None) -> Iterator[None]:
+    """Ranks that make a group inside find each other in this store; in the default one if None.
+
+    torch names keys alike in all processes that a launcher starts one after the other, and the
+    store may outlive them. Whoever comes first would then find addresses of processes that are no
+    more, and try to connect to these.
+    """
+    places, default = dist.distributed_c10d._world.pg_map, dist.group.WORLD
+    assert default is not None
+    before = places[default]
+    if store is not None:
+        places[default] = before[0], store
+    try:
+        yield
+    finally:
+        places[default] = before
+
+
 def _options(parent: Group, timeout: datetime.timedelta) -> Any:
     """On devices, what is sent goes ahead of what is computed: others wait for it."""
     if "nccl" not in dist.get_backend_config(parent):
@@ -94,17 +127,21 @@ def _options(parent: Group, timeout: datetime.timedelta) -> Any:
     return options
 
 
-def private_group(parent: Group | None, timeout_s: float | None) -> Group:
+def private_group(
+    parent: Group | None, timeout_s: float | None, store: dist.distributed_c10d.Store | None = None
+) -> Group:
     """A communicator of our own over the ranks of ``parent``, so that no other traffic mixes in.
 
     Args:
         parent: None stands for the default group.
         timeout_s: of every collective; None keeps the parent's.
+        store: in which the ranks find each other; if None, where those of the parent did.
     """
     parent = parent if parent is not None else dist.group.WORLD
     assert parent is not None
     timeout = timeout_for(parent, timeout_s)
-    with _by_these_alone(parent):
+    store = store if store is not None else _stores.get(parent)
+    with _by_these_alone(parent), _keys_in(store):
         group = dist.new_group(
             dist.get_process_group_ranks(parent),
             timeout=timeout,
@@ -113,8 +150,15 @@ def private_group(parent: Group | None, timeout_s: float | None) -> Group:
             use_local_synchronization=parent is not dist.group.WORLD,
             group_desc="soonest",
         )
-    assert isinstance(group, Group)
-    return group
+    return _kept(group, store)
+
+
+def _kept(made: object, store: dist.distributed_c10d.Store | None) -> Group:
+    """A group that was just made, with the store in which its ranks have found each other."""
+    assert isinstance(made, Group)
+    if store is not None:
+        _stores[made] = store
+    return made
 
 
 def timeout_for(parent: Group, timeout_s: float | None) -> datetime.timedelta:

@@ -16,20 +16,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, partial
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
+from uuid import uuid4
 
 import torch.distributed as dist
 
 from soonest.errors import PeerLostError, SoonestError
-from soonest.runtime import collectives, connections
+from soonest.runtime import collectives, connections, groups
 from soonest.runtime.signals import is_from_handler
 
 _E = TypeVar("_E", bound=Exception)
 _GRACE_S = 4.0
 _BROKEN_S = 1.0
-"""So long may a rank whose connection has broken leave a note: it breaks when one gives up, too."""
+"""So long may a rank to which one connection has broken, and others stand, leave a note: that one
+breaks also when the rank gives up."""
 _LOOK_S = 0.05
+_FIRST_LOOK_S = 0.002
 _FAULT, _LOST, _BUSY = "!", "-", "~"
 """How a note begins that says what is wrong with the rank that left it; that others left of a rank
 that is gone; and that says where a rank is that waits for nobody. Others say what is waited for."""
@@ -46,25 +49,30 @@ class Peers:
     def __init__(self, group: collectives.Group, what: str = "prioritize()") -> None:
         self.rank = group.rank()
         self._group = group
-        default = dist.distributed_c10d._get_default_store()
+        store = groups.store_of(group)
         _meetings[group.group_name] += 1
         name = f"soonest/{group.group_name}/{_meetings[group.group_name]}"
-        self._store = dist.distributed_c10d.PrefixStore(name, default)
+        self._store = dist.distributed_c10d.PrefixStore(name, store)
+        self._notes_are_ours = groups.has_own_store(group)
         self._waits_for: str | None = None
-        self._ends: Sequence[connections.Ends] = ()
+        self._connections = connections.Known()
         self._store_host: int | None = None
         self._store_is_gone = False
         self.names = [f"rank {rank}" for rank in range(group.size())]
         me = f"rank {self.rank} (host {socket.gethostname()}, process {os.getpid()})"
         with self.together(what):
-            every = collectives.gather_objects(group, (me, _hosts(default)))
-        self.names = [name for name, _ in every]
-        hosts = [rank for rank, (_, is_host) in enumerate(every) if is_host]
+            every = collectives.gather_objects(group, (me, connections.hosts(store), uuid4().hex))
+        self.names = [name for name, _, _ in every]
+        hosts = [rank for rank, (_, is_host, _) in enumerate(every) if is_host]
         self._store_host = hosts[0] if len(hosts) == 1 else None
+        if not self._notes_are_ours:  # those of processes before these may still be there
+            self._store = dist.distributed_c10d.PrefixStore(every[0][-1], self._store)
+            self._notes_are_ours = True
 
     def learn_connections(self) -> None:
         """Takes note of whose are which, as they are now; a collective call."""
-        self._ends = collectives.gather_objects(self._group, connections.ends())
+        every = collectives.gather_objects(self._group, connections.ends())
+        self._connections = connections.Known(every)
 
     @property
     def hosts_store(self) -> bool:
@@ -103,7 +111,7 @@ class Peers:
 
     def _look(self, what: str) -> None:
         """Raises PeerLostError if another rank has given up."""
-        if (who := self.blame(what, False)) is not None:
+        if self._notes_are_ours and (who := self.blame(what, False)) is not None:
             raise PeerLostError(f"{what} will not be done on all ranks: {who}")
 
     def failed(self, what: str, how: str, error: Exception, advice: str = "") -> SoonestError:
@@ -147,7 +155,7 @@ class Peers:
         Returns:
             None if nobody is known to be at fault.
         """
-        gone = connections.other_end(error, self._ends) if error is not None else None
+        gone = self._connections.broken(error) if error is not None else None
         if self._store_is_gone:
             return self._without_store(gone, "is gone") if failed else None
         answer: list[str | None] = [self._without_store(gone, "does not answer")]
@@ -207,7 +215,9 @@ class Peers:
         silent = [rank for rank in range(len(self.names)) if rank != self.rank]
         notes: dict[int, str] = {}
         began_s = time.monotonic()
+        pause_s = _FIRST_LOOK_S
         while True:
+            ended = self._connections.ended(silent)  # before their notes are read: who left one may
             for rank in [rank for rank in silent if self._store.check([f"failed/{rank}"])]:
                 silent.remove(rank)
                 notes[rank] = self._store.get(f"failed/{rank}").decode()
@@ -218,12 +228,17 @@ class Peers:
             if lost:
                 return self._did_not_take_part(lost)
             waited_s = time.monotonic() - began_s
+            lost = [rank for rank in ended if rank in silent]
             if gone in silent and waited_s > _BROKEN_S:
-                self._note(_LOST, gone)
+                lost.append(gone)
+            for rank in lost:
+                self._note(_LOST, rank)
+            if lost:
                 continue
             if not silent or waited_s > _GRACE_S:
                 break
-            time.sleep(_LOOK_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LOOK_S)
         busy = {rank: note for rank, note in notes.items() if note.startswith(_BUSY)}
         if silent:
             why = f", and {_have(silent)} not answered within {_GRACE_S:.0f} s"
@@ -256,20 +271,6 @@ class Peers:
 
 def _have(ranks: Sequence[int]) -> str:
     return "has" if len(ranks) == 1 else "have"
-
-
-def _hosts(store: Any) -> bool:
-    """Whether the key-value store is in this process."""
-    while not hasattr(store, "port") and hasattr(store, "underlying_store"):
-        store = store.underlying_store
-    port = getattr(store, "port", None)
-    return port is not None and _listens(os.getpid(), port)
-
-
-@cache
-def _listens(process: int, port: int) -> bool:
-    """Looked up once: a store stays where it is, and there may be many connections."""
-    return connections.listens_on(port)
 
 
 def _in_time(ask: Callable[[], None]) -> bool:
