@@ -67,6 +67,11 @@ class Peers:
         self._ends = collectives.gather_objects(self._group, connections.ends())
 
     @property
+    def ends(self) -> Sequence[connections.Ends]:
+        """Those, by rank; none before."""
+        return self._ends
+
+    @property
     def hosts_store(self) -> bool:
         """Whether nobody can leave a note any more when this process has ended."""
         return self.rank == self._store_host
