@@ -83,6 +83,6 @@ def test_a_note_stands_above_the_bars_and_is_no_wider(plain: Timeline):
     said = "rank 2 is late since step 21: its compute takes 150 ms a step, that of the others 100"
     lines = bars([replace(plain, note=said)], width=40).splitlines()
     assert lines[0].startswith("plain: 1000 ms")
-    noted = lines[1 : next(i for i, line in enumerate(lines) if line.startswith("  compute"))]
+    noted = lines[1 : next(i for i, line in enumerate(lines) if line.endswith("│"))]
     assert " ".join(line.strip() for line in noted) == said
     assert max(map(len, noted)) <= 40

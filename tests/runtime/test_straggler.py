@@ -156,8 +156,8 @@ def test_noise_names_nobody_and_hides_nobody(seed: int) -> None:
     def noisy(
         own_s: Sequence[float], link: Callable[[int, int], float], ring: bool
     ) -> list[Sample]:
-        """10 % each, and now and then a look in which something takes twice as long."""
-        times = [own * draw.gauss(1, 0.05) * (2 if draw.random() < 0.05 else 1) for own in own_s]
+        """A few percent each, and rarely a look in which something takes twice as long."""
+        times = [own * draw.gauss(1, 0.05) * (2 if draw.random() < 0.01 else 1) for own in own_s]
         return samples(
             times,
             step_s=0.3 * draw.gauss(1, 0.05),

@@ -116,12 +116,11 @@ class Lateness:
             self._backward_s.append(now.own_s(self._began))
 
     def _send(self) -> None:
-        sample = Sample(
-            *(median(times) for times in (self._step_s, self._own_s, self._backward_s)),
-            self._throughput.bps(),
-        )
-        for times in (self._step_s, self._own_s, self._backward_s):
-            times.clear()
+        times = (self._step_s, self._own_s, self._backward_s)
+        step_s, own_s, backward_s = map(median, times)
+        sample = Sample(step_s, own_s, backward_s, self._throughput.bps())
+        for one in times:
+            one.clear()
         gathering = collectives.Gathering(self._group, sample.to_numbers())
         self._under_way.append((self._passes, gathering))
 

@@ -116,7 +116,9 @@ class Straggler:
         Returns:
             Whether another rank or cause is named than before, or none any more.
         """
-        found = {(late.rank, late.cause): late for late in late_ranks(samples)}
+        found: dict[tuple[int, Cause], Late] = {
+            (late.rank, late.cause): late for late in late_ranks(samples)
+        }
         for key, late in found.items():
             spell = self._spells.setdefault(key, _Spell(first_step, late))
             spell.seen, spell.missed, spell.latest = spell.seen + 1, 0, late
