@@ -16,13 +16,14 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HOSTS, LINK_BPS = 4, 200e6
-SLOW_MOTION, SHRINK = 4.0, 120.0
+HOSTS, LINK_BPS = 4, 150e6
+SLOW_MOTION, SHRINK = 4.0, 160.0
 SLOW_LINK, SLOW_COMPUTE = 1 / 3, 1.5
-QUIET_STEPS, LATE_STEPS = 40, 60
+QUIET_STEPS, LATE_STEPS = 25, 50
 NAMED_WITHIN = 50
 REAL_STEP_MS = 30.2
 """Of AlexNet on four hosts without slow motion, as in the README."""
@@ -44,9 +45,21 @@ def main() -> int:
         for kind in KINDS
         for number in range(args.quiet if kind == "quiet" else args.late)
     ]
-    runs = measured(asked)
+
+    def keep(runs: list[dict[str, Any]]) -> None:
+        """What is known so far, in case that this is ended."""
+        record = {**summary(runs), "took_s": time.monotonic() - began_s, "runs": runs}
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    runs = measured(asked, keep)
+    print(json.dumps(summary(runs), indent=1))
+    return 0 if all(run["right"] for run in runs) else 1
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     cost_us = statistics.median(run["cost_us"] for run in runs)
-    record = {
+    return {
         "hosts": HOSTS,
         "link_bps": LINK_BPS,
         "slow_link": SLOW_LINK,
@@ -55,22 +68,18 @@ def main() -> int:
             kind: max((run["within"] or 1000 for run in runs if run["kind"] == kind), default=None)
             for kind in ("link", "compute")
         },
-        "quiet_runs": args.quiet,
+        "quiet_runs": sum(run["kind"] == "quiet" for run in runs),
         "false_alarms": sum(len(run["history"]) for run in runs if run["kind"] == "quiet"),
         "cost_us_a_step": cost_us,
         "share_of_step": max(run["cost_us"] / 1e3 / run["step_ms"] for run in runs),
         "share_of_real_step": cost_us / 1e3 / REAL_STEP_MS,
-        "took_s": time.monotonic() - began_s,
-        "runs": runs,
     }
-    print(json.dumps({key: value for key, value in record.items() if key != "runs"}, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0 if all(run["right"] for run in runs) else 1
 
 
-def measured(asked: list[tuple[str, int]]) -> list[dict[str, Any]]:
-    """Trains once for each kind of run and the host that is late in it."""
+def measured(
+    asked: list[tuple[str, int]], keep: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """Trains once for each kind of run and the host that is late in it; keeps what is known."""
     from soonest.lab import Lab
     from soonest.lab.messages import listen
 
@@ -85,8 +94,10 @@ def measured(asked: list[tuple[str, int]]) -> list[dict[str, Any]]:
                 return
             told.setdefault(number, {})[rank] = message
             if len(told[number]) == HOSTS:
-                runs.append(judged(*asked[number], told[number]))
+                kind, slow = asked[number]
+                runs.append(judged(kind, slow, told[number]))
                 print(json.dumps(runs[-1]), flush=True)
+                keep(runs)
 
         command = [sys.executable, __file__, "--as-rank", json.dumps(asked)]
         listen(lab, command, take, say=print, timeout_s=1200)

@@ -177,6 +177,8 @@ def _slow_compute(samples: Sequence[Sample]) -> Iterator[Late]:
     step_s = median(sample.step_s for sample in samples)
     own_s = [sample.own_s for sample in samples]
     backward_s = [sample.backward_s for sample in samples]
+    if all(max(times) <= _COMPUTE * min(times) for times in (own_s, backward_s)):
+        return  # as almost always, which should cost nothing
     spans = [(times, _of_others(times)) for times in (own_s, backward_s)]
     for rank in range(len(samples)):
         its, others = max(
@@ -197,6 +199,8 @@ def _slow_links(samples: Sequence[Sample]) -> list[Late]:
         return []
     step_s = median(sample.step_s for sample in samples)
     waits_s = median(max(0.0, sample.step_s - sample.own_s) for sample in samples)
+    if not _matters(waits_s, step_s):
+        return []
     rates = np.array([sample.sent_bps for sample in samples])
     sends, receives = np.fmax.reduce(rates, axis=1), np.fmax.reduce(rates, axis=0)
     for carries in (np.fmax(sends, receives), sends, receives):

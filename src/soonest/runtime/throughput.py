@@ -31,8 +31,10 @@ class Throughput:
 
     def __init__(self, ends: Sequence[connections.Ends]) -> None:
         self._ranks = len(ends)
+        self._told = ctypes.create_string_buffer(_TIMES.size)
+        self._size = ctypes.c_uint()
         found = connections.leading_to(ends) if sys.platform == "linux" else ()
-        self._counts = {one: counts for one in found if (counts := _counts_of(one))}
+        self._counts = {one: counts for one in found if (counts := self._counts_of(one))}
 
     def bps(self) -> list[float]:
         """Bits per second, by rank, at which what was sent there since the last call went.
@@ -42,7 +44,7 @@ class Throughput:
         """
         arrived, busy_us = [0] * self._ranks, [0] * self._ranks
         for one, before in list(self._counts.items()):
-            now = _counts_of(one)
+            now = self._counts_of(one)
             if now is None:  # closed meanwhile
                 del self._counts[one]
                 continue
@@ -55,23 +57,22 @@ class Throughput:
             for size, time_us in zip(arrived, busy_us, strict=True)
         ]
 
-
-def _counts_of(one: connections.Connection) -> tuple[int, int] | None:
-    """Bytes that have arrived, and microseconds in which some were under way; None if not told."""
-    try:
-        if os.fstat(one.descriptor).st_ino != one.inode:
+    def _counts_of(self, one: connections.Connection) -> tuple[int, int] | None:
+        """Bytes that have arrived, and microseconds in which some were under way, if told."""
+        try:
+            if os.fstat(one.descriptor).st_ino != one.inode:
+                return None
+        except OSError:
             return None
-    except OSError:
-        return None
-    told = ctypes.create_string_buffer(_TIMES.size)
-    size = ctypes.c_uint(_TIMES.size)
-    failed = _getsockopt()(
-        one.descriptor, socket.IPPROTO_TCP, socket.TCP_INFO, told, ctypes.byref(size)
-    )
-    if failed or size.value < _TIMES.size:
-        return None
-    busy_us, stopped_us = _TIMES.unpack_from(told)
-    return _BYTES_ACKED.unpack_from(told)[0], busy_us - stopped_us
+        told, size = self._told, self._size
+        size.value = _TIMES.size
+        failed = _getsockopt()(
+            one.descriptor, socket.IPPROTO_TCP, socket.TCP_INFO, told, ctypes.byref(size)
+        )
+        if failed or size.value < _TIMES.size:
+            return None
+        busy_us, stopped_us = _TIMES.unpack_from(told)
+        return _BYTES_ACKED.unpack_from(told)[0], busy_us - stopped_us
 
 
 @cache
