@@ -106,7 +106,7 @@ def _sockets() -> Iterator[tuple[str, int, bool]]:
 
 
 def _open() -> Iterator[tuple[int, socket.socket]]:
-    """Descriptors of this process's own, each with another for the same, while that is looked at."""
+    """Descriptors of this process's own, each with another for the same while one looks at it."""
     try:
         names = os.listdir("/proc/self/fd")
     except OSError:
