@@ -1,6 +1,7 @@
 """Timelines: order, busy time, what is hidden, and JSON."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -43,7 +44,9 @@ def test_a_span_cannot_end_before_it_starts():
 
 
 def test_json_round_trip():
-    assert Timeline.from_json(json.loads(json.dumps(LINE.to_json()))) == LINE
+    for line in (LINE, replace(LINE, note="rank 2 is late")):
+        assert Timeline.from_json(json.loads(json.dumps(line.to_json()))) == line
+        assert line.scaled(2).note == line.note
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda x: tuple(sorted(x)))))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ from soonest.core.simulate import simulate
 from soonest.core.timeline import Timeline
 from soonest.core.trace import Trace
 from soonest.report.picture import draw, figure_of
+
+NOTE = (
+    "rank 12 (host node-0412.cluster.example.org, process 281731) is late since step 121210: its "
+    "link carries 312 Mbit/s, those of the others 940 Mbit/s; this costs up to 84.3 ms of a step "
+    "of 190 ms"
+)
 
 
 def simulated(model: str) -> Timeline:
@@ -53,7 +60,8 @@ def test_every_timeline_makes_it_higher(plain: Timeline, overlapped: Timeline):
 def test_every_text_is_inside_the_picture_and_over_no_other(
     model: str | None, plain: Timeline, overlapped: Timeline
 ):
-    timelines = [plain, overlapped] if model is None else [simulated(model)] * 2
+    noted = [replace(plain, note=NOTE), replace(overlapped, note=NOTE)]
+    timelines = noted if model is None else [simulated(model)] * 2
     figure = figure_of(timelines, title="A title that says what this is")
     boxes = {text: text.get_window_extent() for text in texts(figure) if text.get_text().strip()}
     assert len(boxes) > 10

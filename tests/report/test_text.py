@@ -1,6 +1,7 @@
 """Bars of text show the same as the picture."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -76,3 +77,12 @@ def test_too_narrow_or_nothing_is_refused(plain: Timeline):
         bars([plain], width=20)
     with pytest.raises(ValueError, match="at least one"):
         bars([])
+
+
+def test_a_note_stands_above_the_bars_and_is_no_wider(plain: Timeline):
+    said = "rank 2 is late since step 21: its compute takes 150 ms a step, that of the others 100"
+    lines = bars([replace(plain, note=said)], width=40).splitlines()
+    assert lines[0].startswith("plain: 1000 ms")
+    noted = lines[1 : next(i for i, line in enumerate(lines) if line.endswith("│"))]
+    assert " ".join(line.strip() for line in noted) == said
+    assert max(map(len, noted)) <= 40

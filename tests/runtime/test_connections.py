@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from contextlib import ExitStack
@@ -121,3 +122,27 @@ def test_nothing_listens_but_where_the_group_does() -> None:
         assert set(addresses) == {"127.0.0.1"}, "ranks are on loopback, and nobody else may come in"
         assert len(addresses) <= groups, "the backend listens once for each group"
         assert ends == {"127.0.0.1"}
+
+
+def test_who_is_at_the_other_end_of_each_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_has_link", lambda here, far: far != here)
+    with (
+        socket.create_server(("127.0.0.2", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+    ):
+        far = server.getsockname()
+        known = [{}, {far[0]: {far[1]}}, {far[0]: {far[1] - 1}}]
+        (found,) = (one for one in connections.leading_to(known) if one.rank)
+        assert (found.descriptor, found.rank) == (client.fileno(), 1)
+        assert os.fstat(client.fileno()).st_ino == found.inode
+        twice = [{far[0]: {far[1]}}] * 2
+        assert not [one for one in connections.leading_to(twice) if one.descriptor == found[0]]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
+def test_connections_on_one_host_have_no_link(address: str) -> None:
+    with (
+        socket.create_server((address, 0)) as server,
+        socket.create_connection(server.getsockname()),
+    ):
+        assert not list(connections.leading_to([{address: {server.getsockname()[1]}}]))

@@ -44,11 +44,13 @@ class Timeline:
         title: what ran, for example ``soonest`` or ``ddp``.
         step_s: length of the step in seconds.
         spans: in no particular order; spans of one track may overlap.
+        note: what there is to say besides, such as which rank is late; one sentence.
     """
 
     title: str
     step_s: float
     spans: tuple[Span, ...]
+    note: str = ""
 
     def of(self, *kinds: Kind) -> list[Span]:
         """The spans of these kinds, earliest first."""
@@ -71,15 +73,17 @@ class Timeline:
             replace(span, start_s=span.start_s * factor, end_s=span.end_s * factor)
             for span in self.spans
         )
-        return Timeline(title or self.title, self.step_s * factor, tuple(spans))
+        return Timeline(title or self.title, self.step_s * factor, tuple(spans), self.note)
 
     def to_json(self) -> dict[str, Any]:
         spans = [asdict(span) for span in self.spans]
-        return {"title": self.title, "step_s": self.step_s, "spans": spans}
+        note = {"note": self.note} if self.note else {}
+        return {"title": self.title, "step_s": self.step_s, "spans": spans, **note}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Timeline:
-        return cls(data["title"], data["step_s"], tuple(Span(**span) for span in data["spans"]))
+        spans = tuple(Span(**span) for span in data["spans"])
+        return cls(data["title"], data["step_s"], spans, data.get("note", ""))
 
 
 def covered_s(intervals: Iterable[tuple[float, float]]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ _WAIT_HATCH = "#e8998d"
 
 _ENOUGH, _SOME = 0.6, 0.3
 """Share of a lane, by time, that names must fit to be shown: if shorter ones are left, if not."""
+_NOTE_WIDTH = 130
+"""Characters in a line of what is noted beside the title."""
 _TOUCH = 0.003
 """Spans are neighbours if the gap between them is below this share of the step."""
 
@@ -116,6 +119,10 @@ class _Block:
         self.axes.text(
             -0.8 * inch, self.top + 0.2, self.timeline.title,
             transform=left, size=12, weight="bold", color=INK, va="center",
+        )  # fmt: skip
+        self.axes.text(
+            0.5 * inch, self.top + 0.2, textwrap.fill(self.timeline.note, _NOTE_WIDTH),
+            transform=left, size=7.5, color=_FAINT, va="center",
         )  # fmt: skip
         for track, (offset, height) in _LANES.items():
             self._box(0.0, self.timeline.step_s, self.top + offset, height, facecolor=_LANE)

@@ -76,6 +76,8 @@ def _lines(timelines: Sequence[Timeline], width: int) -> list[list[_Cell]]:
     lines: list[list[_Cell]] = []
     for timeline in timelines:
         lines.append([_Cell(character) for character in _heading(timeline, longest_s)[:width]])
+        notes = textwrap.wrap(timeline.note, width - 2)
+        lines += [[_Cell(character) for character in f"  {line}"] for line in notes]
         length = max(1, round(timeline.step_s / longest_s * cells))
         for track in _TRACKS:
             label = [_Cell(character) for character in f"  {track}".ljust(_LABEL)]

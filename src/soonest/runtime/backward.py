@@ -17,6 +17,7 @@ from soonest.runtime.calls import weakly
 from soonest.runtime.gradients import Gradients
 from soonest.runtime.landing import Landing
 from soonest.runtime.lanes import Lane
+from soonest.runtime.lateness import Lateness
 from soonest.runtime.layout import Member, has_alias
 from soonest.runtime.peers import Peers
 from soonest.runtime.profiler import Profiler
@@ -35,6 +36,7 @@ class Backward:
 
     Attributes:
         siblings: the same of other parameters of the same model: a pass combines all.
+        lateness: compares this rank's passes with those of the others, where that is known.
         uneven: what to do when others have no more input, while that may be.
         everyone: all ranks took part in the last one that was combined.
         synchronizing: gradients are combined, instead of only being accumulated here.
@@ -54,6 +56,7 @@ class Backward:
         self._profiler = profiler
         self._ended = ended
         self.siblings: list[Backward] = []
+        self.lateness: Lateness | None = None
         self.uneven: Uneven | None = None
         self.everyone = True
         self.synchronizing = True
@@ -222,6 +225,8 @@ class Backward:
         self._open = self.latest = sweep
         self._landing.flying = True
         self._lane.begin(sweep)
+        if self.lateness is not None:
+            self.lateness.begins()
         for sibling in self.siblings:
             if sibling._open is None:
                 sibling._begin()
@@ -278,6 +283,8 @@ class Backward:
         self._lane.advance()
         if sweep.program.state is not None:
             sweep.program.state.count_users(sweep)
+        if self.lateness is not None:
+            self.lateness.ends()
         aliased, self._aliased = self._aliased, []
         for member in aliased:  # nobody can make those wait that lie over the same memory
             self._landing.settle(member)

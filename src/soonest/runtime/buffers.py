@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from soonest.errors import SoonestError
 from soonest.runtime import collectives, modes
-from soonest.runtime.collectives import Group, Sent, ended
+from soonest.runtime.collectives import Group, Sent, ended, waiting
 from soonest.runtime.guard import DisableGuard
 from soonest.runtime.lanes import Lane
 from soonest.runtime.peers import Peers
@@ -180,8 +180,9 @@ class Buffers:
                 if part.on_device:
                     part.work.wait()  # lets the current stream wait, and not the host
                 else:
-                    while not ended(part.work):
-                        self._lane.check()
+                    with waiting():
+                        while not ended(part.work):
+                            self._lane.check()
 
     @contextmanager
     def _carefully(self) -> Iterator[None]:

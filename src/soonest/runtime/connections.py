@@ -19,6 +19,21 @@ from typing import Any, NamedTuple
 Ends = Mapping[str, Collection[int]]
 """The ends of a process's connections: ports by address of an interface."""
 
+
+class Connection(NamedTuple):
+    """One of this process's own.
+
+    Args:
+        descriptor: of its socket.
+        inode: by which one sees that it is still that socket.
+        rank: who is at the other end.
+    """
+
+    descriptor: int
+    inode: int
+    rank: int
+
+
 _ADDRESS = re.compile(r"\[([0-9a-fA-F.:]+)\]:(\d+)")
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _STANDS, _LISTENS = 1, 10
@@ -28,6 +43,8 @@ _STANDS, _LISTENS = 1, 10
 class _Socket(NamedTuple):
     """One of this process's own: address and port of both ends, if it has them, and its state."""
 
+    descriptor: int
+    inode: int
     here: tuple[str, int]
     there: tuple[str, int] | None
     state: int
@@ -60,15 +77,38 @@ def _listens(process: int, port: int) -> bool:
     return listens_on(port)
 
 
+def leading_to(known: Sequence[Ends]) -> Iterator[Connection]:
+    """Connections of this process to others on other hosts.
+
+    Args:
+        known: ends of all that there are.
+    """
+    for one in _sockets():
+        if one.there is None or not _has_link(one.here[0], one.there[0]):
+            continue
+        address, port = one.there
+        who = [rank for rank, ends in enumerate(known) if port in ends.get(address, ())]
+        if len(who) == 1:
+            yield Connection(one.descriptor, one.inode, who[0])
+
+
+def _has_link(here: str, far: str) -> bool:
+    """Whether a connection between these addresses leaves this host."""
+    return far != here and not ip_address(far).is_loopback
+
+
 class Known:
     """The connections from this process to others, as they were when all was well.
 
     Args:
         ends: of all processes; those to this one itself are never asked for.
+
+    Attributes:
+        ends: the same.
     """
 
     def __init__(self, ends: Sequence[Ends] = ()) -> None:
-        self._ends = ends
+        self.ends = ends
         # By several, for one breaks also where a process gives up what that one is for.
         self._reached = {who for who, count in enumerate(_standing(ends)) if count > 1}
 
@@ -78,7 +118,7 @@ class Known:
         However a process ends, its system closes all of them at once.
         """
         reached = [one for one in who if one in self._reached]
-        standing = _standing([self._ends[one] for one in reached]) if reached else []
+        standing = _standing([self.ends[one] for one in reached]) if reached else []
         return [one for one, count in zip(reached, standing, strict=True) if not count]
 
     def broken(self, error: Exception) -> int | None:
@@ -89,7 +129,7 @@ class Known:
         found: set[int] = set()
         for address, port in _ADDRESS.findall(text):
             for either in (int(port), _swapped(int(port))):
-                theirs = enumerate(self._ends)
+                theirs = enumerate(self.ends)
                 found |= {who for who, ends in theirs if either in ends.get(address, ())}
         return found.pop() if len(found) == 1 else None
 
@@ -112,17 +152,23 @@ def _sockets() -> Iterator[_Socket]:
         return
     for file in map(int, names):
         try:
-            if not stat.S_ISSOCK(os.fstat(file).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(file)) as one:
-                if one.type != socket.SOCK_STREAM or one.family not in _FAMILIES:
-                    continue
-                state = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-                there = _end(one.getpeername()) if state == _STANDS else None
-                found = _Socket(_end(one.getsockname()), there, state)
+            status = os.fstat(file)
+            found = _look_at(file, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
         except OSError:  # closed meanwhile
             continue
-        yield found
+        if found is not None:
+            yield found
+
+
+def _look_at(file: int, inode: int) -> _Socket | None:
+    blocking = os.get_blocking(file)
+    with socket.socket(fileno=os.dup(file)) as one:
+        os.set_blocking(file, blocking)  # Python makes it what ``setdefaulttimeout`` asks for
+        if one.type != socket.SOCK_STREAM or one.family not in _FAMILIES:
+            return None
+        state = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        there = _end(one.getpeername()) if state == _STANDS else None
+        return _Socket(file, inode, _end(one.getsockname()), there, state)
 
 
 def _end(name: tuple[Any, ...]) -> tuple[str, int]:

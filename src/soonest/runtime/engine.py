@@ -354,6 +354,18 @@ class Engine:
         """Who the ranks are."""
         return self._peers
 
+    @property
+    def late(self) -> str | None:
+        """Which rank is late, and why, in a sentence; None if none is, or nobody knows."""
+        lateness = self.backward.lateness
+        return lateness.late if lateness is not None else None
+
+    @property
+    def who_is_late(self) -> str:
+        """The same in any case."""
+        lateness = self.backward.lateness
+        return lateness.told if lateness is not None else "which rank is late is not known here"
+
     def flush(self) -> None:
         """Waits until nothing is in flight: every parameter and gradient has its value."""
         self.lane.check()

@@ -6,6 +6,7 @@ import atexit
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,9 @@ class Handle(Joinable):
     def history(self) -> tuple[str, ...]:
         """How the plan has changed so far, and why, one sentence each; the same on every rank.
 
-        The first rank also logs them, to the logger ``soonest``. Plans that only have their turn
-        are not named. Empty in a group of one rank and after ``detach``.
+        So are sentences on a rank that has come to be late, or no longer is. The first rank also
+        logs them, to the logger ``soonest``. Plans that only have their turn are not named. Empty
+        in a group of one rank and after ``detach``.
         """
         return tuple(self._engine.history) if self._engine else ()
 
@@ -189,10 +191,15 @@ class Handle(Joinable):
     def timeline(self) -> Timeline | None:
         """The last step as measured on this rank; None before there is one.
 
+        Its note says which rank is late, if one is.
+
         Once the plan has settled, only so many steps are measured that it costs a thousandth of
         the time.
         """
-        return self._engine.profiler.timeline() if self._engine else None
+        timeline = self._engine.profiler.timeline() if self._engine else None
+        if timeline is None or self._engine is None:
+            return timeline
+        return replace(timeline, note=self._engine.late or "")
 
     def save_profile(self, path: str | Path) -> None:
         """Writes what was measured of model and network, for ``soonest predict --profile``.
@@ -221,8 +228,8 @@ class Handle(Joinable):
         """Why each bucket is combined as it is, with predicted and measured times.
 
         Printed, it is a table. Predictions are of the calibrated network, at the pace seen in the
-        last measured steps on this rank. In a group of one rank it says that there is nothing to
-        send. None after ``detach``.
+        last measured steps on this rank. The last line says which rank is late, if one is. In a
+        group of one rank it says that there is nothing to send. None after ``detach``.
         """
         if not self._engine:
             return Report((), ("one rank: nothing to send",)) if self._alone else None
@@ -235,7 +242,7 @@ class Handle(Joinable):
             choices=methods,
             measured_s=measured_s,
             given=given,
-            notes=(*notes, *self._engine.history),
+            notes=(*notes, *self._engine.history, self._engine.who_is_late),
         )
 
     def local_optimizer_state(self) -> dict[Any, dict[str, Any]]:

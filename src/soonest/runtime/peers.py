@@ -75,6 +75,11 @@ class Peers:
         self._connections = connections.Known(every)
 
     @property
+    def ends(self) -> Sequence[connections.Ends]:
+        """Those, by rank; none before."""
+        return self._connections.ends
+
+    @property
     def hosts_store(self) -> bool:
         """Whether nobody can leave a note any more when this process has ended."""
         return self.rank == self._store_host

@@ -40,6 +40,7 @@ from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Handle, is_shared
 from soonest.runtime.joining import private_group
 from soonest.runtime.lanes import Lane
+from soonest.runtime.lateness import Lateness
 from soonest.runtime.layout import Layout, trainable
 from soonest.runtime.learn import Learner
 from soonest.runtime.newcomers import Newcomers, admit
@@ -207,7 +208,10 @@ def start(
     engine.settled = given is not None
     with peers.together("prioritize()"):
         learner.resume(engine, resumed=resumed)
+        watching = groups.again(group) if own_lane is None and lane.clock is None else None
         peers.learn_connections()
+    if watching is not None:
+        engine.backward.lateness = Lateness(watching, peers, engine.history)
     asked = f"method={method!r} was asked for" if method else None
     why = "as the given plan says" if given is not None else asked
     choice = Choice(network, methods, why, (note,))

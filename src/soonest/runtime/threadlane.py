@@ -15,7 +15,7 @@ from torch import Tensor
 
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime import modes
-from soonest.runtime.collectives import LOOK_S, Running, ended
+from soonest.runtime.collectives import LOOK_S, Running, ended, waiting
 from soonest.runtime.lanes import read_too_early
 from soonest.runtime.peers import Peers
 from soonest.runtime.sweep import Sweep, Sweeps
@@ -168,7 +168,8 @@ class ThreadLane:
         """Waits, unless it is over by now or there is something to update here."""
         with self._changed:
             if not over() and not (here and self._next_update()):
-                self._changed.wait(LOOK_S)
+                with waiting():
+                    self._changed.wait(LOOK_S)
 
     def _all_settled(self) -> bool:
         return all(self._settled(sweep) for sweep in self._sweeps)

@@ -5,6 +5,7 @@ from soonest.runtime.collectives.ops import Op, Running, combine, op, run, start
 from soonest.runtime.collectives.piece import EXACT, Piece, Wire
 from soonest.runtime.collectives.ranks import Group, Ranks, check_method
 from soonest.runtime.collectives.values import (
+    Gathering,
     first_rank_object,
     gather_numbers,
     gather_objects,
@@ -13,10 +14,20 @@ from soonest.runtime.collectives.values import (
     start_sum,
     sum_small,
 )
-from soonest.runtime.collectives.waiting import LOOK_S, Work, ended, finish, look, looking
+from soonest.runtime.collectives.waiting import (
+    LOOK_S,
+    Work,
+    ended,
+    finish,
+    look,
+    looking,
+    waited_s,
+    waiting,
+)
 
 __all__ = [
     "EXACT",
+    "Gathering",
     "LOOK_S",
     "Group",
     "Op",
@@ -45,4 +56,6 @@ __all__ = [
     "start_broadcast",
     "start_sum",
     "sum_small",
+    "waited_s",
+    "waiting",
 ]

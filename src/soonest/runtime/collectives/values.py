@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -54,6 +56,33 @@ def gather_numbers(group: Group, value: float) -> list[float]:
     """Every rank's value, by rank; cheaper than ``gather_objects``."""
     mine = sendable(group, torch.tensor(value, dtype=torch.float64))
     return gather_scalars(group, mine).tolist()
+
+
+class Gathering:
+    """Every rank's numbers on their way to every rank; to begin it is a collective call.
+
+    Args:
+        group: of which backend sends from the host.
+        values: as many on every rank.
+    """
+
+    def __init__(self, group: Group, values: Sequence[float]) -> None:
+        # As nothing of the user's own: no mode that its thread is in sees it.
+        with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
+            mine = torch.from_numpy(np.array(values))
+            self._every = torch.from_numpy(np.empty((group.size(), len(values))))
+            self._work = group.all_gather_single(self._every.view(-1), mine)
+
+    def result(self) -> list[list[float]] | None:
+        """The numbers by rank, 64 bits each; None while they are under way.
+
+        Raises:
+            RuntimeError: a rank is lost.
+        """
+        if not self._work.is_completed():
+            return None
+        self._work.wait()  # says why, if it failed
+        return self._every.numpy().tolist()
 
 
 def gather_scalars(group: Group, value: Tensor) -> Tensor:

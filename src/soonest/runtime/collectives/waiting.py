@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,6 +39,25 @@ def look() -> None:
         given()
 
 
+_waited_s = 0.0
+
+
+def waited_s() -> float:
+    """Seconds for which threads of the user's have waited for other ranks so far."""
+    return _waited_s
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Within this context, one of these threads waits for other ranks."""
+    global _waited_s
+    began_s = time.perf_counter()
+    try:
+        yield
+    finally:
+        _waited_s += time.perf_counter() - began_s
+
+
 def ended(work: Work) -> bool:
     """Waits until an op has ended; False if it is still in flight after a while.
 
@@ -66,5 +86,6 @@ def finish(work: Work, *, on_device: bool = False) -> None:
     if on_device:
         work.wait()
         return
-    while not ended(work):
-        look()
+    with waiting():
+        while not ended(work):
+            look()
