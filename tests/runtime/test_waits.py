@@ -17,6 +17,7 @@ _DEVICE = "lets a stream wait, not the host"
 LIMITS = {
     "calibrate._finish running.work.wait": _GROUP,
     "collectives.ops.wait self._work.wait": _GROUP,
+    "collectives.values.result self._work.wait": "has ended already",
     "collectives.waiting.ended work.wait": "a look of half a second, or what has ended already",
     "collectives.waiting.look _look.get": "a variable",
     "collectives.waiting.finish work.wait": _DEVICE,
@@ -31,6 +32,7 @@ LIMITS = {
     "hooks._answer answer.wait": "the collective of the user's hook behind it",
     "passes.ended future.wait": "what the user has put there",
     "joining.wait time.sleep": "the group's time-out",
+    "lateness._take_what_has_come self._under_way[0][1].result": "is None while it is under way",
     "landing._wait self._lane.wait": _LANE,
     "landing._complete self._lane.wait": _LANE,
     "peers.look time.sleep": "the deadline of ``wait_for_notes``",
