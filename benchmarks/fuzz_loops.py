@@ -3,7 +3,7 @@
 Each seed stands for one loop, on two ranks. One that comes out otherwise than under
 DistributedDataParallel is made as short as it gets, and shown.
 
-    python benchmarks/fuzz_loops.py --loops 3000 --json benchmarks/records/fuzz-loops.json
+    python benchmarks/fuzz_loops.py --loops 3000 --jobs 2 --json benchmarks/records/fuzz-loops.json
     python benchmarks/fuzz_loops.py --replay 17
 """
 
@@ -15,9 +15,12 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ from fuzz.pair import (  # pyright: ignore[reportMissingImports]
     Pair,
 )
 from fuzz.shrink import shrink  # pyright: ignore[reportMissingImports]
+from soonest.writing import write_json
 
 _EVERY_S = 10.0
 
@@ -48,6 +52,7 @@ def main() -> int:
     parser.add_argument("--loops", type=int, default=100, help="how many (100)")
     parser.add_argument("--seed", type=int, help="of the first one (0, or what the record lacks)")
     parser.add_argument("--minutes", type=float, default=60.0, help="when to stop (60)")
+    parser.add_argument("--jobs", type=int, default=1, help="so many loops at a time (1)")
     parser.add_argument("--replay", type=int, metavar="SEED", help="train this loop, and show it")
     parser.add_argument("--without", default="", help="actions to leave out, with commas")
     parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join((DDP, *ARMS))}")
@@ -58,23 +63,24 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     without, arms = tuple(filter(None, args.without.split(","))), tuple(args.arms.split(","))
-    with Pair() as pair:
-        if args.replay is not None:
+    if args.replay is not None:
+        with Pair() as pair:
             return replay(pair, draw(args.replay, without), arms)
-        record = Record(without, arms)
-        if args.json and args.json.exists():
-            record.take_up(json.loads(args.json.read_text(encoding="utf-8")))
-        first = record.last + 1 if args.seed is None else args.seed
-        seeds = range(first, first + args.loops)
-        for loop, arm in record.take(pair, seeds, args.minutes * 60):
+    record = Record(without, arms, args.json)
+    if args.json and args.json.exists():
+        record.take_up(json.loads(args.json.read_text(encoding="utf-8")))
+    first = record.last + 1 if args.seed is None else args.seed
+    seeds = range(first, first + args.loops)
+    with ExitStack() as stack:
+        pairs = [stack.enter_context(Pair()) for _ in range(args.jobs)]
+        for pair, loop, arm in record.take(pairs, seeds, args.minutes * 60):
             if args.shrink > 0:
                 args.shrink -= 1
                 small, outcome = shrink(pair, loop, arm)
                 print(f"  as short as it gets:\n{_indented(small, outcome, arm)}", flush=True)
                 record.wrong[-1]["shrunk"] = str(small).splitlines()
     print(record)
-    if args.json:
-        args.json.write_text(json.dumps(record.to_json(), indent=1) + "\n", encoding="utf-8")
+    record.save()
     return bool(record.wrong)
 
 
@@ -107,10 +113,12 @@ class Record:
     Args:
         without: actions that were left out.
         arms: that were compared with DistributedDataParallel.
+        path: of the file that it is written to now and then, if there is one.
     """
 
     without: tuple[str, ...]
     arms: tuple[str, ...]
+    path: Path | None = None
     loops: int = 0
     last: int = -1
     outcomes: Counter[str] = field(default_factory=Counter[str])
@@ -120,23 +128,51 @@ class Record:
     raised: Counter[str] = field(default_factory=Counter[str])
     wrong: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
-    def take(self, pair: Pair, seeds: range, limit_s: float) -> Iterator[tuple[Loop, str]]:
-        """Trains the loops of these seeds, and yields each that comes out wrong, with a way."""
+    def take(
+        self, pairs: Sequence[Pair], seeds: range, limit_s: float
+    ) -> Iterator[tuple[Pair, Loop, str]]:
+        """Trains the loops of these seeds, and yields each that comes out wrong, with a way.
+
+        Args:
+            pairs: each trains one loop at a time; of these one is yielded, too, to train others.
+            seeds: of the loops.
+            limit_s: after so long no more are begun.
+        """
         began = shown = time.monotonic()
-        for seed in seeds:
-            now = time.monotonic()
-            if now - began > limit_s:
-                return
-            if now - shown > _EVERY_S:
-                shown = now
-                print(f"{self.loops} loops in {now - began:.0f} s: {self._short()}", flush=True)
-            loop = draw(seed, self.without)
-            outcomes = pair.train(loop, self.arms)
-            if wrong := self._note(loop, outcomes):
-                print(f"seed {seed}", flush=True)
-                for arm in wrong:
-                    print(f"  {arm}: {_told(outcomes[arm])}", flush=True)
-                yield loop, wrong[0]
+        free: SimpleQueue[Pair] = SimpleQueue()
+        for pair in pairs:
+            free.put(pair)
+
+        def train(seed: int) -> tuple[Loop, dict[str, Outcome]] | None:
+            if time.monotonic() - began > limit_s:
+                return None
+            loop, pair = draw(seed, self.without), free.get()
+            try:
+                return loop, pair.train(loop, self.arms)
+            finally:
+                free.put(pair)
+
+        with ThreadPoolExecutor(len(pairs)) as pool:
+            for found in pool.map(train, seeds):
+                if found is None:
+                    return
+                loop, outcomes = found
+                if wrong := self._note(loop, outcomes):
+                    print(f"seed {loop.seed}", flush=True)
+                    for arm in wrong:
+                        print(f"  {arm}: {_told(outcomes[arm])}", flush=True)
+                    pair = free.get()
+                    yield pair, loop, wrong[0]
+                    free.put(pair)
+                if (now := time.monotonic()) - shown > _EVERY_S:
+                    shown = now
+                    print(f"{self.loops} loops in {now - began:.0f} s: {self._short()}", flush=True)
+                    self.save()
+
+    def save(self) -> None:
+        """Writes it to its file, if it has one."""
+        if self.path is not None:
+            write_json(self.path, self.to_json())
 
     def _note(self, loop: Loop, outcomes: dict[str, Outcome]) -> list[str]:
         self.loops += 1

@@ -1,31 +1,52 @@
-"""Some faults of the storm, among them those that have once ended badly."""
+"""Some faults of the storm, of all sorts; and that each kind can be drawn."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "storm.py"
-SLACK_S = "10"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SEEDS = range(12)
+SLACK_S = "20"
+"""Several faults compute at a time."""
 
 
-@pytest.mark.parametrize(
-    "fault",
-    ["2", "4", "6", "10"],
-    ids=["ended in a ring", "interrupted", "ends first, with the store", "ends at the end"],
-)
-def test_a_fault_ends_well(fault: str) -> None:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    record = tmp_path_factory.mktemp("storm") / "storm.json"
+    words = ["--faults", str(len(SEEDS)), "--jobs", "4", "--slack", SLACK_S, "--json", str(record)]
     done = subprocess.run(
-        [sys.executable, PROGRAM, "--faults", "1", "--seed", fault, "--slack", SLACK_S],
+        [sys.executable, BENCHMARKS / "storm.py", *words],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=280,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.rstrip().endswith("0 of 1 ended badly")
+    assert record.exists(), done.stdout + done.stderr
+    return {one["seed"]: one for one in json.loads(record.read_text())["faults"]}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_fault_ends_well(seed: int, found: dict[int, dict[str, Any]]) -> None:
+    assert seed in found, "it has not ended"
+    assert found[seed]["wrong"] is None, found[seed]
+
+
+def test_every_kind_and_configuration_is_drawn() -> None:
+    sys.path.append(str(BENCHMARKS))
+    try:
+        from storm_faults import CONFIGURATIONS, KINDS, Fault
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    drawn = [Fault.drawn(seed) for seed in range(2000)]
+    assert {one.kind for one in drawn} == set(KINDS)
+    assert {one.configuration for one in drawn} == set(CONFIGURATIONS)
+    assert all(0 <= one.rank < one.ranks for one in drawn)
+    assert [Fault.drawn(seed) for seed in range(50)] == drawn[:50]

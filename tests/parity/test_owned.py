@@ -63,7 +63,7 @@ def test_two_ranks_are_bitwise_equal(name: str, form: str, bitwise: list[Found])
 
 @pytest.fixture(scope="module")
 def close() -> list[Found]:
-    return compared(3, 1e-12, OF_THREE, at_once=1)
+    return compared(3, 1e-12, OF_THREE, at_once=8)
 
 
 @pytest.mark.timeout(700)
