@@ -32,6 +32,7 @@ def bitwise() -> list[dict[str, list[str]]]:
     return compared(2, list(CASES))
 
 
+@pytest.mark.timeout(800)  # the first of them trains all
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_are_bitwise_equal(name: str, bitwise: list[dict[str, list[str]]]) -> None:
     assert [rank[name] for rank in bitwise] == [[], []]
@@ -42,6 +43,7 @@ def close() -> list[dict[str, list[str]]]:
     return compared(4, OF_FOUR)
 
 
+@pytest.mark.timeout(800)
 @pytest.mark.parametrize("name", OF_FOUR)
 def test_four_ranks_are_equal_within_rounding(name: str, close: list[dict[str, list[str]]]) -> None:
     assert [rank[name] for rank in close] == [[]] * 4
