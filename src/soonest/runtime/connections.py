@@ -118,7 +118,8 @@ class Known:
         However a process ends, its system closes all of them at once.
         """
         reached = [one for one in who if one in self._reached]
-        standing = _standing([self.ends[one] for one in reached]) if reached else []
+        known = [self.ends[one] for one in reached]
+        standing = _standing(known, anew=True) if reached else []
         return [one for one, count in zip(reached, standing, strict=True) if not count]
 
     def broken(self, error: Exception) -> int | None:
@@ -134,9 +135,9 @@ class Known:
         return found.pop() if len(found) == 1 else None
 
 
-def _standing(known: Sequence[Ends]) -> list[int]:
+def _standing(known: Sequence[Ends], *, anew: bool = False) -> list[int]:
     """How many connections stand from this process to each of some."""
-    there = [one.there for one in _sockets() if one.there is not None]
+    there = [one.there for one in _sockets(anew=anew) if one.there is not None]
     return [sum(port in ends.get(address, ()) for address, port in there) for ends in known]
 
 
@@ -145,17 +146,33 @@ def _swapped(port: int) -> int:
     return struct.unpack("<H", struct.pack(">H", port & 0xFFFF))[0]
 
 
-def _sockets() -> Iterator[_Socket]:
+_seen: dict[tuple[int, int], _Socket | None] = {}
+"""By descriptor and inode, what was found there: there may be thousands, which hardly change."""
+
+
+def _sockets(*, anew: bool = False) -> Iterator[_Socket]:
+    """All of them.
+
+    Args:
+        anew: look at each again, as connections may have ended since.
+    """
     try:
         names = os.listdir("/proc/self/fd")
     except OSError:
         return
+    before = {} if anew else dict(_seen)
+    _seen.clear()
     for file in map(int, names):
         try:
             status = os.fstat(file)
-            found = _look_at(file, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
+            if not stat.S_ISSOCK(status.st_mode):
+                continue
+            key = file, status.st_ino
+            found = before[key] if key in before else _look_at(*key)
         except OSError:  # closed meanwhile
             continue
+        if found is None or found.state in (_STANDS, _LISTENS):
+            _seen[key] = found
         if found is not None:
             yield found
 
@@ -163,7 +180,8 @@ def _sockets() -> Iterator[_Socket]:
 def _look_at(file: int, inode: int) -> _Socket | None:
     blocking = os.get_blocking(file)
     with socket.socket(fileno=os.dup(file)) as one:
-        os.set_blocking(file, blocking)  # Python makes it what ``setdefaulttimeout`` asks for
+        if socket.getdefaulttimeout() is not None:  # then Python has made it ask for that
+            os.set_blocking(file, blocking)
         if one.type != socket.SOCK_STREAM or one.family not in _FAMILIES:
             return None
         state = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
