@@ -150,7 +150,7 @@ _seen: dict[tuple[int, int], _Socket | None] = {}
 """By descriptor and inode, what was found there: there may be thousands, which hardly change."""
 
 
-def _sockets(*, anew: bool = False) -> Iterator[_Socket]:
+def _sockets(*, anew: bool = False) -> list[_Socket]:
     """All of them.
 
     Args:
@@ -159,22 +159,22 @@ def _sockets(*, anew: bool = False) -> Iterator[_Socket]:
     try:
         names = os.listdir("/proc/self/fd")
     except OSError:
-        return
+        return []
     before = {} if anew else dict(_seen)
-    _seen.clear()
+    now: dict[tuple[int, int], _Socket | None] = {}
     for file in map(int, names):
         try:
             status = os.fstat(file)
             if not stat.S_ISSOCK(status.st_mode):
                 continue
             key = file, status.st_ino
-            found = before[key] if key in before else _look_at(*key)
+            now[key] = before[key] if key in before else _look_at(*key)
         except OSError:  # closed meanwhile
             continue
-        if found is None or found.state in (_STANDS, _LISTENS):
-            _seen[key] = found
-        if found is not None:
-            yield found
+    lasting = (_STANDS, _LISTENS)
+    _seen.clear()
+    _seen.update({k: one for k, one in now.items() if one is None or one.state in lasting})
+    return [one for one in now.values() if one is not None]
 
 
 def _look_at(file: int, inode: int) -> _Socket | None:
