@@ -244,6 +244,7 @@ class Peers:
                 break
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LOOK_S)
+        notes = dict(sorted(notes.items()))  # the words do not depend on who answered first
         busy = {rank: note for rank, note in notes.items() if note.startswith(_BUSY)}
         if silent:
             why = f", and {_have(silent)} not answered within {_GRACE_S:.0f} s"
