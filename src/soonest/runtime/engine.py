@@ -105,7 +105,7 @@ class Engine:
         self.history: list[str] = []
         self.inputs: list[str] = []
         takeover.take_over(optimizer, self, self.state)
-        self.bind(layout, plan)
+        self._bind(layout, plan)
         self._model_hooks = [
             model.register_forward_pre_hook(Calling(self.forward_begins), with_kwargs=True),
             model.register_forward_hook(Calling(self.forward_ends)),
@@ -113,6 +113,11 @@ class Engine:
 
     def bind(self, layout: Layout, plan: Plan) -> None:
         """From now on, run this plan on these buffers. Nothing may be in flight."""
+        parts = self._landing.give_up()
+        self._bind(layout, plan)
+        self._landing.hold_parts(parts)
+
+    def _bind(self, layout: Layout, plan: Plan) -> None:
         self.layout = layout
         self._updater = Updater(self.optimizer, self._cls, layout.members)
         self.state.bind(layout, plan)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,20 @@ from soonest.runtime.layout import Member
 from soonest.runtime.profiler import Profiler
 from soonest.runtime.program import Program
 from soonest.runtime.sweep import Sweep
+
+
+class _Part(NamedTuple):
+    """A gradient of which this rank has only its part.
+
+    Args:
+        member: whose.
+        sweep: has combined it.
+        copy: the user's own tensor that is still to be given the whole, if it is not the buffer's.
+    """
+
+    member: Member
+    sweep: Sweep | None
+    copy: Tensor | None
 
 
 class Landing:
@@ -55,6 +70,37 @@ class Landing:
         self._zeroing: dict[int, Callable[[], None]] = {}  # by order of the member
         self.flying = False
         self.unknown: set[int] = set()
+
+    def give_up(self) -> list[_Part]:
+        """Holds nothing any more, nor keeps any tensor; nothing may be in flight.
+
+        What it kept until the next full garbage collection would seem to be the user's.
+
+        Returns:
+            Gradients of which this rank has only its part, which are to be held on.
+        """
+        parts: list[_Part] = []
+        for member, held in zip(self._members, self._held, strict=True):
+            self._parameters[member.order].release()
+            if held is not None:
+                held.release()
+                parts.append(_Part(member, member.sweep, self.copies.get(member.order)))
+        self._parameters, self._gradients, self._held = [], [], []
+        self.copies = {}
+        return parts
+
+    def hold_parts(self, parts: Sequence[_Part]) -> None:
+        """Holds what another one has given up."""
+        here = {id(member.parameter): member for member in self._members}
+        for before, sweep, copy in parts:
+            member = here.get(id(before.parameter))
+            if member is None:
+                continue
+            if copy is not None:
+                self.hold_copy(member, copy)
+            elif member.grad is before.grad:
+                self.hold_gradient(member, member.grad)
+            member.sweep = sweep
 
     def watch(self) -> None:
         """Nothing is in flight, but note when each parameter is needed."""
@@ -203,9 +249,9 @@ class Landing:
                 "has only its part of it, as shard_optimizer=True: read it before step(), on every "
                 "rank, or clear gradients before the next backward pass"
             )
-        for bucket in range(len(self._program.plan.buckets)):
+        for bucket in range(len(sweep.plan.buckets)):
             self._lane.wait(sweep, bucket, updated=False)
-        self._program.gather_gradients(sweep)
+        sweep.program.gather_gradients(sweep)
         self._lane.spread()
 
     def land(self, member: Member) -> None:
@@ -241,7 +287,7 @@ class Landing:
 
     def _wait(self, member: Member) -> None:
         sweep = member.sweep
-        if sweep is None:
+        if sweep is None or sweep.program is not self._program:  # that of another one is over
             return
         if sweep.step is None and sweep.plan.sharded:  # ``last_of`` is the last to be shared
             for bucket in self._program.buckets_of[member.order]:

@@ -1,0 +1,57 @@
+"""What another plan leaves behind of the one before."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+
+import soonest
+from ranks import run_ranks
+from runtime.steering import keep_to_the_usual_plan, net
+from soonest import SoonestError
+from soonest.runtime.layout import Layout, Member
+
+
+def change_plans(shard_optimizer: bool) -> tuple[int, int]:
+    """Gradients that were taken to be the user's, and tensors over each buffer, at the end."""
+    gc.disable()
+    keep_to_the_usual_plan()
+    given_away: list[str] = []
+    give_away = Layout.give_away
+
+    def noting(layout: Layout, member: Member) -> None:
+        given_away.append(member.name)
+        give_away(layout, member)
+
+    Layout.give_away = noting  # type: ignore[method-assign]
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    handle = soonest.prioritize(model, optimizer, shard_optimizer=shard_optimizer)
+    engine = handle.engine
+    assert engine is not None
+    for window in range(2, 8):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(6, 8)).square().sum().backward()
+            optimizer.step()
+        handle.flush()
+        assert handle.plan is not None
+        if shard_optimizer:  # nothing but parts are there, under the next plan, too
+            with pytest.raises(SoonestError, match="was read after optimizer"):
+                model[0].weight.grad.norm()  # type: ignore[union-attr]
+        engine.bind(engine.layout, replace(handle.plan, window=window))
+        assert handle.plan.window == window
+        if shard_optimizer:
+            gc.collect()
+            with pytest.raises(SoonestError, match="was read after optimizer"):
+                model[0].weight.grad.norm()  # type: ignore[union-attr]
+    return len(given_away), len(engine.layout.members)
+
+
+@pytest.mark.parametrize("shard_optimizer", [False, True])
+def test_gradients_of_the_plan_before_are_not_taken_for_the_users(shard_optimizer: bool) -> None:
+    for given_away, members in run_ranks(change_plans, 2, shard_optimizer):
+        assert (given_away, members) == (0, 8)
