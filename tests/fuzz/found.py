@@ -60,4 +60,7 @@ FOUND = {
         (_pass(by_rank=True), _line("keep", place=3, what="gradient"), _STEP, _LOOK),
         settings=(("plan", "blocking"),),
     ),
+    "another optimizer between a backward pass and its step": Loop(
+        7, "mlp", "sgd", (_pass(), _line("new_optimizer"), _line("step", how="kept"), _LOOK)
+    ),
 }

@@ -362,3 +362,34 @@ def test_parameters_may_be_sent_rounded_and_are_kept_exactly() -> None:
     ours, theirs, after, exact = first
     assert equal(ours, theirs)
     assert equal(after, exact)
+
+
+def detached_gradients(stepped: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients after detach(), the last of which one rank has zeroed, and those of all ranks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 600), nn.Linear(600, 4))
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = soonest.prioritize(model, optimizer, shard_optimizer=True)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for net in (plain, model):
+        net(x).square().sum().backward()
+    if stepped:
+        optimizer.step()
+        if dist.get_rank() == 1:
+            model[1].bias.grad.zero_()  # type: ignore[union-attr]
+    handle.detach()
+    for p in plain.parameters():
+        assert p.grad is not None
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+    if stepped and dist.get_rank() == 1:
+        plain[1].bias.grad.zero_()  # type: ignore[union-attr]
+    return [p.grad for p in model.parameters()], [p.grad for p in plain.parameters()]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_detach_leaves_whole_gradients(stepped: bool) -> None:
+    for ours, right in run_ranks(detached_gradients, 2, stepped):
+        for one, other in zip(ours, right, strict=True):
+            assert torch.equal(one, other)

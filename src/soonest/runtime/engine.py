@@ -431,6 +431,8 @@ class Engine:
         try:
             if known is None:
                 self.flush()
+                if self.state.parts is not None:
+                    self._landing.complete_all()
                 self.state.hand_back()
         except SoonestError as error:
             found = error

@@ -254,6 +254,21 @@ class Landing:
         sweep.program.gather_gradients(sweep)
         self._lane.spread()
 
+    def complete_all(self) -> None:
+        """Completes every gradient of which ranks have only their parts; a collective call.
+
+        Nothing may be in flight.
+        """
+        parted = {m.sweep for m in self._members if m.sweep is not None and not m.sweep.whole}
+        for sweep in sorted(parted, key=lambda sweep: sweep.number):
+            with guard.DisableGuard(), torch.no_grad():
+                here = [m for m in self._members if m.parameter.grad is m.grad]
+                own = [(m, m.raw_grad.clone()) for m in here if not self._partial(m)]
+                sweep.program.gather_gradients(sweep)
+                for member, gradient in own:  # others may have only their parts of these
+                    member.raw_grad.copy_(gradient)
+        self._lane.spread()
+
     def land(self, member: Member) -> None:
         """Waits until the parameter has the value that the last ``step()`` gave it."""
         record, sweep = self._profiler.record, member.sweep
