@@ -70,15 +70,6 @@ def wait_for_the_others() -> None:
         time.sleep(0.05)
 
 
-def close_groups() -> None:
-    """Ends all groups but the default one, once all ranks are here: each has threads and sockets,
-    and many of them make all that follows slow."""
-    dist.barrier()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-
-
 def _store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 

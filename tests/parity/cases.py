@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import soonest
 from parity.loops import BATCH, LOOPS, Arm
-from ranks import close_groups
 
 STEPS = 30
 
@@ -561,7 +560,6 @@ def compare(names: list[str]) -> dict[str, list[str]]:
         case = CASES[name]
         ddp, ours = train(case, "ddp"), train(case, "soonest")
         found[name] = differences(ddp, ours, near=0.0 if exact else case.rounding)[:5]
-        close_groups()
     return found
 
 

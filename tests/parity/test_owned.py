@@ -10,7 +10,7 @@ import torch
 
 from parity.cases import differences
 from parity.owned import FORMS, LOOPS, NOT_IN, outcome
-from ranks import close_groups, run_ranks
+from ranks import run_ranks
 from soonest.core.planner import best_plan
 from soonest.runtime import learn
 
@@ -29,7 +29,6 @@ def compare(near: float, cases: list[tuple[str, str]]) -> Found:
         ddp = outcome(name, "ddp")
         forms = [form for other, form in cases if other == name]
         found[name] = {form: _different(ddp, name, form, near) for form in forms}
-        close_groups()
     return found
 
 

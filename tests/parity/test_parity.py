@@ -12,19 +12,27 @@ from parity.loops import SCHEDULERS
 from parity.page import PAGE, page
 from ranks import run_ranks
 
+AT_ONCE = 11
+"""Cases that the same processes train."""
+
 
 def compared(ranks: int, names: list[str]) -> list[dict[str, list[str]]]:
     """By rank, where each case differs.
 
-    Half of the cases are trained by other ranks at the same time: each often waits for another.
+    Two groups of ranks train at a time, as each often waits for another; by new
+    processes every few, as they keep the threads and connections of all they have made.
     """
 
     def some(names: list[str]) -> list[dict[str, list[str]]]:
-        return run_ranks(compare, ranks, names, timeout_s=700)
+        return run_ranks(compare, ranks, names, timeout_s=300)
 
-    with ThreadPoolExecutor() as pool:
-        one, other = pool.map(some, (names[::2], names[1::2]))
-    return [{**a, **b} for a, b in zip(one, other, strict=True)]
+    parts = -(-len(names) // AT_ONCE)
+    found: list[dict[str, list[str]]] = [{} for _ in range(ranks)]
+    with ThreadPoolExecutor(2) as pool:
+        for one in pool.map(some, [names[part::parts] for part in range(parts)]):
+            for rank, differences in zip(found, one, strict=True):
+                rank.update(differences)
+    return found
 
 
 @pytest.fixture(scope="module")
