@@ -16,7 +16,7 @@ from soonest.runtime.layout import Layout, Member
 
 
 def change_plans(shard_optimizer: bool) -> tuple[int, int]:
-    """Gradients that were taken to be the user's, and tensors over each buffer, at the end."""
+    """Gradients that were taken to be the user's, and how many there are."""
     gc.disable()
     keep_to_the_usual_plan()
     given_away: list[str] = []
