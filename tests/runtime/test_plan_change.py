@@ -55,3 +55,37 @@ def change_plans(shard_optimizer: bool) -> tuple[int, int]:
 def test_gradients_of_the_plan_before_are_not_taken_for_the_users(shard_optimizer: bool) -> None:
     for given_away, members in run_ranks(change_plans, 2, shard_optimizer):
         assert (given_away, members) == (0, 8)
+
+
+def detach_where_one_rank_has_gradients_of_its_own(window: int) -> bool:
+    """Whether it has them still."""
+    keep_to_the_usual_plan()
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    handle = soonest.prioritize(model, optimizer, shard_optimizer=True, timeout_s=10)
+    mine: list[torch.Tensor] = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(6, 8)).square().sum().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    model(torch.randn(6, 8)).square().sum().backward()
+    if torch.distributed.get_rank() == 1:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+            mine.append(parameter.grad)
+    optimizer.step()
+    handle.flush()
+    engine = handle.engine
+    assert engine is not None
+    assert handle.plan is not None
+    engine.bind(engine.layout, replace(handle.plan, window=window))
+    handle.detach()
+    return all(
+        parameter.grad is grad and torch.equal(grad, torch.ones_like(grad))
+        for parameter, grad in zip(model.parameters(), mine, strict=False)
+    )
+
+
+def test_ranks_agree_on_what_there_is_to_complete() -> None:
+    assert all(run_ranks(detach_where_one_rank_has_gradients_of_its_own, 2, 3))

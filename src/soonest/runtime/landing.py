@@ -20,16 +20,18 @@ from soonest.runtime.sweep import Sweep
 
 
 class _Part(NamedTuple):
-    """A gradient of which this rank has only its part.
+    """A gradient of which ranks may have only their parts.
 
     Args:
         member: whose.
         sweep: has combined it.
+        held: this rank has only its part, which nobody may read.
         copy: the user's own tensor that is still to be given the whole, if it is not the buffer's.
     """
 
     member: Member
     sweep: Sweep | None
+    held: bool
     copy: Tensor | None
 
 
@@ -77,14 +79,19 @@ class Landing:
         What it kept until the next full garbage collection would seem to be the user's.
 
         Returns:
-            Gradients of which this rank has only its part, which are to be held on.
+            Gradients of which ranks have only their parts, also where this rank does not: all
+            ranks have to agree on what there is to complete.
         """
         parts: list[_Part] = []
         for member, held in zip(self._members, self._held, strict=True):
             self._parameters[member.order].release()
             if held is not None:
                 held.release()
-                parts.append(_Part(member, member.sweep, self.copies.get(member.order)))
+            parted = member.sweep is not None and not member.sweep.whole
+            if held is not None or parted:
+                sweep = member.sweep if parted else None
+                copy = self.copies.get(member.order)
+                parts.append(_Part(member, sweep, held is not None, copy))
         self._parameters, self._gradients, self._held = [], [], []
         self.copies = {}
         return parts
@@ -92,13 +99,13 @@ class Landing:
     def hold_parts(self, parts: Sequence[_Part]) -> None:
         """Holds what another one has given up."""
         here = {id(member.parameter): member for member in self._members}
-        for before, sweep, copy in parts:
+        for before, sweep, held, copy in parts:
             member = here.get(id(before.parameter))
             if member is None:
                 continue
             if copy is not None:
                 self.hold_copy(member, copy)
-            elif member.grad is before.grad:
+            elif held and member.grad is before.grad:
                 self.hold_gradient(member, member.grad)
             member.sweep = sweep
 
