@@ -192,11 +192,15 @@ class Pair:
     def train(self, loop: Loop, arms: Iterable[str]) -> dict[str, Outcome]:
         """How a loop comes out, by the way in which it is trained.
 
-        If DDP itself raises, the others are not tried, and have that for their outcome.
+        If DDP itself raises, with new ranks, too, the others are not tried, and have that for
+        their outcome.
         """
         found: dict[str, Outcome] = {}
         for arm in arms:
             found[arm] = self.train_as(loop, arm)
+            if found[arm].kind == RAISED:
+                self.close()  # what was trained before may have broken the group
+                found[arm] = self.train_as(loop, arm)
             if found[arm].kind == RAISED:
                 return dict.fromkeys(arms, found[arm])
         return found
@@ -210,7 +214,8 @@ class Pair:
         outcomes = self._outcomes()
         errors = [one for one in outcomes if one.kind not in (EQUAL, DIFFERENT)]
         together = len({(one.kind, one.at) for one in outcomes}) == 1
-        if errors and not (together and errors[0].kind in (REFUSED, RAISED)):
+        lost = any(one.text.startswith("PeerLostError") for one in errors)
+        if errors and (lost or not (together and errors[0].kind == REFUSED)):
             self.close()
         worst = max(outcomes, key=lambda one: _WORSE.index(one.kind))
         if worst.kind == REFUSED and all(one.text.startswith("PeerLostError") for one in errors):
