@@ -13,6 +13,7 @@ left.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -303,6 +304,8 @@ def main(arguments: Sequence[str]) -> int:
     network = Network({kind: Cost.linear(1e-3, 1e8) for kind in sorted(kinds)})
     calibrate.network_of = lambda *_, **__: network
     os.environ["SOONEST_CACHE"], os.environ["GLOO_SOCKET_IFNAME"] = "", "lo"
+    gc.collect()
+    gc.freeze()  # else each rank would copy it all when it ends
     faults: dict[int, dict[str, Any]] = {}
     if args.json and args.json.exists():
         faults = {one["seed"]: one for one in json.loads(args.json.read_text())["faults"]}

@@ -46,3 +46,34 @@ def test_a_script_that_ends_says_for_whom_it_waits(found: dict[str, Any]) -> Non
     assert ended["code"] == 0, ended["said"]
     assert "this process ends when what other ranks need is sent" in ended["said"]
     assert "step 7: bucket " in ended["said"]
+
+
+_LINGERS = """
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+import soonest
+from soonest.runtime.threads import started
+
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+over_at = time.monotonic() + 1.5
+
+
+def wait() -> None:
+    while time.monotonic() < over_at:
+        with suppress(Exception):
+            store.wait(["nothing"], timedelta(milliseconds=20))
+
+
+threads = [started(wait, "lingers") for _ in range(4)]
+"""
+
+
+def test_a_thread_that_waits_in_a_backend_does_not_take_the_process_with_it() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _LINGERS], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 0, ended.stderr

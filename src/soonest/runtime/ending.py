@@ -7,19 +7,22 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
 from soonest.errors import SoonestError
 from soonest.runtime.engine import Engine
 from soonest.runtime.peers import said
+from soonest.runtime.threads import THREADS
 
 _log = logging.getLogger("soonest")
 _QUIET_S = 5.0
 """So long it waits without a word."""
 _HURRY_S = 2.0
 """So long it waits at all where Ctrl-C or an error has ended it."""
-_THREADS_END_S = 0.02
+_THREADS_END_S = 3.0
+_THREADS_FREE_S = 0.02
 
 
 def finish(engines: Sequence[Engine]) -> None:
@@ -34,10 +37,8 @@ def finish(engines: Sequence[Engine]) -> None:
         for engine in engines:
             left |= not _send_the_rest(engine, error)
             _say_goodbye(engine, error)
-            # A thread that still runs when the interpreter ends may take the process with it.
             engine.lane.close()
-        if engines:  # one that has been joined may need the interpreter to free what torch kept
-            time.sleep(_THREADS_END_S)
+        _end_threads()
     except KeyboardInterrupt:
         interrupted = left = True
     if interrupted and left:
@@ -68,6 +69,19 @@ def _say_goodbye(engine: Engine, error: BaseException | None) -> None:
         engine.peers.tell(said(error))
     if engine.peers.hosts_store and (error is not None or engine.lane.error is not None):
         engine.peers.wait_for_notes()
+
+
+def _end_threads() -> None:
+    """Waits for those of lanes, also of such as were closed before.
+
+    One that waits in a backend when the interpreter ends takes the process with it, by an abort.
+    """
+    over_at = time.monotonic() + _THREADS_END_S
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
+    for thread in ours:
+        thread.join(max(0.0, over_at - time.monotonic()))
+    if ours:  # one that has been joined may need the interpreter to free what torch kept
+        time.sleep(_THREADS_FREE_S)
 
 
 def _leave() -> None:

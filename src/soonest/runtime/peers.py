@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime import collectives, connections, groups
 from soonest.runtime.signals import is_from_handler
+from soonest.runtime.threads import started
 
 _E = TypeVar("_E", bound=Exception)
 _GRACE_S = 4.0
@@ -281,8 +281,7 @@ def _have(ranks: Sequence[int]) -> str:
 
 def _in_time(ask: Callable[[], None]) -> bool:
     """Whether the store answered: it may hang on a host that is cut off, and nobody else must."""
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
+    asking = started(ask, "asks")
     asking.join(_GRACE_S + 1)
     return not asking.is_alive()
 

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from soonest.runtime.collectives import LOOK_S, Running, ended, waiting
 from soonest.runtime.lanes import read_too_early
 from soonest.runtime.peers import Peers
 from soonest.runtime.sweep import Sweep, Sweeps
+from soonest.runtime.threads import started
 
 if TYPE_CHECKING:
     from soonest.runtime.layout import Member
@@ -54,12 +56,7 @@ class ThreadLane:
         self._blaming = False
         self._error: SoonestError | None = None
         runs = {"start": self._start_ops, "end": self._end_ops, "watch": self._watch}
-        self._threads = [
-            threading.Thread(target=self._run, args=(run,), name=f"soonest {name}", daemon=True)
-            for name, run in runs.items()
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = [started(partial(self._run, run), name) for name, run in runs.items()]
 
     @property
     def error(self) -> SoonestError | None:
