@@ -74,6 +74,8 @@ class Rank:
         self._join()
         try:
             self._train()
+            for handle in self._handles:
+                handle.flush()
         except BaseException as error:
             found = {"name": type(error).__name__, "said": str(error), "at": time.monotonic()}
             write_json(self._path("error"), found)
@@ -86,8 +88,6 @@ class Rank:
                     print(f"detach(): {late}", flush=True)
             torch.save(self._model.state_dict(), self._path("saved"))
             raise
-        for handle in self._handles:
-            handle.flush()
         bits = b"".join(p.detach().numpy().tobytes() for p in self._model.parameters())
         self._path("bits").write_bytes(bits)
         if self._me == 0 and self._fault.kind == "nothing" and self._fault.ranks > 1:

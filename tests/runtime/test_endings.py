@@ -56,7 +56,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 import soonest
-from soonest.runtime.threads import started
+from soonest.runtime.threads import Helper
 
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 over_at = time.monotonic() + 1.5
@@ -68,7 +68,7 @@ def wait() -> None:
             store.wait(["nothing"], timedelta(milliseconds=20))
 
 
-threads = [started(wait, "lingers") for _ in range(4)]
+threads = [Helper(wait, "lingers") for _ in range(4)]
 """
 
 

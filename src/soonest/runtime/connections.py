@@ -12,6 +12,7 @@ import socket
 import stat
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from ipaddress import ip_address
 from typing import Any, NamedTuple
@@ -121,6 +122,16 @@ class Known:
         known = [self.ends[one] for one in reached]
         standing = _standing(known, anew=True) if reached else []
         return [one for one, count in zip(reached, standing, strict=True) if not count]
+
+    def cut(self) -> None:
+        """Ends all that this process has to them; a backend that waits for one gives up."""
+        for one in _sockets(anew=True):
+            if one.there is None:
+                continue
+            address, port = one.there
+            if any(port in ends.get(address, ()) for ends in self.ends):
+                with suppress(OSError), socket.socket(fileno=os.dup(one.descriptor)) as found:
+                    found.shutdown(socket.SHUT_RDWR)
 
     def broken(self, error: Exception) -> int | None:
         """To whom a connection has broken; None if the error of a backend does not say so."""

@@ -111,7 +111,9 @@ class DistributedDataParallel(_Theirs):
         if self._peers is None:
             super()._sync_buffers()
             return
-        with self._peers.together("sharing the first rank's buffers"):
+        engine = self.reducer.engine if hasattr(self, "reducer") else None
+        peers = engine.peers if engine is not None else self._peers  # to which its lane answers
+        with peers.together("sharing the first rank's buffers"):
             super()._sync_buffers()
 
     @property

@@ -7,21 +7,21 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 
 from soonest.errors import SoonestError
+from soonest.runtime import threads
+from soonest.runtime.collectives import LOOK_S, never_free
 from soonest.runtime.engine import Engine
 from soonest.runtime.peers import said
-from soonest.runtime.threads import THREADS
 
 _log = logging.getLogger("soonest")
 _QUIET_S = 5.0
 """So long it waits without a word."""
 _HURRY_S = 2.0
 """So long it waits at all where Ctrl-C or an error has ended it."""
-_THREADS_END_S = 3.0
+_THREADS_END_S = 1.0
 _THREADS_FREE_S = 0.02
 
 
@@ -72,15 +72,10 @@ def _say_goodbye(engine: Engine, error: BaseException | None) -> None:
 
 
 def _end_threads() -> None:
-    """Waits for those of lanes, also of such as were closed before.
-
-    One that waits in a backend when the interpreter ends takes the process with it, by an abort.
-    """
-    over_at = time.monotonic() + _THREADS_END_S
-    ours = [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
-    for thread in ours:
-        thread.join(max(0.0, over_at - time.monotonic()))
-    if ours:  # one that has been joined may need the interpreter to free what torch kept
+    """Nothing of ours may need the interpreter while that ends: it would abort the process."""
+    any_were_there = threads.end(_THREADS_END_S, 2 * LOOK_S)
+    never_free()
+    if any_were_there:  # one that has been joined may need it to free what torch kept
         time.sleep(_THREADS_FREE_S)
 
 

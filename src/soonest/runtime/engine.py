@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from soonest.core.plan import Plan
-from soonest.errors import SoonestError
+from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime import checks, compiled, guard, modes, takeover, wrapping
 from soonest.runtime.backward import Backward
 from soonest.runtime.buffers import Buffers
@@ -436,6 +436,8 @@ class Engine:
                 self.state.hand_back()
         except SoonestError as error:
             found = error
+            if isinstance(error, PeerLostError):
+                self.lane.fail(error)
         finally:
             missing = self._missing() if known or found else ""
             self._let_go()

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime import collectives, connections, groups
 from soonest.runtime.signals import is_from_handler
-from soonest.runtime.threads import started
+from soonest.runtime.threads import Helper
 
 _E = TypeVar("_E", bound=Exception)
 _GRACE_S = 4.0
@@ -33,6 +33,16 @@ _BROKEN_S = 1.0
 breaks also when the rank gives up."""
 _LOOK_S = 0.05
 _FIRST_LOOK_S = 0.002
+_OF_BACKENDS = (
+    "gloo",
+    "nccl",
+    "connection",
+    "socket",
+    "peer",
+    "timed out",
+    "timeout",
+    "process group",
+)
 _FAULT, _LOST, _BUSY = "!", "-", "~"
 """How a note begins that says what is wrong with the rank that left it; that others left of a rank
 that is gone; and that says where a rank is that waits for nobody. Others say what is waited for."""
@@ -58,6 +68,7 @@ class Peers:
         self._connections = connections.Known()
         self._store_host: int | None = None
         self._store_is_gone = False
+        self._unanswered: Helper | None = None
         self.names = [f"rank {rank}" for rank in range(group.size())]
         me = f"rank {self.rank} (host {socket.gethostname()}, process {os.getpid()})"
         with self.together(what):
@@ -83,6 +94,10 @@ class Peers:
     def hosts_store(self) -> bool:
         """Whether nobody can leave a note any more when this process has ended."""
         return self.rank == self._store_host
+
+    def cut_connections(self) -> None:
+        """So that nothing of this process waits for another rank any more."""
+        self._connections.cut()
 
     # Errors
 
@@ -128,6 +143,9 @@ class Peers:
             error: the backend's.
             advice: what to do if other ranks are not here.
         """
+        if not is_of_backend(error):  # as where this rank is out of memory
+            self.tell(said(error))
+            return SoonestError(f"{what} {how}, as this rank failed: {error}")
         who = self.blame(what, True, error)
         if who is None:
             return SoonestError(f"{what} {how}, though all ranks were there: {reason_of(error)}")
@@ -140,7 +158,7 @@ class Peers:
             with suppress(Exception):
                 self._note(_FAULT + fault)
 
-        _in_time(note)
+        self._in_time(note)
 
     def at_fault(self, error: _E) -> _E:
         """As ``tell``, of an error that is to be raised on this rank."""
@@ -172,7 +190,7 @@ class Peers:
                 self._store_is_gone = True
                 answer[0] = self._without_store(gone, "is gone") if failed else None
 
-        return answer[0] if _in_time(ask) or failed else None
+        return answer[0] if self._in_time(ask) or failed else None
 
     def answer(self, where: str) -> None:
         """If another rank has given up: lets it know that this one is there.
@@ -198,7 +216,16 @@ class Peers:
                 while not self._store.check(keys) and time.monotonic() < deadline_s:
                     time.sleep(_LOOK_S)
 
-        _in_time(look)
+        self._in_time(look)
+
+    def _in_time(self, ask: Callable[[], None]) -> bool:
+        """Whether the store answered: it may hang on a host that is cut off, and we must not."""
+        if self._unanswered is not None and self._unanswered.is_alive():
+            return False
+        asking = Helper(ask, "asks")
+        asking.join(_GRACE_S + 1)
+        self._unanswered = asking if asking.is_alive() else None
+        return self._unanswered is None
 
     def _note(self, text: str, rank: int | None = None) -> None:
         of_whom = f"failed/{self.rank if rank is None else rank}"
@@ -279,11 +306,12 @@ def _have(ranks: Sequence[int]) -> str:
     return "has" if len(ranks) == 1 else "have"
 
 
-def _in_time(ask: Callable[[], None]) -> bool:
-    """Whether the store answered: it may hang on a host that is cut off, and nobody else must."""
-    asking = started(ask, "asks")
-    asking.join(_GRACE_S + 1)
-    return not asking.is_alive()
+def is_of_backend(error: Exception) -> bool:
+    """Whether it may be about another rank: any other error would come without any, too."""
+    if isinstance(error, dist.DistError | TimeoutError):
+        return True
+    words = str(error).lower()
+    return any(word in words for word in _OF_BACKENDS)
 
 
 def reason_of(error: Exception) -> str:

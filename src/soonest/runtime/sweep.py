@@ -49,6 +49,7 @@ class Sweep:
         self.number = number
         self.program = program
         self.record = record
+        self.local = local
         self.missing = [0 if local else len(slots) for slots in plan.slots_of]
         self.unused: set[int] = set()
         self.kept: set[int] = set()

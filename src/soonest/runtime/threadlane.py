@@ -20,7 +20,7 @@ from soonest.runtime.collectives import LOOK_S, Running, ended, waiting
 from soonest.runtime.lanes import read_too_early
 from soonest.runtime.peers import Peers
 from soonest.runtime.sweep import Sweep, Sweeps
-from soonest.runtime.threads import started
+from soonest.runtime.threads import PROCESS_ENDS, Helper
 
 if TYPE_CHECKING:
     from soonest.runtime.layout import Member
@@ -56,7 +56,10 @@ class ThreadLane:
         self._blaming = False
         self._error: SoonestError | None = None
         runs = {"start": self._start_ops, "end": self._end_ops, "watch": self._watch}
-        self._threads = [started(partial(self._run, run), name) for name, run in runs.items()]
+        self._threads = [
+            Helper(partial(self._run, run), name, peers.cut_connections)
+            for name, run in runs.items()
+        ]
 
     @property
     def error(self) -> SoonestError | None:
@@ -205,7 +208,7 @@ class ThreadLane:
     def _end_ops(self) -> None:
         while (running := self._running.get()) is not None:
             while not self._complete(running):
-                if self._error is not None:
+                if self._error is not None or PROCESS_ENDS.is_set():
                     return
             self._issue()
             if self._updates_in_lane():
@@ -258,7 +261,8 @@ class ThreadLane:
         if bucket is None:
             op = min(sweep.combined, len(sweep.plan.ops) - 1)
             bucket = sweep.plan.ops[op].bucket
-        return f"step {sweep.number}: {sweep.plan.describe(bucket)}"
+        how = ", for which there was no backward pass" if sweep.local else ""
+        return f"step {sweep.number}{how}: {sweep.plan.describe(bucket)}"
 
     def _where(self) -> str:
         """Where the training loop is, in words."""

@@ -1,21 +1,55 @@
-"""The threads that work beside the user's."""
+"""The threads that work beside the user's, and how they end."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
-THREADS = "soonest "
-"""With which their names begin."""
+PROCESS_ENDS = threading.Event()
+"""Then they return as soon as they can."""
 
 
-def started(run: Callable[[], None], name: str) -> threading.Thread:
-    """A thread that does not keep the process alive.
+class Helper(threading.Thread):
+    """A thread that does not keep the process alive; it starts at once.
 
     Args:
         run: what it does.
-        name: follows ``THREADS`` in its own.
+        name: follows ``soonest`` in its own.
+        release: called where it does not return when the process ends.
     """
-    thread = threading.Thread(target=run, name=f"{THREADS}{name}", daemon=True)
-    thread.start()
-    return thread
+
+    def __init__(
+        self, run: Callable[[], None], name: str, release: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(target=run, name=f"soonest {name}", daemon=True)
+        self.release = release
+        self.start()
+
+
+def end(limit_s: float, hurry_s: float) -> bool:
+    """Waits for all of them, as the process is about to end.
+
+    One that is in a backend when the interpreter ends takes the process with it, by an abort.
+
+    Args:
+        limit_s: how long they may go on with what they do.
+        hurry_s: how long they may take after that.
+
+    Returns:
+        Whether there were any.
+    """
+    helpers = [thread for thread in threading.enumerate() if isinstance(thread, Helper)]
+    _join(helpers, limit_s)
+    PROCESS_ENDS.set()
+    for helper in helpers:
+        if helper.is_alive() and helper.release is not None:
+            helper.release()
+    _join(helpers, hurry_s)
+    return bool(helpers)
+
+
+def _join(threads: Sequence[threading.Thread], limit_s: float) -> None:
+    over_at = time.monotonic() + limit_s
+    for thread in threads:
+        thread.join(max(0.0, over_at - time.monotonic()))

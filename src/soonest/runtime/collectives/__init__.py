@@ -4,6 +4,7 @@ from soonest.runtime.collectives.broadcasts import Sent, broadcast, broadcast_of
 from soonest.runtime.collectives.ops import Op, Running, combine, op, run, start
 from soonest.runtime.collectives.piece import EXACT, Piece, Wire
 from soonest.runtime.collectives.ranks import Group, Ranks, check_method
+from soonest.runtime.collectives.unfinished import never_free
 from soonest.runtime.collectives.values import (
     Gathering,
     first_rank_object,
@@ -50,6 +51,7 @@ __all__ = [
     "last_of",
     "look",
     "looking",
+    "never_free",
     "op",
     "run",
     "start",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from soonest.runtime.collectives import unfinished
 from soonest.runtime.collectives.ranks import Group
 from soonest.runtime.collectives.values import last_of, sendable
 from soonest.runtime.collectives.waiting import Work, finish
@@ -39,6 +40,8 @@ class Sent:
             self._joined = joined.clone()
         self.on_device = self._joined.device.type != "cpu"
         self.work: Work = group.broadcast(self._joined.view(torch.uint8), source)
+        if not self.on_device:
+            unfinished.begun(self.work)
 
     @property
     def memory(self) -> Tensor:

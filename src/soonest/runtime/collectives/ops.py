@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soonest.core.plan import METHODS, borders
+from soonest.runtime.collectives import unfinished
 from soonest.runtime.collectives.piece import Piece, Wire
 from soonest.runtime.collectives.ranks import Group, Ranks, check_method
 from soonest.runtime.collectives.waiting import Work, finish
@@ -157,11 +158,16 @@ class Running:
 
     def __init__(self, op: Op) -> None:
         self._op = op
-        self.work = next(op, None)
+        self.work: Work | None = None
+        self.go_on()
 
     def go_on(self) -> None:
         """What was waited for has ended: does what follows until there is something to wait for."""
+        if self.work is not None:
+            unfinished.over(self.work)
         self.work = next(self._op, None)
+        if self.work is not None:
+            unfinished.begun(self.work)
 
 
 def op(kind: str, ranks: Ranks, piece: Piece) -> Op:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from soonest.runtime.collectives import unfinished
 from soonest.runtime.collectives.ranks import Group
 from soonest.runtime.collectives.waiting import Work, finish
 
@@ -30,7 +31,7 @@ def start_sum(group: Group, tensor: Tensor) -> tuple[Tensor, Work]:
         A tensor that holds the sums once the work has ended; on CPUs that is this one.
     """
     sent = sendable(group, tensor)
-    return sent, group.allreduce([sent])
+    return sent, unfinished.begun(group.allreduce([sent]))
 
 
 def gather_objects(group: Group, value: Any) -> list[Any]:
@@ -71,7 +72,8 @@ class Gathering:
         with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
             mine = torch.from_numpy(np.array(values))
             self._every = torch.from_numpy(np.empty((group.size(), len(values))))
-            self._work = group.all_gather_single(self._every.view(-1), mine)
+            work = group.all_gather_single(self._every.view(-1), mine)
+        self._work = unfinished.begun(work)
 
     def result(self) -> list[list[float]] | None:
         """The numbers by rank, 64 bits each; None while they are under way.
@@ -81,6 +83,7 @@ class Gathering:
         """
         if not self._work.is_completed():
             return None
+        unfinished.over(self._work)
         self._work.wait()  # says why, if it failed
         return self._every.numpy().tolist()
 

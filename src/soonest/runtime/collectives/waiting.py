@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
+from soonest.runtime.collectives import unfinished
+
 LOOK_S = 0.5
 """How often a rank that waits looks whether another has given up."""
 
@@ -69,7 +71,9 @@ def ended(work: Work) -> bool:
     except RuntimeError:
         if not work.is_completed():
             return False
+        unfinished.over(work)
         work.wait()  # says whether it ended just now, or why it failed
+    unfinished.over(work)
     return True
 
 
@@ -86,6 +90,7 @@ def finish(work: Work, *, on_device: bool = False) -> None:
     if on_device:
         work.wait()
         return
+    unfinished.begun(work)
     with waiting():
         while not ended(work):
             look()
