@@ -28,7 +28,7 @@ LIMITS = {
     "streams.seconds first.synchronize": "an event that is over",
     "streams.seconds last.synchronize": "an event that is over",
     "enqueued.drain time.sleep": "``look``, which raises after the time-out",
-    "ending.finish time.sleep": "that long",
+    "ending._end_threads time.sleep": "that long",
     "hooks._answer answer.wait": "the collective of the user's hook behind it",
     "passes.ended future.wait": "what the user has put there",
     "joining.wait time.sleep": "the group's time-out",

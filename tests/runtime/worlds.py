@@ -245,6 +245,8 @@ class Soonest:
 class FakePeers:
     """Always blames the same one."""
 
+    def cut_connections(self) -> None: ...
+
     def blame(self, what: str, failed: bool, error: Exception | None = None) -> str | None:
         return "rank 1 did not take part" if failed else None
 
