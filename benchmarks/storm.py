@@ -16,6 +16,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -47,6 +48,7 @@ _LATE_S = 5.0
 _LIMIT_S = 90.0
 _LINK_BPS, _SLOW_BPS = 100e6, 5e6
 _SEED_BYTES = 8
+_LATE = re.compile(r"^rank \d+ took [0-9.]+ s to end: ")
 
 
 @dataclass
@@ -264,6 +266,7 @@ def _end(one: Outcome) -> str:
 
 
 def _tried(seed: int, slack_s: float) -> dict[str, Any]:
+    """A fault, and what came of it."""
     fault, began = Fault.drawn(seed), time.monotonic()
     if KINDS[fault.kind].links and (reason := unavailable()):
         return {**asdict(fault), "wrong": None, "skipped": reason}
@@ -291,10 +294,27 @@ def _told(seeds: Sequence[int], jobs: int, slack_s: float) -> Iterator[dict[str,
         yield from map(json.loads, file)
 
 
+def _all_told(seeds: Sequence[int], jobs: int, slack_s: float) -> Iterator[dict[str, Any]]:
+    """The same; if it took too long while others computed, also what comes of it alone."""
+    late: dict[int, str] = {}
+    for one in _told(seeds, jobs, slack_s):
+        if jobs > 1 and one["wrong"] and _LATE.search(one["wrong"]):
+            late[one["seed"]] = one["wrong"]
+        else:
+            yield one
+    for one in _told(list(late), 1, slack_s):
+        yield {**one, "beside_others": late[one["seed"]]}
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(seed) for seed in text.split(",")]
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the first; the others follow")
+    parser.add_argument("--seeds", type=_seeds, help="instead, with commas")
     parser.add_argument("--jobs", type=int, default=1, help="so many faults at a time")
     parser.add_argument("--slack", type=float, default=2.0, help="seconds, on a busy machine more")
     parser.add_argument("--json", type=Path, help="where the record is")
@@ -309,8 +329,9 @@ def main(arguments: Sequence[str]) -> int:
     faults: dict[int, dict[str, Any]] = {}
     if args.json and args.json.exists():
         faults = {one["seed"]: one for one in json.loads(args.json.read_text())["faults"]}
-    seeds = [s for s in range(args.seed, args.seed + args.faults) if s not in faults]
-    for one in _told(seeds, args.jobs, args.slack):
+    wanted = args.seeds or range(args.seed, args.seed + args.faults)
+    seeds = [seed for seed in wanted if seed not in faults]
+    for one in _all_told(seeds, args.jobs, args.slack):
         faults[one["seed"]] = one
         when = f"{one['point']} of step {one['step']}, rank {one['rank']} of {one['ranks']}"
         words = one["wrong"] or one.get("skipped") or "well"

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SEEDS = range(12)
+FOUND = (26, 115, 119, 217, 237, 336, 426, 428, 503, 539)
+"""These have ended badly once."""
+SEEDS = tuple(dict.fromkeys((*range(50), *FOUND)))
 SLACK_S = "20"
 """Several faults compute at a time."""
 
@@ -20,7 +22,8 @@ SLACK_S = "20"
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     record = tmp_path_factory.mktemp("storm") / "storm.json"
-    words = ["--faults", str(len(SEEDS)), "--jobs", "4", "--slack", SLACK_S, "--json", str(record)]
+    seeds = ",".join(map(str, SEEDS))
+    words = ["--seeds", seeds, "--jobs", "4", "--slack", SLACK_S, "--json", str(record)]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "storm.py", *words],
         capture_output=True,
