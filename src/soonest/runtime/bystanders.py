@@ -1,11 +1,16 @@
-"""Tensors that share the memory of parameters."""
+"""Who may see parameters and the optimizer's state without asking for them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from soonest.runtime.layout import Member
+import torch
+from torch import Tensor
+
+from soonest.runtime.layout import Member, references
 
 _log = logging.getLogger("soonest")
 
@@ -32,3 +37,70 @@ class Aliases:
                     "was kept"
                 )
         return found
+
+
+class States:
+    """Finds out whether the user keeps states of an optimizer, and so may read them at any time.
+
+    Whoever has any got it from the optimizer. So nobody is looked for until it has been asked
+    again, once nobody was found.
+
+    Args:
+        attributes: the optimizer's.
+    """
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self._attributes = attributes
+        self._asked = True
+        self._told = False
+
+    def given(self) -> None:
+        """The user has been given the optimizer's state, or has given it another."""
+        self._asked = True
+
+    def are_kept(self, *, names: int) -> bool:
+        """Whether they are, or parts of them; the log tells so once.
+
+        Args:
+            names: so many of our own has the mapping of all states, beside the optimizer's.
+        """
+        if not self._asked:
+            return False
+        now = _named(self._attributes)
+        self._asked = (
+            now.all > _UNKEPT.all + names
+            or now.one > _UNKEPT.one
+            or now.value > _UNKEPT.value
+            or now.memory > _UNKEPT.memory
+        )
+        if self._asked and not self._told:
+            self._told = True
+            _log.info(
+                "parameters are updated inside optimizer.step(), because what the optimizer's "
+                "state consists of was kept: optimizer.state, what is in it, or a state_dict()"
+            )
+        return self._asked
+
+
+class _Names(NamedTuple):
+    """How many there are, at most: of the mapping, a parameter's state, a tensor, its memory."""
+
+    all: int
+    one: int
+    value: int
+    memory: int
+
+
+def _named(attributes: Mapping[str, Any]) -> _Names:
+    one = value = memory = 0
+    for values in attributes["state"].values():
+        one = max(one, sys.getrefcount(values))
+        for tensor in values.values() if isinstance(values, dict) else ():
+            if isinstance(tensor, Tensor):
+                value = max(value, sys.getrefcount(tensor))
+                memory = max(memory, references(tensor.untyped_storage()._cdata))
+    return _Names(sys.getrefcount(attributes["state"]), one, value, memory)
+
+
+_UNKEPT = _named({"state": {0: {"step": torch.empty(1)}}})
+"""As it is where nobody keeps any."""

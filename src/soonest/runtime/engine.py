@@ -323,6 +323,7 @@ class Engine:
         )
         call = self._updater.call(gradients)
         aliased = self._aliases.of(self.layout.members[order] for order in gradients)
+        state_is_kept = self.state.is_kept(names=self._updater.seen_state is not None)
         self._landing.expect(sweep, gradients)
         self.profiler.record = sweep.record
         sweep.step = call
@@ -331,6 +332,8 @@ class Engine:
         self.lane.advance()
         for member in aliased:
             guard.land(member.parameter)
+        if state_is_kept:
+            self.flush()
         return loss
 
     def groups_changed(self) -> None:

@@ -68,7 +68,7 @@ class Member:
     @property
     def is_aliased(self) -> bool:
         """Whether another tensor or process shares its memory, which the guard cannot hold."""
-        return self.is_exposed or _references(self.storage) > self.references
+        return self.is_exposed or references(self.storage) > self.references
 
     @property
     def has_moved(self) -> bool:
@@ -94,7 +94,7 @@ class Member:
         return (
             sys.getrefcount(self.grad) > _OWN_NAMES
             or self.grad.data_ptr() != self.grad_address
-            or _references(self.grad_storage) > _OWN_VIEWS
+            or references(self.grad_storage) > _OWN_VIEWS
         )
 
 
@@ -370,15 +370,16 @@ def _end(tensor: Tensor) -> int:
 
 def has_alias(gradient: Tensor) -> bool:
     """Whether another tensor lies over the memory of a gradient outside of the buffers."""
-    return _references(gradient.untyped_storage()._cdata) > 1 + _COUNTED_BESIDE
+    return references(gradient.untyped_storage()._cdata) > 1 + _COUNTED_BESIDE
 
 
-_references: Any = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
+references: Any = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
+"""How many tensors lie over a storage, given as its ``_cdata``."""
 
 
 def _counted_beside() -> int:
     alone = torch.empty(1)
-    return _references(alone.untyped_storage()._cdata) - 1
+    return references(alone.untyped_storage()._cdata) - 1
 
 
 _COUNTED_BESIDE = _counted_beside()

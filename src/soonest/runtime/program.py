@@ -187,7 +187,12 @@ class Program:
             return False
         if sweep.step.gradients[order] is not None:
             return True
-        return order not in sweep.unused or _positive(share.raw_grad)
+        if order not in sweep.unused:
+            return True
+        if not share.member.slot.numel:  # no element shows whether another rank has used it
+            assert sweep.users is not None
+            return sweep.users.has(order)
+        return _positive(share.raw_grad)
 
     def parts_with_gradient(self, sweep: Sweep) -> list[Tensor]:
         """This rank's parts of all gradients that any rank has."""

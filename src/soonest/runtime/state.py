@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from soonest.core.plan import Plan
 from soonest.errors import SoonestError
+from soonest.runtime.bystanders import States
 from soonest.runtime.collectives import Ranks, Wire
 from soonest.runtime.layout import Layout
 from soonest.runtime.peers import Peers
@@ -46,6 +47,7 @@ class OptimizerState:
         self._sharing = sharing
         self._layout: Layout | None = None
         self.parts: ShardedState | None = None
+        self._states = States(optimizer.__dict__)
 
     def bind(self, layout: Layout, plan: Plan) -> None:
         """From now on the plan says whose part is what; collective if that changes."""
@@ -61,6 +63,18 @@ class OptimizerState:
         """Keeps this rank's parts of whole states that have been put into ``optimizer.state``."""
         if self.parts is not None:
             self.parts.adopt(self._optimizer.__dict__["state"])
+
+    def note_given(self) -> None:
+        """The user has been given ``optimizer.state``, or has put another there."""
+        self._states.given()
+
+    def is_kept(self, *, names: int) -> bool:
+        """Whether the user may read it without asking the optimizer for it.
+
+        Args:
+            names: see ``States.are_kept``.
+        """
+        return self.parts is None and self._states.are_kept(names=names)
 
     def check(self) -> None:
         """Raises if it is not all in ``optimizer.state``."""

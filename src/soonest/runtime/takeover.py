@@ -66,10 +66,12 @@ def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> No
         driver.flush()  # updates in flight write to the state
         if not loading:
             state.check()
+        state.note_given()
         return self.__dict__["state"]
 
     def set_state(self: Optimizer, value: Any) -> None:
         driver.flush()
+        state.note_given()
         self.__dict__["state"] = value
 
     def load_state_dict(self: Any, state_dict: Any) -> None:
@@ -79,6 +81,7 @@ def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> No
             cls.load_state_dict(self, state_dict)
         finally:
             loading.pop()
+        state.note_given()  # what was loaded may still be the user's own tensors
         state.adopt()
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
