@@ -60,6 +60,16 @@ FOUND = {
         (_pass(by_rank=True), _line("keep", place=3, what="gradient"), _STEP, _LOOK),
         settings=(("plan", "blocking"),),
     ),
+    "a tensor of the optimizer's state kept, and read behind a step": Loop(
+        8,
+        "mlp",
+        "sgd, momentum",
+        (_pass(), _STEP, _line("keep", place=3, what="state"), _LOOK, _pass(), _STEP, _LOOK),
+        settings=(("slow", True),),
+    ),
+    "a frozen parameter without elements": Loop(
+        9, "mixed", "sgd, momentum", (_line("freeze", place=0, whole=True), _pass(), _STEP, _LOOK)
+    ),
     "another optimizer between a backward pass and its step": Loop(
         7, "mlp", "sgd", (_pass(), _line("new_optimizer"), _line("step", how="kept"), _LOOK)
     ),

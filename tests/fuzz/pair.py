@@ -31,6 +31,7 @@ from fuzz.run import Run
 from ranks import context, join
 from soonest import SoonestError
 from soonest.runtime import candidates, learn
+from soonest.runtime.peers import is_of_backend
 from soonest.runtime.program import Program
 
 RANKS = 2
@@ -192,13 +193,13 @@ class Pair:
     def train(self, loop: Loop, arms: Iterable[str]) -> dict[str, Outcome]:
         """How a loop comes out, by the way in which it is trained.
 
-        If DDP itself raises, with new ranks, too, the others are not tried, and have that for
-        their outcome.
+        If DDP itself raises, and not because the group is broken, the others are not tried, and
+        have that for their outcome.
         """
         found: dict[str, Outcome] = {}
         for arm in arms:
             found[arm] = self.train_as(loop, arm)
-            if found[arm].kind == RAISED:
+            if found[arm].kind == RAISED and is_of_backend(RuntimeError(found[arm].text)):
                 self.close()  # what was trained before may have broken the group
                 found[arm] = self.train_as(loop, arm)
             if found[arm].kind == RAISED:
@@ -215,7 +216,7 @@ class Pair:
         errors = [one for one in outcomes if one.kind not in (EQUAL, DIFFERENT)]
         together = len({(one.kind, one.at) for one in outcomes}) == 1
         lost = any(one.text.startswith("PeerLostError") for one in errors)
-        if errors and (lost or not (together and errors[0].kind == REFUSED)):
+        if errors and (lost or not (together and errors[0].kind in (REFUSED, RAISED))):
             self.close()
         worst = max(outcomes, key=lambda one: _WORSE.index(one.kind))
         if worst.kind == REFUSED and all(one.text.startswith("PeerLostError") for one in errors):

@@ -288,6 +288,42 @@ def a_view_kept(run: Run) -> None:
     run.train(lambda number: run.note(*kept))
 
 
+def state_kept(keep: Callable[[Any], Callable[[], Any]]) -> Callable[[Run], None]:
+    """The user keeps what the optimizer's state consists of, and reads it after each step.
+
+    Args:
+        keep: returns what gives tensors.
+    """
+
+    def loop(run: Run) -> None:
+        plain(run)
+        run.step()
+        kept = keep(run.optimizer)
+        run.train(lambda number: run.note(*kept()))
+
+    return loop
+
+
+def tensors_of(optimizer: Any) -> Callable[[], Any]:
+    tensors = [t.view(-1) for values in optimizer.state.values() for t in values.values()]
+    return lambda: tensors
+
+
+def states_of(optimizer: Any) -> Callable[[], Any]:
+    states = list(optimizer.state.values())
+    return lambda: [t for values in states for t in values.values()]
+
+
+def all_of(optimizer: Any) -> Callable[[], Any]:
+    state = optimizer.state
+    return lambda: [t for values in state.values() for t in values.values()]
+
+
+def saved_of(optimizer: Any) -> Callable[[], Any]:
+    saved = optimizer.state_dict()["state"]
+    return lambda: [t for values in saved.values() for t in values.values()]
+
+
 def storages(run: Run) -> None:
     """What is saved of one parameter is that parameter."""
     plain(run)
@@ -725,6 +761,10 @@ LOOPS: dict[str, Callable[[Run], None]] = {
     "tied by .data, one frozen": tied(frozen=True),
     "tied by .data": tied(frozen=False),
     "views of parameters kept": a_view_kept,
+    "tensors of the optimizer's state kept": state_kept(tensors_of),
+    "states of parameters kept": state_kept(states_of),
+    "the optimizer's state kept": state_kept(all_of),
+    "a state_dict of the optimizer kept": state_kept(saved_of),
     "storages": storages,
     "gradients of two tasks": gradients_of_two_tasks(clone=True),
     "gradients of two tasks, kept": gradients_of_two_tasks(clone=False),
@@ -760,12 +800,17 @@ LOOPS: dict[str, Callable[[Run], None]] = {
     "encoder": encoder,
 }
 
+_NOT_WHOLE = "refused: each rank has its part of the state"
 NOT_IN: dict[str, dict[str, str]] = {
     "sharded": {
         "memory format changed": "refused: parts are of the first memory format",
         "tied by .data": "refused: the order of the updates counts",
         "step kept from before": "the optimizer has no state that it could use",
         "gradients of two tasks, kept": "gradients of parts only after the next backward pass",
+        "tensors of the optimizer's state kept": _NOT_WHOLE,
+        "states of parameters kept": _NOT_WHOLE,
+        "the optimizer's state kept": _NOT_WHOLE,
+        "a state_dict of the optimizer kept": _NOT_WHOLE,
         "gradients kept": "gradients may be read only between backward() and step()",
         "a module with an optimizer of its own": "that one would read parts of gradients",
     },
