@@ -304,24 +304,30 @@ def state_kept(keep: Callable[[Any], Callable[[], Any]]) -> Callable[[Run], None
     return loop
 
 
+def in_order(optimizer: Any, state: Any) -> list[Any]:
+    """The states of the optimizer's parameters."""
+    return [state[p] for group in optimizer.param_groups for p in group["params"]]
+
+
 def tensors_of(optimizer: Any) -> Callable[[], Any]:
-    tensors = [t.view(-1) for values in optimizer.state.values() for t in values.values()]
+    states = in_order(optimizer, optimizer.state)
+    tensors = [t.view(-1) for values in states for t in values.values()]
     return lambda: tensors
 
 
 def states_of(optimizer: Any) -> Callable[[], Any]:
-    states = list(optimizer.state.values())
+    states = in_order(optimizer, optimizer.state)
     return lambda: [t for values in states for t in values.values()]
 
 
 def all_of(optimizer: Any) -> Callable[[], Any]:
     state = optimizer.state
-    return lambda: [t for values in state.values() for t in values.values()]
+    return lambda: [t for values in in_order(optimizer, state) for t in values.values()]
 
 
 def saved_of(optimizer: Any) -> Callable[[], Any]:
     saved = optimizer.state_dict()["state"]
-    return lambda: [t for values in saved.values() for t in values.values()]
+    return lambda: [t for number in sorted(saved) for t in saved[number].values()]
 
 
 def storages(run: Run) -> None:
