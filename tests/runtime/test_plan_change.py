@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import soonest
 from ranks import run_ranks
@@ -89,3 +91,39 @@ def detach_where_one_rank_has_gradients_of_its_own(window: int) -> bool:
 
 def test_ranks_agree_on_what_there_is_to_complete() -> None:
     assert all(run_ranks(detach_where_one_rank_has_gradients_of_its_own, 2, 3))
+
+
+class FromTheEnd(nn.Module):
+    """Its layers are used in another order than that in which they stand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.middle, self.first = nn.Linear(64, 4), nn.Linear(64, 64), nn.Linear(8, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self.first(x).relu()).relu())
+
+
+def buffers_when_the_order_is_known(shard_optimizer: bool) -> tuple[bool, int]:
+    """Whether there are other buffers behind the first step, and how many old ones are left."""
+    keep_to_the_usual_plan()
+    model = FromTheEnd()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    handle = soonest.prioritize(model, optimizer, shard_optimizer=shard_optimizer)
+    engine = handle.engine
+    assert engine is not None
+    gc.collect()
+    gc.disable()
+    layout = id(engine.layout)
+    before = [weakref.ref(grads) for grads in engine.layout.grads]
+    model(torch.randn(6, 8)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model(torch.randn(6, 8))
+    return id(engine.layout) != layout, sum(grads() is not None for grads in before)
+
+
+@pytest.mark.parametrize("shard_optimizer", [False, True])
+def test_buffers_of_the_plan_before_are_freed(shard_optimizer: bool) -> None:
+    for found in run_ranks(buffers_when_the_order_is_known, 2, shard_optimizer):
+        assert found == (True, 0)

@@ -114,6 +114,7 @@ class Engine:
     def bind(self, layout: Layout, plan: Plan) -> None:
         """From now on, run this plan on these buffers. Nothing may be in flight."""
         parts = self._landing.give_up()
+        self.program.unfinished.clear()
         self._bind(layout, plan)
         self._landing.hold_parts(parts)
 

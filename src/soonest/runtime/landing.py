@@ -30,7 +30,7 @@ class _Part(NamedTuple):
     """
 
     member: Member
-    sweep: Sweep | None
+    sweep: Sweep
     held: bool
     copy: Tensor | None
 
@@ -85,13 +85,14 @@ class Landing:
         parts: list[_Part] = []
         for member, held in zip(self._members, self._held, strict=True):
             self._parameters[member.order].release()
+            sweep, member.sweep = member.sweep, None  # it leads back to this one
+            if sweep is None or sweep.whole:
+                self._release_gradient(member)
+                continue
             if held is not None:
                 held.release()
-            parted = member.sweep is not None and not member.sweep.whole
-            if held is not None or parted:
-                sweep = member.sweep if parted else None
-                copy = self.copies.get(member.order)
-                parts.append(_Part(member, sweep, held is not None, copy))
+            copy = self.copies.get(member.order)
+            parts.append(_Part(member, sweep, held is not None, copy))
         self._parameters, self._gradients, self._held = [], [], []
         self.copies = {}
         return parts
