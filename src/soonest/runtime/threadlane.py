@@ -57,8 +57,7 @@ class ThreadLane:
         self._error: SoonestError | None = None
         runs = {"start": self._start_ops, "end": self._end_ops, "watch": self._watch}
         self._threads = [
-            Helper(partial(self._run, run), name, peers.cut_connections)
-            for name, run in runs.items()
+            Helper(partial(self._run, run), name, self._let_go) for name, run in runs.items()
         ]
 
     @property
@@ -187,6 +186,10 @@ class ThreadLane:
         for thread in self._threads:
             if threading.current_thread() is not thread:
                 thread.join(timeout=LOOK_S)
+
+    def _let_go(self) -> None:
+        """Ends a wait for a message that cannot come, as the process is about to end."""
+        self._peers.cut_connections()
 
     def _run(self, run: Callable[[], None]) -> None:
         # Held tensors belong to the main thread; what passes here is always taken as it is.
