@@ -43,7 +43,8 @@ class States:
     """Finds out whether the user keeps states of an optimizer, and so may read them at any time.
 
     Whoever has any got it from the optimizer. So nobody is looked for until it has been asked
-    again, once nobody was found.
+    again, once nobody was found. Who still has what was loaded is not looked for: checkpoints stay
+    in scope for long, and nobody reads them for what they become.
 
     Args:
         attributes: the optimizer's.
@@ -51,8 +52,16 @@ class States:
 
     def __init__(self, attributes: dict[str, Any]) -> None:
         self._attributes = attributes
-        self._asked = True
-        self._told = False
+        self._asked = self._told = False
+        self._unkept = _UNKEPT
+        self.loaded()
+
+    def loaded(self) -> None:
+        """Tensors of a checkpoint are in use now, which may be there still."""
+        now = _named(self._attributes)
+        self._unkept = _UNKEPT._replace(
+            value=max(now.value, _UNKEPT.value), memory=max(now.memory, _UNKEPT.memory)
+        )
 
     def given(self) -> None:
         """The user has been given the optimizer's state, or has given it another."""
@@ -68,10 +77,10 @@ class States:
             return False
         now = _named(self._attributes)
         self._asked = (
-            now.all > _UNKEPT.all + names
-            or now.one > _UNKEPT.one
-            or now.value > _UNKEPT.value
-            or now.memory > _UNKEPT.memory
+            now.all > self._unkept.all + names
+            or now.one > self._unkept.one
+            or now.value > self._unkept.value
+            or now.memory > self._unkept.memory
         )
         if self._asked and not self._told:
             self._told = True

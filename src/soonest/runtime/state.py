@@ -68,6 +68,10 @@ class OptimizerState:
         """The user has been given ``optimizer.state``, or has put another there."""
         self._states.given()
 
+    def note_loaded(self) -> None:
+        """What is in ``optimizer.state`` now comes from a checkpoint."""
+        self._states.loaded()
+
     def is_kept(self, *, names: int) -> bool:
         """Whether the user may read it without asking the optimizer for it.
 
@@ -106,6 +110,7 @@ class OptimizerState:
         """Goes on with the state and the groups of such an optimizer."""
         self._optimizer.__dict__["state"] = plain.__dict__["state"]
         self._optimizer.__dict__["param_groups"] = plain.__dict__["param_groups"]
+        self.note_loaded()
         self.adopt()
         if self.parts is not None:
             self.parts.restart()

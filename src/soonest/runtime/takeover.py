@@ -81,7 +81,7 @@ def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> No
             cls.load_state_dict(self, state_dict)
         finally:
             loading.pop()
-        state.note_given()  # what was loaded may still be the user's own tensors
+        state.note_loaded()
         state.adopt()
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
