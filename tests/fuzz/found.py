@@ -70,6 +70,13 @@ FOUND = {
     "a frozen parameter without elements": Loop(
         9, "mixed", "sgd, momentum", (_line("freeze", place=0, whole=True), _pass(), _STEP, _LOOK)
     ),
+    "tensors of a frozen layer swapped": Loop(
+        10,
+        "mlp",
+        "sgd",
+        (_pass(), _STEP, _line("write", place=1, how="swap_tensors"), _pass(), _STEP, _LOOK),
+        settings=(("frozen", True),),
+    ),
     "another optimizer between a backward pass and its step": Loop(
         7, "mlp", "sgd", (_pass(), _line("new_optimizer"), _line("step", how="kept"), _LOOK)
     ),

@@ -67,6 +67,7 @@ class Backward:
         self._ends_with_all = False
         self._inner = InnerPasses()
         self._hooks: list[AccumulationHooks] = []
+        self._frozen: list[nn.Parameter] = []
 
     def bind(
         self,
@@ -92,7 +93,16 @@ class Backward:
         for member in self._members:
             member.sweep = None
             self._hooks.append(self._hooks_of(member))
-        for parameter in newcomers:
+        self._frozen = list(newcomers)
+        self._look_out()
+
+    def _look_out(self) -> None:
+        """Hooks on what is trained by now: on a frozen one they would count as a use of it."""
+        trained = [parameter for parameter in self._frozen if parameter.requires_grad]
+        if not trained:
+            return
+        self._frozen = [parameter for parameter in self._frozen if not parameter.requires_grad]
+        for parameter in trained:
             self._hooks.append(AccumulationHooks(parameter, after=weakly(self._newcomer)))
 
     def _hooks_of(self, member: Member) -> AccumulationHooks:
@@ -145,6 +155,7 @@ class Backward:
     def forward_begins(self) -> None:
         """A new graph is made; an earlier pass through the whole model may have raised."""
         self._ends_with_all = False
+        self._look_out()
 
     def expect(self, output: Any) -> None:
         """A pass through the whole model may begin at this output of it."""

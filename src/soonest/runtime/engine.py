@@ -270,6 +270,9 @@ class Engine:
         self._follow()
         blocking = self.program.plan.blocking
         others = self._updater.trains_others()
+        if others and self._newcomers is not None and (come := self._newcomers.come()):
+            self._take_in(come)  # the backward pass was none of the model's parameters so far
+            others = self._updater.trains_others()
         if others and self.state.parts is not None:
             raise self._peers.at_fault(
                 SoonestError(
