@@ -77,6 +77,20 @@ FOUND = {
         (_pass(), _STEP, _line("write", place=1, how="swap_tensors"), _pass(), _STEP, _LOOK),
         settings=(("frozen", True),),
     ),
+    "an optimizer for what has been unfrozen": Loop(
+        11,
+        "mlp",
+        "sgd",
+        (
+            _pass(),
+            _line("unfreeze", place=1, all_of_it=True),
+            _line("new_optimizer"),
+            _pass(),
+            _STEP,
+            _LOOK,
+        ),
+        settings=(("frozen", True),),
+    ),
     "another optimizer between a backward pass and its step": Loop(
         7, "mlp", "sgd", (_pass(), _line("new_optimizer"), _line("step", how="kept"), _LOOK)
     ),

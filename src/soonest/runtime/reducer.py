@@ -18,7 +18,7 @@ from soonest.runtime.clock import now_s
 from soonest.runtime.engine import Engine
 from soonest.runtime.handle import Handle
 from soonest.runtime.hooks import Hook, HookLane, whole_plan
-from soonest.runtime.layout import trainable
+from soonest.runtime.layout import Member, trainable
 from soonest.runtime.passes import Passes
 from soonest.runtime.record import NEVER
 from soonest.runtime.start import WINDOW, start
@@ -61,11 +61,11 @@ class Reducer:
         log: ddp_log.Log,
     ) -> None:
         self._module = module
-        named = trainable(module, without)
-        self._index_of = {name: index for index, (name, _, _) in enumerate(named)}
-        self._sizes = [parameter.nbytes for _, _, parameter in named]
         self._group = group
         self._without = frozenset(without)
+        self._index_of: dict[str, int] = {}
+        self._sizes: list[int] = []
+        self._note_names()
         self._find_unused = find_unused
         self._skip_unused = skip_unused
         self._caps_bytes = caps_bytes
@@ -147,7 +147,7 @@ class Reducer:
         self._passes.due = False
         if engine is not None:
             engine.backward.synchronizing = False
-            engine.after_backward = self._passes.ended
+            engine.after_backward = self._ended
             if lane is not None:
                 engine.gradients.divide_by(1)
             self._first_plan = engine.program.plan.fingerprint
@@ -313,6 +313,7 @@ class Reducer:
 
     def _get_local_used_map(self) -> Tensor:
         """How many ranks had a gradient for each parameter, as registered."""
+        self._note_names()
         counts = torch.zeros(len(self._index_of), dtype=torch.int32)
         if self.engine is not None:
             self.engine.flush()
@@ -353,7 +354,20 @@ class Reducer:
         self.restart()
         return True
 
+    def _note_names(self) -> None:
+        """Parameters that have come to be trained get places behind those before them."""
+        for name, _, parameter in trainable(self._module, self._without):
+            if name not in self._index_of:
+                self._index_of[name] = len(self._sizes)
+                self._sizes.append(parameter.nbytes)
+
+    def _ended(self, engine: Engine, late: Sequence[Member]) -> None:
+        if any(member.name not in self._index_of for member in late):
+            self._note_names()
+        self._passes.ended(engine, late)
+
     def _note_plan(self) -> None:
+        self._note_names()
         if self.engine is not None:
             plan = self.engine.program.plan
             rebuilt = plan.fingerprint != self._first_plan
