@@ -42,6 +42,8 @@ EQUAL, RAISED, REFUSED, BROKEN, DIFFERENT, HANGS = (
 BAD = (BROKEN, DIFFERENT, HANGS)
 _ALL_CANDIDATES, _TURN = learn.CANDIDATES, learn.STEPS
 _SLOW_S = 2e-3
+_AT_ONCE = 15
+"""So many loops, then others take over: processes keep threads of all groups they have had."""
 _NO_SENTENCES = ("an update failed: ", "a thread that communicates has ended")
 """What soonest says of something else that broke."""
 _STACKS, _ERRORS = ".stacks", ".errors"
@@ -183,6 +185,7 @@ class Pair:
         self._patience_s = patience_s
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._trained = 0
 
     def __enter__(self) -> Pair:
         return self
@@ -197,6 +200,9 @@ class Pair:
         have that for their outcome.
         """
         found: dict[str, Outcome] = {}
+        self._trained += 1
+        if self._trained > _AT_ONCE:
+            self.close()
         for arm in arms:
             found[arm] = self.train_as(loop, arm)
             if found[arm].kind == RAISED and is_of_backend(RuntimeError(found[arm].text)):
@@ -279,6 +285,7 @@ class Pair:
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], []
+        self._trained = 0
 
 
 _WORSE: Sequence[str] = (EQUAL, REFUSED, DIFFERENT, BROKEN, HANGS, RAISED)
