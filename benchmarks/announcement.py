@@ -33,12 +33,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soonest.core import peers
-from soonest.core.bounds import lower_bound_s
-from soonest.core.network import Network
-from soonest.core.planner import best_plan, flats_of
-from soonest.core.predict import slowed
-from soonest.core.simulate import step_time_s
+from soonest.core.cost import Network
+from soonest.core.forecast import baselines
+from soonest.core.forecast.predict import slowed
+from soonest.core.planner.bounds import lower_bound_s
+from soonest.core.planner.planner import best_plan, flats_of
+from soonest.core.simulator.simulate import step_time_s
 from soonest.core.trace import Trace
 from soonest.core.units import parse_rate, rate_text
 
@@ -133,9 +133,9 @@ def simulated(gpus: int) -> dict[str, Any]:
     ring = Network({"all_reduce": network.op("all_reduce")})
     return {
         "gpus": gpus,
-        "sequential": 1 / peers.sequential(trace, network, ranks=gpus).step_s,
-        "ddp": 1 / peers.ddp(trace, network, ranks=gpus).step_s,
-        "ddp_tuned": 1 / peers.ddp_tuned(trace, network, ranks=gpus).step_s,
+        "sequential": 1 / baselines.sequential(trace, network, ranks=gpus).step_s,
+        "ddp": 1 / baselines.ddp(trace, network, ranks=gpus).step_s,
+        "ddp_tuned": 1 / baselines.ddp_tuned(trace, network, ranks=gpus).step_s,
         "soonest_ring": 1 / soonest_s(trace, ring, gpus),
         "soonest": 1 / soonest_s(trace, network, gpus),
         "soonest_16bit": 1 / soonest_s(trace, network.slowed(0.5), gpus),

@@ -98,11 +98,11 @@ class Arm:
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
 
-        from soonest.caffe import definition
-        from soonest.caffe.log import silent
-        from soonest.caffe.training import Trainer
+        from soonest.caffe.io import prototxt
+        from soonest.caffe.io.log import silent
+        from soonest.caffe.solver.training import Trainer
 
-        message = definition.read_solver(solver)
+        message = prototxt.read_solver(solver)
         message.random_seed = 1
         message.display = 0
         message.snapshot_after_train = False

@@ -27,8 +27,8 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import golden_caffe as golden  # pyright: ignore[reportMissingImports]
-from soonest.caffe import definition
-from soonest.caffe.layers.registry import LAYERS
+from soonest.caffe.io import prototxt
+from soonest.caffe.net.registry import LAYERS
 
 Rows = dict[str, dict[str, Any]]
 
@@ -111,7 +111,7 @@ def solvers() -> Rows:
         os.chdir(folder)
         large_batch = Path("reference/solver.prototxt")
         path = large_batch if large_batch.exists() else Path("solver.prototxt")
-        solver = definition.read_solver(path)
+        solver = prototxt.read_solver(path)
         ending = ".h5" if folder.name == "hdf5" else ""
         wanted = json.loads(Path("expected/losses.json").read_text(encoding="utf-8"))
         row = rows[solver.type]

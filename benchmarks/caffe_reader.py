@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from soonest.caffe import wire
 from soonest.caffe.files import mapped
-from soonest.caffe.message import Message
-from soonest.caffe.protobuf import CLASSES
-from soonest.caffe.weights import write_message
+from soonest.caffe.io.weights import write_message
+from soonest.caffe.proto import wire
+from soonest.caffe.proto.message import Message
+from soonest.caffe.proto.protobuf import CLASSES
 
 BLOBS = 20
 

@@ -25,21 +25,21 @@ import gpu_parity
 import soonest
 from gpu_models import WORKS, Work
 from gpu_trace import overlap_of
-from soonest.core.network import Cost, Network
+from soonest.core.cost import Cost, Network
 from soonest.core.plan import METHODS
-from soonest.core.planner import first_plan
+from soonest.core.planner.planner import first_plan
 from soonest.core.trace import Trace
 from soonest.errors import SoonestError
 from soonest.lab.messages import tell
-from soonest.runtime.backward import Backward
-from soonest.runtime.engine import Engine
+from soonest.runtime.comm.failures import Peers
+from soonest.runtime.device.streams import DeviceStreams
+from soonest.runtime.engine.backward import Backward
+from soonest.runtime.engine.engine import Engine
+from soonest.runtime.engine.in_flight import Landing
+from soonest.runtime.execute.stream_lane import StreamLane
+from soonest.runtime.flat.buffers import flats_for, trainable
 from soonest.runtime.handle import Handle
-from soonest.runtime.landing import Landing
-from soonest.runtime.layout import flats_for, trainable
-from soonest.runtime.peers import Peers
-from soonest.runtime.start import start
-from soonest.runtime.streamlane import StreamLane
-from soonest.runtime.streams import DeviceStreams
+from soonest.runtime.setup import start
 
 _T = TypeVar("_T")
 GOAL = 1.01

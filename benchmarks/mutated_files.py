@@ -26,17 +26,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from soonest.caffe import definition, state, weights
-from soonest.caffe.state import State
-from soonest.caffe.text import parse
-from soonest.core.fabrics import Calibrated
-from soonest.core.network import Cost, Network
+from soonest.caffe.io import prototxt, solver_state, weights
+from soonest.caffe.io.solver_state import State
+from soonest.caffe.proto.text import parse
+from soonest.core.cost import Cost, Network
+from soonest.core.forecast.fabrics import Calibrated
 from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan
 from soonest.core.trace import Trace
-from soonest.runtime import calibrate, pinned
-from soonest.runtime.candidates import Turn
-from soonest.runtime.memory import Choice, Memory
-from soonest.runtime.remember import place_of
+from soonest.runtime.tuning import calibrate, plan_file
+from soonest.runtime.tuning.cache import place_of
+from soonest.runtime.tuning.candidates import Turn
+from soonest.runtime.tuning.trial_cache import Choice, Memory
 from soonest.writing import write_json
 
 _SLOW_S = 5.0
@@ -132,17 +132,19 @@ def _remembered(path: Path, kind: str) -> Memory:
 
 
 FORMATS = {
-    "net": Format("net.prototxt", lambda p: p.write_text(_NET), definition.read_net),
-    "solver": Format("solver.prototxt", lambda p: p.write_text(_SOLVER), definition.read_solver),
+    "net": Format("net.prototxt", lambda p: p.write_text(_NET), prototxt.read_net),
+    "solver": Format("solver.prototxt", lambda p: p.write_text(_SOLVER), prototxt.read_solver),
     "caffemodel": Format("x.caffemodel", _trained, weights.read),
     "caffemodel as HDF5": Format(
         "x.caffemodel.h5", lambda p: weights.write_hdf5(p, _LAYERS), weights.read
     ),
-    "solverstate": Format("x.solverstate", State(7, "x.caffemodel", _HISTORY, 3).write, state.read),
-    "solverstate as HDF5": Format(
-        "x.solverstate.h5", State(7, "x.caffemodel", _HISTORY, 3).write, state.read
+    "solverstate": Format(
+        "x.solverstate", State(7, "x.caffemodel", _HISTORY, 3).write, solver_state.read
     ),
-    "plan": Format("plan.json", lambda p: pinned.save(_plan(), p), pinned.load),
+    "solverstate as HDF5": Format(
+        "x.solverstate.h5", State(7, "x.caffemodel", _HISTORY, 3).write, solver_state.read
+    ),
+    "plan": Format("plan.json", lambda p: plan_file.save(_plan(), p), plan_file.load),
     "trace": Format("trace.json", lambda p: write_json(p, _trace()), Trace.load),
     "profile": Format("profile.json", lambda p: write_json(p, _profile()), _read_profile),
     "network": Format(

@@ -17,13 +17,13 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from soonest.core import fabrics
-from soonest.core.cluster import simulate_ranks
-from soonest.core.network import Network
+from soonest.core.cost import Network
+from soonest.core.forecast import fabrics
+from soonest.core.forecast.predict import Scenario, row_of
 from soonest.core.plan import METHODS, Bucket, Op, Plan
-from soonest.core.planner import best_plan, flats_of
-from soonest.core.predict import Scenario, row_of
-from soonest.core.simulate import simulate
+from soonest.core.planner.planner import best_plan, flats_of
+from soonest.core.simulator.cluster import simulate_ranks
+from soonest.core.simulator.simulate import simulate
 from soonest.core.trace import Layer, Trace
 
 

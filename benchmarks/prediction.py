@@ -109,7 +109,8 @@ def calibrated(settings: Any, time: Any) -> Any:
     import torch.distributed as dist
 
     from soonest.bench import arms
-    from soonest.runtime import calibrate, groups
+    from soonest.runtime.comm import groups
+    from soonest.runtime.tuning import calibrate
 
     ranks = groups.ranks_of(groups.private_group(dist.group.WORLD, None))
     replay = arms.replayed(settings)
@@ -148,7 +149,7 @@ def planned(settings: Any, time: Any) -> Any:
 
 def scaled(trace: Any, slow_motion: float, shrink: float, update_s: float = 0.0) -> Any:
     """What a replay really computes and sends, with layers named as its modules are."""
-    from soonest.core.predict import slowed
+    from soonest.core.forecast.predict import slowed
 
     layers = [
         replace(
@@ -164,7 +165,7 @@ def scaled(trace: Any, slow_motion: float, shrink: float, update_s: float = 0.0)
 def plan_for(trace: Any, network: Any, *, ranks: int) -> Any:
     """The plan that soonest runs, and that is simulated."""
     from soonest.core.plan import Flat
-    from soonest.core.planner import make_plan
+    from soonest.core.planner.planner import make_plan
 
     sizes = [(f"{one.name}.weight", one.name, one.bytes // 4) for one in trace.layers if one.bytes]
     flats = (Flat.lay_out("float32", 4, sizes),)
@@ -181,9 +182,9 @@ def predictions(record: Mapping[str, Any]) -> dict[str, float]:
     Args:
         record: of a comparison, as ``soonest.bench.result.record_of`` makes it.
     """
-    from soonest.core import peers
-    from soonest.core.network import Network
-    from soonest.core.simulate import step_time_s
+    from soonest.core.cost import Network
+    from soonest.core.forecast import baselines
+    from soonest.core.simulator.simulate import step_time_s
     from soonest.core.trace import Trace
 
     slow, shrink, ranks = record["slow_motion"], record["shrink"], record["hosts"]
@@ -195,10 +196,10 @@ def predictions(record: Mapping[str, Any]) -> dict[str, float]:
     planned_for = Network.from_json(record["arms"][PLANNED]["network"])
     plan = plan_for(scaled(trace, slow, shrink), planned_for, ranks=ranks)
     trace = scaled(trace, slow, shrink, update_s)
-    caps_mb = [mb / shrink for mb in peers.SWEEP_MB["default"]]
+    caps_mb = [mb / shrink for mb in baselines.SWEEP_MB["default"]]
     found_s = {
-        "sequential": peers.sequential(trace, network, ranks=ranks).step_s,
-        "ddp": peers.ddp(trace, network, ranks=ranks, caps_mb=caps_mb).step_s,
+        "sequential": baselines.sequential(trace, network, ranks=ranks).step_s,
+        "ddp": baselines.ddp(trace, network, ranks=ranks, caps_mb=caps_mb).step_s,
         "soonest": step_time_s(trace, plan, network),
     }
     return {arm: step_s * 1e3 / slow for arm, step_s in found_s.items()}

@@ -34,11 +34,11 @@ import torch._dynamo  # once for all ranks, which are forked
 import torch.distributed.checkpoint
 import torch.distributed.checkpoint.state_dict
 
-from soonest.core.network import Cost, Network
+from soonest.core.cost import Cost, Network
 from soonest.core.plan import METHODS
 from soonest.lab import Lab, unavailable
 from soonest.lab.namespaces import path_of
-from soonest.runtime import calibrate
+from soonest.runtime.tuning import calibrate
 from soonest.writing import write_json
 from storm_faults import KINDS, STEPS, Ending, Fault
 from storm_rank import BROKEN, MARK, TIMEOUT_S, Rank, launcher

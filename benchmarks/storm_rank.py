@@ -23,7 +23,8 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import soonest
-from soonest.runtime import collectives, groups
+from soonest.runtime import comm
+from soonest.runtime.comm import groups
 from soonest.writing import write_json
 from storm_faults import CONFIGURATIONS, KINDS, STEPS, Fault
 
@@ -123,13 +124,13 @@ class Rank:
         self._optimizers = self._made_optimizers()
         self._net = self._prioritized()
         model.second_weight.register_post_accumulate_grad_hook(lambda _: self._at("backward"))
-        start = collectives.start
+        start = comm.start
 
         def started(*args: Any) -> Any:
             self._at("op")
             return start(*args)
 
-        collectives.start = started  # type: ignore[assignment]
+        comm.start = started  # type: ignore[assignment]
         for self._step in range(STEPS):
             self._one()
 

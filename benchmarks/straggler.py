@@ -134,11 +134,11 @@ def as_rank(asked: list[tuple[str, int]]) -> int:
 
     from soonest.core.trace import Trace
     from soonest.lab.replay import measure_overhead_s
-    from soonest.runtime import learn
+    from soonest.runtime.tuning import autotuner
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    learn.CANDIDATES = learn.CANDIDATES[:1]  # Turns of other plans would only take time.
+    autotuner.CANDIDATES = autotuner.CANDIDATES[:1]  # Turns of other plans would only take time.
     trace = Trace.load("alexnet")
     overhead_s = measure_overhead_s(trace, SLOW_MOTION, SHRINK)
     spent = Spent()
@@ -153,7 +153,7 @@ class Spent:
     """Counts the seconds that the thread which trains computes for finding out who is late."""
 
     def __init__(self) -> None:
-        from soonest.runtime.lateness import Lateness
+        from soonest.runtime.timing.lateness import Lateness
 
         self.seconds = 0.0
         for name in ("begins", "ends"):

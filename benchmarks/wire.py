@@ -84,7 +84,8 @@ def errors() -> None:
     import torch.distributed as dist
 
     from soonest.lab.messages import tell
-    from soonest.runtime import collectives, groups
+    from soonest.runtime import comm
+    from soonest.runtime.comm import groups
 
     ranks = groups.ranks_of(groups.private_group(None, None))
     noise = torch.Generator().manual_seed(dist.get_rank())
@@ -95,7 +96,7 @@ def errors() -> None:
     for wire in WIRES[1:]:
         for method in METHODS:
             total = mine.clone()
-            collectives.combine(method, ranks, total, wire=getattr(torch, wire))
+            comm.combine(method, ranks, total, wire=getattr(torch, wire))
             error = (total.double() - exact).norm() / exact.norm()
             found.setdefault(wire, {})[method] = float(error)
     if dist.get_rank() == 0:

@@ -7,8 +7,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from soonest.caffe.message import Message
-from soonest.caffe.schema import INTEGER_RANGE, MESSAGES, Field
+from soonest.caffe.proto.message import Message
+from soonest.caffe.proto.schema import INTEGER_RANGE, MESSAGES, Field
 
 _SIMPLE: dict[str, st.SearchStrategy[Any]] = {
     "bool": st.booleans(),

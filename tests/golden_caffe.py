@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from soonest.caffe import definition, state, weights
+from soonest.caffe.io import prototxt, solver_state, weights
 from soonest.caffe.layers.base import gradient
-from soonest.caffe.message import Message
-from soonest.caffe.net import Net
-from soonest.caffe.training import Trainer
+from soonest.caffe.net.net import Net
+from soonest.caffe.proto.message import Message
+from soonest.caffe.solver.training import Trainer
 
 WEIGHTS = HISTORY = 1e-5
 """How far trained weights may be apart, and histories as a part of their peak."""
@@ -55,7 +55,7 @@ def layer_arrays(name: str, folder: Path = FOLDER) -> Iterator[tuple[str, np.nda
     The files that a net reads must be in the working directory.
     """
     case = index("layers/index.json", folder)["cases"][name]
-    made = Net(definition.read_net(folder / "layers" / case["prototxt"]), case["phase"])
+    made = Net(prototxt.read_net(folder / "layers" / case["prototxt"]), case["phase"])
     stored = np.load(folder / "layers" / case["npz"])
     layers = {step.layer.spec.name: step.layer for step in made.steps}
     fed: dict[str, torch.Tensor] = {}
@@ -94,7 +94,7 @@ def layer_arrays(name: str, folder: Path = FOLDER) -> Iterator[tuple[str, np.nda
 def data_arrays(name: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Runs a case that reads files, in its folder, and yields as ``layer_arrays`` does."""
     case = index("data/index.json", SECOND)["cases"][name]
-    made = Net(definition.read_net(case["prototxt"]), case["phase"])
+    made = Net(prototxt.read_net(case["prototxt"]), case["phase"])
     stored = np.load(case["npz"])
     layers: dict[str, Any] = {step.layer.spec.name: step.layer for step in made.steps}
     for key in stored.files:
@@ -160,8 +160,8 @@ def trained_apart(
         for layer, blobs in wanted.items()
         for number, array in blobs.items()
     )
-    mine = state.read(f"{prefix}_iter_{iteration}.solverstate{ending}")
-    theirs = state.read(folder / "expected" / f"{stem}.solverstate{ending}")
+    mine = solver_state.read(f"{prefix}_iter_{iteration}.solverstate{ending}")
+    theirs = solver_state.read(folder / "expected" / f"{stem}.solverstate{ending}")
     assert (mine.iteration, mine.current_step) == (theirs.iteration, theirs.current_step)
     peak = max(1e-3, *(float(np.abs(array).max()) for array in theirs.history))
     pairs = zip(mine.history, theirs.history, strict=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import simpy
 
-from soonest.core.network import Network
+from soonest.core.cost import Network
 from soonest.core.plan import METHODS, SHARED_PARAMETERS, Plan
 from soonest.core.timeline import Timeline
 from soonest.core.trace import Trace

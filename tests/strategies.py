@@ -6,9 +6,9 @@ from random import Random
 
 from hypothesis import strategies as st
 
-from soonest.core.network import Cost, Network
+from soonest.core.cost import Cost, Network
 from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan, shards
-from soonest.core.planner import flats_of
+from soonest.core.planner.planner import flats_of
 from soonest.core.trace import Layer, Trace
 
 _sizes = st.one_of(

@@ -16,7 +16,7 @@ NOT_THE_USERS = {
     "bench/session.py": "settings in a temporary folder",
     "lab/namespaces.py": "the kernel's",
     "lab/registry.py": "a lab's entry, which it holds open while it runs",
-    "caffe/log.py": "a new file each time, which grows while it is read",
+    "caffe/io/log.py": "a new file each time, which grows while it is read",
     "writing.py": "the one way",
 }
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import lmdb
 import numpy as np
 
-from soonest.caffe import wire
-from soonest.caffe.message import Message
+from soonest.caffe.proto import wire
+from soonest.caffe.proto.message import Message
 
 
 def read_csv(path: str) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,8 @@ from soonest.bench.show import Screen
 from soonest.cli import main
 from soonest.core.plan import shards
 from soonest.errors import SoonestError
-from soonest.runtime import collectives, groups
+from soonest.runtime import comm
+from soonest.runtime.comm import groups
 
 COSTS = Costs(
     4,
@@ -135,14 +136,14 @@ def test_progress_gets_to_its_end_in_few_lines():
 
 def measured(method_that_fails: str | None) -> dict[str, Any]:
     ranks = groups.ranks_of(groups.private_group(None, None))
-    right = collectives.combine
+    right = comm.combine
 
-    def combine(method: str, ranks: collectives.Ranks, tensor: torch.Tensor) -> None:
+    def combine(method: str, ranks: comm.Ranks, tensor: torch.Tensor) -> None:
         right(method, ranks, tensor)
         if method == method_that_fails and ranks.group.rank() == 1:
             tensor[-1] += 1
 
-    collectives.combine = combine
+    comm.combine = combine
     found = measure(ranks, ("allreduce", "exchange", "shard"), 4096, times=3)
     return {"times_s": found.times_s, "faults": found.faults}
 
@@ -169,13 +170,13 @@ def test_shares_differ_and_sum_up_exactly():
 def told(from_call: int) -> list[dict[str, Any]]:
     """What a run tells if nothing is combined any more from some call on."""
     ranks = groups.ranks_of(groups.private_group(None, None))
-    right, calls, messages = collectives.combine, count(), list[dict[str, Any]]()
+    right, calls, messages = comm.combine, count(), list[dict[str, Any]]()
 
-    def combine(method: str, ranks: collectives.Ranks, tensor: torch.Tensor) -> None:
+    def combine(method: str, ranks: comm.Ranks, tensor: torch.Tensor) -> None:
         if next(calls) < from_call:
             right(method, ranks, tensor)
 
-    collectives.combine = combine
+    comm.combine = combine
     methods_rank.tell = lambda kind, **content: messages.append({"kind": kind, **content})
     methods_rank.run(ranks)
     return messages

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soonest.caffe import text
 from soonest.caffe.layers.base import MANY
-from soonest.caffe.layers.registry import LAYERS
-from soonest.caffe.message import Message
-from soonest.caffe.net import Net, Result
-from soonest.caffe.schema import MESSAGES, Field
+from soonest.caffe.net.net import Net, Result
+from soonest.caffe.net.registry import LAYERS
+from soonest.caffe.proto import text
+from soonest.caffe.proto.message import Message
+from soonest.caffe.proto.schema import MESSAGES, Field
 
 READERS = {"Data", "HDF5Data", "HDF5Output", "ImageData", "Python", "WindowData"}
 """These read and write files, or run programs."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from soonest.caffe.data.windows import placed
-from soonest.caffe.net import Net
-from soonest.caffe.text import parse
+from soonest.caffe.net.net import Net
+from soonest.caffe.proto.text import parse
 
 FEW = st.integers(1, 4)
 SEED = st.integers(0, 2**31)

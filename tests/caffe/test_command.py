@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import golden_caffe as golden
-from soonest.caffe import state
+from soonest.caffe.io import solver_state
 from soonest.cli import main
 
 NET = """
@@ -70,7 +70,7 @@ def test_train_says_what_caffe_says_and_goes_on_from_a_state(capsys: pytest.Capt
         "Iteration N, loss = N", "Iteration N, Testing net (#N)", "    Test net output #N: hit = N",
         "    Test net output #N: l = N (* N = N loss)", "Optimization Done.", "Optimization Done.",
     ]  # fmt: skip
-    assert state.read("run_iter_4.solverstate").iteration == 4
+    assert solver_state.read("run_iter_4.solverstate").iteration == 4
     assert main(["caffe", "train", "-solver", "solver.prototxt", "-snapshot",
                  "run_iter_4.solverstate"]) == 0  # fmt: skip
     assert said(capsys)[:2] == ["Use CPU.", "Resuming from run_iter_4.solverstate"]

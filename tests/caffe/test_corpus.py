@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from soonest.caffe import text, upgrade
-from soonest.caffe.text import TextError, parse
+from soonest.caffe.io import upgrade
+from soonest.caffe.proto import text
+from soonest.caffe.proto.text import TextError, parse
 
 READ: dict[str, tuple[str | bytes, str]] = {
     "today's form": (

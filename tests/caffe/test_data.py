@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 
 import golden_caffe as golden
-from soonest.caffe import wire
-from soonest.caffe.blobs import to_blob
 from soonest.caffe.data.ahead import Ahead
 from soonest.caffe.data.records import RecordLayer
 from soonest.caffe.data.stores import opened
 from soonest.caffe.data.transform import Transform
-from soonest.caffe.message import Message
-from soonest.caffe.net import Net
-from soonest.caffe.text import parse
-from soonest.caffe.weights import write_message
+from soonest.caffe.io.blobs import to_blob
+from soonest.caffe.io.weights import write_message
+from soonest.caffe.net.net import Net
+from soonest.caffe.proto import wire
+from soonest.caffe.proto.message import Message
+from soonest.caffe.proto.text import parse
 from soonest.cli import main
 
 RANDOM = np.random.default_rng(5)

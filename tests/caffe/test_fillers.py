@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from soonest.caffe.fillers import filled
-from soonest.caffe.text import parse
+from soonest.caffe.layers.fillers import filled
+from soonest.caffe.proto.text import parse
 
 SHAPE = (60, 40, 5, 5)
 

@@ -11,9 +11,9 @@ import torch
 
 import golden_caffe as golden
 from soonest.caffe.layers.pooling import windows
-from soonest.caffe.layers.registry import LAYERS
-from soonest.caffe.net import Net
-from soonest.caffe.text import parse
+from soonest.caffe.net.net import Net
+from soonest.caffe.net.registry import LAYERS
+from soonest.caffe.proto.text import parse
 
 CASES: dict[tuple[Path, str], Any] = {
     (folder, name): case

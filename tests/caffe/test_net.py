@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import golden_caffe as golden
-from soonest.caffe import definition, text, weights, wire
-from soonest.caffe.message import Message
-from soonest.caffe.net import Net
-from soonest.caffe.text import parse
-from soonest.caffe.trained import copy_weights
+from soonest.caffe.io import prototxt, weights
+from soonest.caffe.net.net import Net
+from soonest.caffe.net.trained import copy_weights
+from soonest.caffe.proto import text, wire
+from soonest.caffe.proto.message import Message
+from soonest.caffe.proto.text import parse
 
 X = 'layer { name: "x" type: "Input" top: "x" input_param { shape { dim: 2 dim: 6 } } }\n'
 
@@ -162,7 +163,7 @@ def test_weights_of_another_shape_or_number_are_refused():
 def test_old_nets_with_old_weights_give_what_caffe_gives(name: str):
     folder = golden.FOLDER / "legacy"
     case = golden.index("legacy/index.json")[name]
-    made = Net(definition.read_net(folder / case["prototxt"]), case["phase"])
+    made = Net(prototxt.read_net(folder / case["prototxt"]), case["phase"])
     copy_weights(made, weights.read(folder / case["caffemodel"]))
     stored = np.load(folder / case["npz"])
     fed = {key[3:]: torch.from_numpy(stored[key]) for key in stored.files if key[:3] == "in/"}
@@ -191,7 +192,7 @@ def test_old_nets_with_old_weights_give_what_caffe_gives(name: str):
 
 def test_an_old_batch_norm_gives_what_caffe_gives():
     folder = golden.FOLDER / "legacy"
-    made = Net(definition.read_net(folder / "old_batchnorm.prototxt"), "TEST")
+    made = Net(prototxt.read_net(folder / "old_batchnorm.prototxt"), "TEST")
     stored = np.load(folder / "old_batchnorm.npz")
     copy_weights(
         made,
@@ -296,12 +297,12 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "caffe"
 
 
 def test_the_example_has_the_full_shape_of_alexnet():
-    made = Net(definition.read_net(EXAMPLES / "alexnet_train_val.prototxt"), "TRAIN")
+    made = Net(prototxt.read_net(EXAMPLES / "alexnet_train_val.prototxt"), "TRAIN")
     assert sum(blob.tensor.numel() for blob in made.stored) == 60_965_224
     assert made.shapes["pool5"] == (8, 256, 6, 6)
     for name in ("alexnet", "cifar", "lenet"):
-        solver = definition.read_solver(EXAMPLES / f"{name}_solver.prototxt")
-        assert definition.read_net(EXAMPLES / solver.net).layer
+        solver = prototxt.read_solver(EXAMPLES / f"{name}_solver.prototxt")
+        assert prototxt.read_net(EXAMPLES / solver.net).layer
 
 
 def test_opencv_reads_our_files_and_finds_the_same_result(tmp_path: Path):
@@ -311,10 +312,10 @@ def test_opencv_reads_our_files_and_finds_the_same_result(tmp_path: Path):
     batch_norm.mean.uniform_(-1, 1)
     batch_norm.variance.uniform_(1, 3)
     batch_norm.scale.fill_(2)
-    model, prototxt = tmp_path / "d.caffemodel", tmp_path / "d.prototxt"
+    model, definition = tmp_path / "d.caffemodel", tmp_path / "d.prototxt"
     weights.write_message(model, made.to_message())
-    prototxt.write_text(text.write(parse(DEPLOY, "NetParameter")))
-    other = cv2.dnn.readNetFromCaffe(str(prototxt), str(model))
+    definition.write_text(text.write(parse(DEPLOY, "NetParameter")))
+    other = cv2.dnn.readNetFromCaffe(str(definition), str(model))
     x = torch.rand(2, 3, 15, 14, generator=torch.Generator().manual_seed(2))
     other.setInput(x.numpy())
     found = made({"data": x}).outputs["prob"].detach().numpy()

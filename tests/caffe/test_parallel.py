@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 import golden_caffe as golden
 from ranks import run_ranks
-from soonest.caffe import definition, state
-from soonest.caffe.text import parse
-from soonest.caffe.training import Trainer
+from soonest.caffe.io import prototxt, solver_state
+from soonest.caffe.proto.text import parse
+from soonest.caffe.solver.training import Trainer
 
 CASES = [("dp4_adam", False), ("dp4_sgd_clip_iter2", True)]
 """Of each, whether to read the solver of the large batch and divide that."""
@@ -27,9 +27,7 @@ def train(folder: str, prefix: str) -> list[list[float]]:
     found: list[list[float]] = []
     for name, divide in CASES:
         os.chdir(Path(folder) / "solvers" / name)
-        solver = definition.read_solver(
-            "reference/solver.prototxt" if divide else "solver.prototxt"
-        )
+        solver = prototxt.read_solver("reference/solver.prototxt" if divide else "solver.prototxt")
         solver.snapshot_prefix = f"{prefix}/{name}"
         rank = dist.get_rank()
         lines: list[str] = []
@@ -133,7 +131,9 @@ def test_two_ranks_are_one_process_with_twice_the_batch_also_when_they_go_on(
         for blobs in found:
             for mine, theirs in zip(blobs, wanted, strict=True):
                 np.testing.assert_allclose(mine, theirs, atol=1e-6)
-    histories = {name: state.read(f"{name}_iter_5.solverstate").history for name in (*ARMS, "one")}
+    histories = {
+        name: solver_state.read(f"{name}_iter_5.solverstate").history for name in (*ARMS, "one")
+    }
     for name in ARMS:
         for mine, theirs in zip(histories[name], histories["one"], strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-6)

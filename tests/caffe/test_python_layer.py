@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from soonest.caffe.net import Net
-from soonest.caffe.text import parse
-from soonest.caffe.training import Trainer
+from soonest.caffe.net.net import Net
+from soonest.caffe.proto.text import parse
+from soonest.caffe.solver.training import Trainer
 
 MODULE = """
 import numpy as np

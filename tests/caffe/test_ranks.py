@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from ranks import run_ranks
-from soonest.caffe.text import parse
-from soonest.caffe.training import Trainer
+from soonest.caffe.proto.text import parse
+from soonest.caffe.solver.training import Trainer
 
 SOLVER = """
 base_lr: 0.1 lr_policy: "fixed" momentum: 0.9 weight_decay: 0.01 iter_size: 2 random_seed: 5

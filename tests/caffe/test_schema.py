@@ -10,10 +10,10 @@ from hypothesis import given, settings
 
 import caffe_schema
 from caffe_strategies import messages
-from soonest.caffe import text
-from soonest.caffe.message import Message
-from soonest.caffe.schema import ENUMS, MESSAGES
-from soonest.caffe.wire import decode, encode
+from soonest.caffe.proto import text
+from soonest.caffe.proto.message import Message
+from soonest.caffe.proto.schema import ENUMS, MESSAGES
+from soonest.caffe.proto.wire import decode, encode
 
 CLASSES = caffe_schema.classes()
 

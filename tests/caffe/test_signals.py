@@ -15,10 +15,10 @@ import pytest
 import torch.distributed as dist
 
 from ranks import run_ranks
-from soonest.caffe import state
-from soonest.caffe.signals import Requests, caught
-from soonest.caffe.text import parse
-from soonest.caffe.training import Trainer
+from soonest.caffe.io import solver_state
+from soonest.caffe.proto.text import parse
+from soonest.caffe.solver.signals import Requests, caught
+from soonest.caffe.solver.training import Trainer
 from soonest.lab import Loopback
 
 NET = """
@@ -89,7 +89,7 @@ def test_ranks_save_and_stop_in_the_same_iteration_whoever_got_the_signal(tmp_pa
     assert first == second == wanted
     for name, (_, saved) in CASES.items():
         files = [tmp_path / f"{name}_iter_{iteration}.solverstate" for iteration in saved]
-        assert [state.read(file).iteration for file in files] == saved
+        assert [solver_state.read(file).iteration for file in files] == saved
         assert len(list(tmp_path.glob(f"{name}_iter_*.solverstate"))) == len(saved)
 
 
@@ -122,7 +122,7 @@ def test_a_command_on_two_ranks_saves_and_stops(tmp_path: Path, monkeypatch: pyt
     code = Loopback(2).run(command, on_line=on_line, passed_on=(INT,), timeout_s=120)
     assert code == 0
     assert not stages
-    saved = {state.read(file).iteration for file in tmp_path.glob("run_iter_*.solverstate")}
+    saved = {solver_state.read(file).iteration for file in tmp_path.glob("run_iter_*.solverstate")}
     assert len(saved) == 2
 
 
@@ -145,4 +145,4 @@ def test_a_second_interrupt_finds_nothing_to_interrupt(tmp_path: Path):
     assert running.wait(60) == 0
     assert said.splitlines()[-1].endswith("Optimization Done.")
     (saved,) = tmp_path.glob("run_iter_*.solverstate")
-    assert state.read(saved).iteration > 0
+    assert solver_state.read(saved).iteration > 0

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import golden_caffe as golden
-from soonest.caffe import definition, weights
-from soonest.caffe.rates import Rate
-from soonest.caffe.solvers import AdaGrad, make
-from soonest.caffe.text import parse
-from soonest.caffe.training import Trainer
+from soonest.caffe.io import prototxt, weights
+from soonest.caffe.proto.text import parse
+from soonest.caffe.solver.rates import Rate
+from soonest.caffe.solver.solvers import AdaGrad, make
+from soonest.caffe.solver.training import Trainer
 
 FOLDERS = [
     *(
@@ -53,7 +53,7 @@ def test_training_goes_as_in_caffe(folder: Path, tmp_path: Path, monkeypatch: py
     path = large_batch if large_batch.exists() else Path("solver.prototxt")
     expected = json.loads(Path("expected/losses.json").read_text(encoding="utf-8"))
     prefix = tmp_path / "run"
-    run = golden.Run(definition.read_solver(path), prefix, "init.caffemodel", resume=False)
+    run = golden.Run(prototxt.read_solver(path), prefix, "init.caffemodel", resume=False)
     for iteration in (10, 20):
         golden.compare(folder, f"snap_iter_{iteration}", prefix, iteration, ending)
     wanted = [one["loss"] for one in expected["iterations"]]
@@ -62,7 +62,7 @@ def test_training_goes_as_in_caffe(folder: Path, tmp_path: Path, monkeypatch: py
     if expected.get("resumed_from_10"):
         prefix = tmp_path / "resumed"
         start = f"expected/snap_iter_10.solverstate{ending}"
-        again = golden.Run(definition.read_solver(path), prefix, start, resume=True)
+        again = golden.Run(prototxt.read_solver(path), prefix, start, resume=True)
         golden.compare(folder, "resumed_iter_20", prefix, 20, ending)
         losses = expected["resumed_from_10"]["iterations"]
         logs.append((again, expected.get("log_resumed"), losses))
@@ -99,7 +99,7 @@ def test_what_caffe_refuses_is_refused(name: str, monkeypatch: pytest.MonkeyPatc
     pytest.importorskip("lmdb")
     monkeypatch.chdir(golden.FOLDER / "snapshots")
     with pytest.raises(ValueError, match=REFUSED[name]):
-        Trainer(definition.read_solver(f"{name}.solver.prototxt"), say=lambda line: None)
+        Trainer(prototxt.read_solver(f"{name}.solver.prototxt"), say=lambda line: None)
 
 
 STARTS = {
@@ -116,7 +116,7 @@ def test_starts_that_caffe_refuses_are_refused(tmp_path: Path, monkeypatch: pyte
     pytest.importorskip("lmdb")
     monkeypatch.chdir(golden.FOLDER / "snapshots")
     lines: list[str] = []
-    solver = definition.read_solver("solver.prototxt")
+    solver = prototxt.read_solver("solver.prototxt")
     solver.snapshot_prefix = str(tmp_path / "snap")
     trainer = Trainer(solver, say=lines.append)
     for name, why in STARTS.items():

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import golden_caffe as golden
 from caffe_strategies import messages
-from soonest.caffe import text
-from soonest.caffe.message import Message
-from soonest.caffe.text import TextError, parse
+from soonest.caffe.proto import text
+from soonest.caffe.proto.message import Message
+from soonest.caffe.proto.text import TextError, parse
 
 
 def net(source: str) -> Message:
@@ -126,7 +126,7 @@ def test_deep_and_long_texts_neither_crash_nor_take_long():
 
 
 def test_more_values_than_any_net_has_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("soonest.caffe.text.outline.MOST_VALUES", 100)
+    monkeypatch.setattr("soonest.caffe.proto.text.outline.MOST_VALUES", 100)
     for one in ("layer { } ", 'input: "" '):
         net(one * 100)
         with pytest.raises(TextError, match="more than 100 values"):
@@ -206,7 +206,7 @@ def test_every_golden_definition_is_read_and_those_that_caffe_refuses_are_refuse
 WITHOUT = """
 import sys
 sys.modules["google.protobuf"] = None
-from soonest.caffe.solvers import SGD
+from soonest.caffe.solver.solvers import SGD
 from soonest.cli import main
 raise SystemExit(main(["caffe", "time", "--model=net.prototxt"]))
 """

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from soonest.caffe import definition
-from soonest.caffe.net import Net
+from soonest.caffe.io import prototxt
+from soonest.caffe.io.weights import write_message
+from soonest.caffe.net.net import Net
 from soonest.caffe.tools import to_torch
-from soonest.caffe.weights import write_message
 from soonest.cli import main
 
 W = 'weight_filler { type: "xavier" } bias_filler { type: "gaussian" std: 0.1 }'
@@ -122,7 +122,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def made(name: str) -> Net:
     """A net with weights and statistics that are none of its defaults, in files of its name."""
     Path(f"{name}.prototxt").write_text(NETS[name])
-    net = Net(definition.read_net(f"{name}.prototxt"), "TEST")
+    net = Net(prototxt.read_net(f"{name}.prototxt"), "TEST")
     torch.manual_seed(1)
     for step in net.steps:
         for blob in step.layer.blobs():

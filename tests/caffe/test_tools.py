@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import golden_caffe as golden
-from soonest.caffe import wire
-from soonest.caffe.message import Message
+from soonest.caffe.proto import wire
+from soonest.caffe.proto.message import Message
 from soonest.caffe.tools import convert_imageset
 from soonest.caffe.tools.progress import tracked
 from soonest.cli import main

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import golden_caffe as golden
-from soonest.caffe import definition, text, upgrade
-from soonest.caffe.message import Message
-from soonest.caffe.text import parse
+from soonest.caffe.io import prototxt, upgrade
+from soonest.caffe.proto import text
+from soonest.caffe.proto.message import Message
+from soonest.caffe.proto.text import parse
 
 CASES = {
     "v0_net.prototxt", "v1_inputs.prototxt", "old_batchnorm.prototxt", "v1_train/solver.prototxt",
@@ -20,7 +21,7 @@ CASES = {
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_old_definitions_become_what_caffes_own_tool_makes_of_them(name: str):
     path = golden.FOLDER / "legacy" / name
-    read = definition.read_solver if path.stem == "solver" else definition.read_net
+    read = prototxt.read_solver if path.stem == "solver" else prototxt.read_net
     wanted = path.with_name(f"{path.stem}.upgraded.prototxt").read_text(encoding="utf-8")
     assert text.write(read(path)) == wanted
 
@@ -94,7 +95,7 @@ def test_a_solver_has_one_type():
 
 def test_a_file_that_is_not_there_is_said_with_the_folder(tmp_path: Path):
     with pytest.raises(ValueError, match="relative to the folder"):
-        definition.read_net(tmp_path / "none.prototxt")
+        prototxt.read_net(tmp_path / "none.prototxt")
     (tmp_path / "both.prototxt").write_text("layer { } layers { }")
     with pytest.raises(ValueError, match=r"both\.prototxt: the net has both"):
-        definition.read_net(tmp_path / "both.prototxt")
+        prototxt.read_net(tmp_path / "both.prototxt")

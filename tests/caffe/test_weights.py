@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import golden_caffe as golden
-from soonest.caffe import state, weights
-from soonest.caffe.blobs import fits, shape_of, to_array, to_blob
-from soonest.caffe.message import Message
-from soonest.caffe.state import State
-from soonest.caffe.text import parse
+from soonest.caffe.io import solver_state, weights
+from soonest.caffe.io.blobs import fits, shape_of, to_array, to_blob
+from soonest.caffe.io.solver_state import State
+from soonest.caffe.proto.message import Message
+from soonest.caffe.proto.text import parse
 
 ARRAYS = [np.arange(6, dtype=np.float32).reshape(2, 3), np.float32([7, 8])]
 
@@ -53,7 +53,7 @@ def test_a_state_comes_back(tmp_path: Path, ending: str):
     path = tmp_path / f"x.{ending}"
     pytest.importorskip("h5py")
     State(7, "x.caffemodel", ARRAYS, 3).write(path)
-    found = state.read(path)
+    found = solver_state.read(path)
     assert (found.iteration, found.learned_net, found.current_step) == (7, "x.caffemodel", 3)
     assert all(np.array_equal(a, b) for a, b in zip(found.history, ARRAYS, strict=True))
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -93,7 +93,7 @@ def test_more_than_ten_blobs_keep_their_order(tmp_path: Path):
     pytest.importorskip("h5py")
     path = tmp_path / "x.h5"
     State(1, "", [np.float32([number]) for number in range(12)]).write(path)
-    assert [int(array[0]) for array in state.read(path).history] == list(range(12))
+    assert [int(array[0]) for array in solver_state.read(path).history] == list(range(12))
 
 
 @pytest.mark.parametrize("names", [["conv1", "conv1/bn"], ["conv1/bn", "conv1"], ["a/b/c", "a"]])
@@ -143,7 +143,7 @@ def test_hdf5_that_claims_more_than_it_has_takes_no_memory(tmp_path: Path):
             del file[name]
             file.create_dataset(name, **made)
         with pytest.raises(ValueError, match=f"{name} of .* asks for"):
-            state.read(path)
+            solver_state.read(path)
 
 
 NO_STATE = {"iter": "text", "learned_net": [1.5], "history": [1], "current_step": [1, 2]}
@@ -158,7 +158,7 @@ def test_hdf5_with_something_else_in_a_place_is_refused(tmp_path: Path, name: st
         del file[name]
         file[name] = NO_STATE[name]
     with pytest.raises(ValueError, match=f"{name} of "):
-        state.read(path)
+        solver_state.read(path)
 
 
 def test_what_cannot_be_written_is_said(tmp_path: Path):
@@ -174,7 +174,7 @@ def test_hdf5_of_something_else_is_refused(tmp_path: Path):
         weights.read(path)
     weights.write_hdf5(path, {"conv": {}})
     with pytest.raises(ValueError, match="no solver's state"):
-        state.read(path)
+        solver_state.read(path)
     with pytest.importorskip("h5py").File(path, "w") as file:
         file["data"] = [1]
     with pytest.raises(ValueError, match="no group of layers"):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import golden_caffe as golden
 from caffe_strategies import messages
-from soonest.caffe.message import Message
-from soonest.caffe.schema import MESSAGES
-from soonest.caffe.wire import WireError, decode, encode
+from soonest.caffe.proto.message import Message
+from soonest.caffe.proto.schema import MESSAGES
+from soonest.caffe.proto.wire import WireError, decode, encode
 
 NUMBERS = {
     ("NetParameter", "layer"): 100,
@@ -131,7 +131,7 @@ def test_hostile_files_take_neither_memory_nor_time():
 
 
 def test_more_values_than_any_net_has_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("soonest.caffe.wire.decoder.MOST_BYTES", 300)
+    monkeypatch.setattr("soonest.caffe.proto.wire.decoder.MOST_BYTES", 300)
     for one in ("1a00", "2000"):  # Inputs, dimensions.
         decode(bytes.fromhex(one) * 150, "NetParameter")
         with pytest.raises(WireError, match="more than 300 bytes"):
@@ -142,7 +142,7 @@ def test_more_values_than_any_net_has_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_message_longer_than_protobuf_reads_is_not_written(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("soonest.caffe.wire.encoder.MOST_BYTES", 99)
+    monkeypatch.setattr("soonest.caffe.proto.wire.encoder.MOST_BYTES", 99)
     with pytest.raises(ValueError, match="HDF5"):
         encode(Message("NetParameter", name="x" * 100))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from soonest.cli import main
-from soonest.core.network import Network
+from soonest.core.cost import Network
 from soonest.core.trace import Trace
 
 LINK = ["--link", "25gbit", "--latency", "11us"]

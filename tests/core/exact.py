@@ -7,9 +7,9 @@ from itertools import combinations
 
 from ortools.sat.python import cp_model
 
-from soonest.core.cuts import cut_points
-from soonest.core.network import Cost, Network
+from soonest.core.cost import Cost, Network
 from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan
+from soonest.core.planner.bucketing import cut_points
 from soonest.core.trace import Layer, Trace
 
 UNIT_BYTES = 64

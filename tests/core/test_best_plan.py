@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import strategies
-from soonest.core.bounds import lower_bound_s
-from soonest.core.network import Cost, Network
-from soonest.core.pieces import Send, Space
+from soonest.core.cost import Cost, Network
 from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan, shards
-from soonest.core.planner import MAX_WORK, best_plan, flats_of, make_plan
-from soonest.core.search import search
-from soonest.core.simulate import step_time_s
-from soonest.core.starts import dispatched, simple_orders
+from soonest.core.planner.bounds import lower_bound_s
+from soonest.core.planner.initial_orders import dispatched, simple_orders
+from soonest.core.planner.local_search import search
+from soonest.core.planner.planner import MAX_WORK, best_plan, flats_of, make_plan
+from soonest.core.planner.search_space import Send, Space
+from soonest.core.simulator.simulate import step_time_s
 from soonest.core.trace import Layer, Trace
 
 MB = 1_000_000

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soonest.core.bounds import lower_bound_s
-from soonest.core.network import Network
+from soonest.core.cost import Network
+from soonest.core.planner.bounds import lower_bound_s
 from soonest.core.trace import Layer, Trace
 
 ONE_BYTE_PER_S = Network.linear(0.0, 1.0)

@@ -16,12 +16,12 @@ from statistics import median
 import pytest
 
 from core.exact import REGIMES, Model, draw_model, shortest_step
-from soonest.core.bounds import lower_bound_s
-from soonest.core.pieces import Space
 from soonest.core.plan import Plan
-from soonest.core.planner import best_plan
-from soonest.core.simulate import step_time_s
-from soonest.core.starts import dispatched
+from soonest.core.planner.bounds import lower_bound_s
+from soonest.core.planner.initial_orders import dispatched
+from soonest.core.planner.planner import best_plan
+from soonest.core.planner.search_space import Space
+from soonest.core.simulator.simulate import step_time_s
 
 SEEDS = range(17)
 SAME = 1e-9

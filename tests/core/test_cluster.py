@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 import strategies
 from oracle import World, flat, spans
-from soonest.core.cluster import Steps, simulate_ranks
-from soonest.core.network import Cost, Network
+from soonest.core.cost import Cost, Network
 from soonest.core.plan import Bucket, Op, Plan
-from soonest.core.planner import flats_of, make_plan
-from soonest.core.simulate import simulate, step_time_s
+from soonest.core.planner.planner import flats_of, make_plan
+from soonest.core.simulator.cluster import Steps, simulate_ranks
+from soonest.core.simulator.simulate import simulate, step_time_s
 from soonest.core.trace import Layer, Trace
 
 seeds = st.integers(0, 2**32)

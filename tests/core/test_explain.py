@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from soonest.core.explain import busy_s, explain
-from soonest.core.network import Network
+from soonest.core.cost import Network
 from soonest.core.plan import Op, Plan
-from soonest.core.planner import first_plan, flats_of
+from soonest.core.planner.planner import first_plan, flats_of
+from soonest.core.planner.report import busy_s, explain
 from soonest.core.trace import Layer, Trace
 
 NETWORK = Network.ideal(4, 1e9, latency_s=1e-3)

@@ -4,8 +4,15 @@ import math
 
 import pytest
 
-from soonest.core.fabrics import DIRECT_SHARE, FABRICS, TREE_SHARE, Calibrated, Links, named
-from soonest.core.network import Cost, Network
+from soonest.core.cost import Cost, Network
+from soonest.core.forecast.fabrics import (
+    DIRECT_SHARE,
+    FABRICS,
+    TREE_SHARE,
+    Calibrated,
+    Links,
+    named,
+)
 
 LINKS = Links(8e9, 10e-6)
 """A gigabyte and, in a message, 10 µs."""

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import strategies
-from soonest.core.like_ddp import CAP_BYTES, FIRST_BYTES, cut_like_ddp
-from soonest.core.network import Cost, Network
+from soonest.core.cost import Cost, Network
 from soonest.core.plan import Flat, Plan
-from soonest.core.planner import backward_order
+from soonest.core.planner.ddp_buckets import CAP_BYTES, FIRST_BYTES, cut_like_ddp
+from soonest.core.planner.planner import backward_order
 
 NETWORK = Network(
     {kind: Cost.linear(1e-3, 1e9) for kind in ("all_reduce", "all_gather", "exchange")}

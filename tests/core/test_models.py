@@ -2,7 +2,7 @@
 
 import pytest
 
-from soonest.core.models import MODELS, trace_of
+from soonest.core.forecast.models import MODELS, trace_of
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soonest.core.network import Cost, Network
+from soonest.core.cost import Cost, Network
 from soonest.core.plan import METHODS
 from strategies import networks
 

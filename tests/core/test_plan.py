@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import strategies
 from soonest.core.plan import SHARED_PARAMETERS, Bucket, Flat, Op, Plan, first_difference
-from soonest.core.planner import first_plan
+from soonest.core.planner.planner import first_plan
 
 FLAT = Flat.lay_out(
     "float32", 4, [("a.weight", "a", 20), ("a.bias", "a", 15), ("b.weight", "b", 16)]

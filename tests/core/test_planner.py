@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import strategies
-from soonest.core.bounds import lower_bound_s
-from soonest.core.network import Cost, Network
+from soonest.core.cost import Cost, Network
 from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan, shards
-from soonest.core.planner import choices, cut, first_plan, flats_of, make_plan, order
-from soonest.core.simulate import step_time_s
+from soonest.core.planner.bounds import lower_bound_s
+from soonest.core.planner.planner import choices, cut, first_plan, flats_of, make_plan, order
+from soonest.core.simulator.simulate import step_time_s
 from soonest.core.trace import Layer, Trace
 
 SHIPPED = ["alexnet", "googlenet", "resnet50", "vgg16"]

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from soonest.core.advice import advise, listed
-from soonest.core.fabrics import Calibrated, Links
-from soonest.core.network import Cost, Network
-from soonest.core.predict import ARMS, SOONEST, Row, Scenario, predict, row_of, slowed
+from soonest.core.cost import Cost, Network
+from soonest.core.forecast.advice import advise, listed
+from soonest.core.forecast.fabrics import Calibrated, Links
+from soonest.core.forecast.predict import ARMS, SOONEST, Row, Scenario, predict, row_of, slowed
 from soonest.core.trace import Layer, Trace
 
 MB = 1 << 20

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from soonest.core.network import Cost, Network
+from soonest.core.cost import Cost, Network
 from soonest.core.plan import METHODS, Bucket, Op, Plan
-from soonest.core.planner import first_plan, flats_of
-from soonest.core.simulate import simulate, step_time_s
+from soonest.core.planner.planner import first_plan, flats_of
+from soonest.core.simulator.simulate import simulate, step_time_s
 from soonest.core.timeline import Timeline
 from soonest.core.trace import Layer, Trace
 

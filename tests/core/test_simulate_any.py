@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 import strategies
 from oracle import World, flat, spans
-from soonest.core.bounds import lower_bound_s
-from soonest.core.network import Network
+from soonest.core.cost import Network
 from soonest.core.plan import SHARED_PARAMETERS, Plan
-from soonest.core.planner import flats_of, make_plan
-from soonest.core.simulate import Run, run, simulate, step_time_s
+from soonest.core.planner.bounds import lower_bound_s
+from soonest.core.planner.planner import flats_of, make_plan
+from soonest.core.simulator.simulate import Run, run, simulate, step_time_s
+from soonest.core.simulator.workload import Workload
 from soonest.core.trace import Trace
-from soonest.core.workload import Workload
 
 seeds = st.integers(0, 2**32)
 both = pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 import soonest
 from fuzz.loops import Loop
 from soonest.core.plan import METHODS, Plan, shards
-from soonest.runtime import update
-from soonest.runtime.layout import flats_for, trainable
+from soonest.runtime.flat.buffers import flats_for, trainable
+from soonest.runtime.optim import bucket_update
 from strategies import any_cut
 
 DDP = "DistributedDataParallel"
@@ -100,7 +100,7 @@ class Arm:
         found: dict[str, Any] = {}
         sharded = self.name == SHARDED
         separable = self._loop.setting("separable")
-        if separable is True and update.is_separable(optimizer):
+        if separable is True and bucket_update.is_separable(optimizer):
             found["separable"] = True
         if separable is False and not sharded:
             found["separable"] = False
@@ -109,7 +109,7 @@ class Arm:
         if sharded:
             found["shard_optimizer"] = True
         if self._loop.setting("plan") == "given":
-            can = not sharded or update.is_elementwise(optimizer)
+            can = not sharded or bucket_update.is_elementwise(optimizer)
             methods = [m for m in METHODS if shards(m) == (sharded and can) and m != "hierarchical"]
             flats = flats_for(trainable(model))
             buckets, ops = any_cut(Random(self._loop.seed), flats, methods)

@@ -18,7 +18,7 @@ import json, sys
 import torch, torch.distributed as dist
 from torch import nn
 import soonest
-from soonest.core.network import Network
+from soonest.core.cost import Network
 from soonest.runtime import calibrate, learn
 learn.CANDIDATES = learn.CANDIDATES[:1]  # to search for plans takes long
 calibrate.network_of = lambda ranks, **_: Network.ideal(3, 200e6)  # and so does to measure it

@@ -66,7 +66,7 @@ def load(cls: str) -> type[unittest.TestCase]:
     import soonest
     from parity import on_cpu
     from ranks import mixed_network
-    from soonest.runtime import calibrate
+    from soonest.runtime.tuning import calibrate
 
     torch.set_num_threads(1)
     calibrate.network_of = lambda ranks, **_: mixed_network(ranks.group.size())

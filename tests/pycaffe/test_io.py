@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from soonest import pycaffe as caffe
-from soonest.caffe import wire
+from soonest.caffe.proto import wire
 from soonest.pycaffe.proto import caffe_pb2
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from soonest import pycaffe as caffe
-from soonest.caffe.text import parse
+from soonest.caffe.proto.text import parse
 from soonest.pycaffe import layers as L  # noqa: N812 - As all scripts say.
 from soonest.pycaffe import params as P  # noqa: N812
 

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from soonest.core.network import Network
-from soonest.core.planner import flats_of, make_plan
-from soonest.core.simulate import simulate
+from soonest.core.cost import Network
+from soonest.core.planner.planner import flats_of, make_plan
+from soonest.core.simulator.simulate import simulate
 from soonest.core.timeline import Timeline
 from soonest.core.trace import Trace
 from soonest.report.picture import draw, figure_of

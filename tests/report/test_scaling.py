@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from soonest.core.predict import ARMS, Row
+from soonest.core.forecast.predict import ARMS, Row
 from soonest.report import scaling, scaling_text
 
 

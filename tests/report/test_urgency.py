@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soonest.core.network import Network
-from soonest.core.planner import flats_of, make_plan
-from soonest.core.simulate import simulate
+from soonest.core.cost import Network
+from soonest.core.planner.planner import flats_of, make_plan
+from soonest.core.simulator.simulate import simulate
 from soonest.core.timeline import Span, Timeline, covered_s
 from soonest.core.trace import Trace
 from soonest.report.urgency import Urgency, in_turn

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 import soonest
-from soonest.core.network import Network
-from soonest.runtime import calibrate
+from soonest.core.cost import Network
+from soonest.runtime.tuning import calibrate
 
 _LIMIT_S = 60
 _LATE_S = 7

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from runtime.race import FakeEvent, FakeStreams, no_watch
-from soonest.runtime.collectives import Ranks
+from soonest.runtime.comm import Ranks
 
 _PATIENCE_S = 30
 

@@ -17,7 +17,10 @@ from runtime import reads, writes
 from runtime.reads import Read, Zoo, flat
 from runtime.steering import keep_to_the_usual_plan
 from runtime.writes import Write
-from soonest.runtime import engine, guard, layout, program, threadlane
+from soonest.runtime.engine import engine
+from soonest.runtime.execute import bound_plan, thread_lane
+from soonest.runtime.flat import buffers
+from soonest.runtime.guard import pending
 
 Found = dict[str, dict[str, bool]]
 
@@ -32,24 +35,24 @@ class Gate:
         self._open = threading.Event()
         self._open.set()
         self.shut = self._open.clear
-        issue = program.Program.issue
+        issue = bound_plan.Program.issue
 
         def issue_later(bound: Any, *args: Any) -> Any:
             self._open.wait()
             return issue(bound, *args)
 
-        program.Program.issue = issue_later  # type: ignore[method-assign]
+        bound_plan.Program.issue = issue_later  # type: ignore[method-assign]
         for name in ("wait", "wait_all"):
             self._open_at(name)
 
     def _open_at(self, name: str) -> None:
-        wait = getattr(threadlane.ThreadLane, name)
+        wait = getattr(thread_lane.ThreadLane, name)
 
         def waits(bound: Any, *args: Any, **options: Any) -> Any:
             self._open.set()
             return wait(bound, *args, **options)
 
-        setattr(threadlane.ThreadLane, name, waits)
+        setattr(thread_lane.ThreadLane, name, waits)
 
 
 class Flights:
@@ -74,9 +77,9 @@ class Flights:
         self._flush = engine.Engine.flush
         self._gate = Gate()
         if not guard_on:
-            guard.Hold.take_off = lambda self: None  # type: ignore[method-assign]
+            pending.Hold.take_off = lambda self: None  # type: ignore[method-assign]
             engine.Engine.flush = lambda self: None  # type: ignore[method-assign]
-            layout.Layout.follow = lambda self, moved: None  # type: ignore[method-assign]
+            buffers.Layout.follow = lambda self, moved: None  # type: ignore[method-assign]
 
     def step(self, *, before: Callable[[], Any] = lambda: None) -> None:
         self.optimizer.zero_grad()

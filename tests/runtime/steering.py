@@ -10,7 +10,7 @@ from torch import nn
 
 import soonest
 from soonest.core.plan import Plan
-from soonest.runtime import learn
+from soonest.runtime.tuning import autotuner
 
 StepTime = Callable[[int, Plan], float]
 """How long a step under a plan is to seem to take, seconds, by its number."""
@@ -25,7 +25,7 @@ def net() -> nn.Sequential:
 
 def keep_to_the_usual_plan() -> None:
     """No other has a turn from now on, in this process."""
-    learn.CANDIDATES = learn.CANDIDATES[:1]
+    autotuner.CANDIDATES = autotuner.CANDIDATES[:1]
 
 
 class Steered:
@@ -53,7 +53,7 @@ class Steered:
             self._now_s += step_s(len(self.plans) + 1, self.handle.plan)
             return self._now_s
 
-        learn.now_s = now_s
+        autotuner.now_s = now_s
 
     def train(self, steps: int) -> None:
         for _ in range(steps):

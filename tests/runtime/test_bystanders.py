@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from soonest.runtime.bystanders import States
+from soonest.runtime.flat.bystanders import States
 
 KEEP: dict[str, Callable[[Any], Any]] = {
     "all of it": lambda optimizer: optimizer.state,

@@ -15,14 +15,16 @@ from torch import nn
 
 import soonest
 from ranks import run_ranks
-from soonest.core.network import Network
+from soonest.core.cost import Network
 from soonest.core.plan import METHODS
-from soonest.runtime import calibrate, collectives, groups
+from soonest.runtime import comm
+from soonest.runtime.comm import groups
+from soonest.runtime.tuning import calibrate
 
 CPU = torch.device("cpu")
 
 
-def ranks_here() -> collectives.Ranks:
+def ranks_here() -> comm.Ranks:
     host = f"host {dist.get_rank() // 2}"
     return groups.ranks_of(groups.private_group(None, None), host)
 
@@ -88,13 +90,13 @@ def test_what_a_device_makes_first_is_no_cost(device: str, monkeypatch: pytest.M
         now_s += 1e-3 if kind in made else 5.0
         made.add(kind)
 
-    piece = calibrate._piece(1024, CPU, collectives.EXACT)
+    piece = calibrate._piece(1024, CPU, comm.EXACT)
     monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: now_s))
     monkeypatch.setattr(calibrate, "_now_s", lambda piece: now_s)
     monkeypatch.setattr(calibrate, "_piece", lambda *_: piece)
     monkeypatch.setattr(calibrate, "_stream", lambda *_: calibrate._Stream(6, 6e-3))
-    monkeypatch.setattr(collectives, "run", run)
-    monkeypatch.setattr(collectives, "first_rank_object", lambda group, mine: mine)
+    monkeypatch.setattr(comm, "run", run)
+    monkeypatch.setattr(comm, "first_rank_object", lambda group, mine: mine)
     seen: list[int] = []
     nobody: Any = SimpleNamespace(group=None)
     calibrate.measure(nobody, methods=["exchange"], device=torch.device(device), watch=seen.append)
@@ -114,7 +116,7 @@ def remembers(folder: str, change: float | None, damage: str | None = None) -> i
     calibrate.measure = counted
     ranks = ranks_here()
     for _ in range(2):
-        calibrate.network_of(ranks, methods=["exchange"], device=CPU, wire=collectives.EXACT)
+        calibrate.network_of(ranks, methods=["exchange"], device=CPU, wire=comm.EXACT)
         dist.barrier()
         for file in Path(folder).glob("*.json") if dist.get_rank() == 0 else ():
             if change is not None:

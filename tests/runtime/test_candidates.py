@@ -7,7 +7,7 @@ import pytest
 from ranks import mixed_network
 from soonest.core.plan import Bucket, Flat
 from soonest.core.trace import Layer, Trace
-from soonest.runtime.candidates import (
+from soonest.runtime.tuning.candidates import (
     CANDIDATES,
     LIKE_DDP,
     SEARCHED,

@@ -12,16 +12,16 @@ from runtime import worlds
 from runtime.fake_ranks import FakeGroup, Meeting, ranks_for
 from runtime.race import FakeStreams
 from runtime.worlds import Loop, Net, Soonest, with_lane
-from soonest.core.network import Network
+from soonest.core.cost import Network
 from soonest.core.plan import Plan
-from soonest.core.planner import first_plan
-from soonest.runtime import learn
-from soonest.runtime.clock import DeviceClock, Ends, Moment
-from soonest.runtime.collectives import EXACT
-from soonest.runtime.engine import Engine
-from soonest.runtime.layout import Layout
-from soonest.runtime.record import NEVER, Record
-from soonest.runtime.streamlane import StreamLane
+from soonest.core.planner.planner import first_plan
+from soonest.runtime.comm import EXACT
+from soonest.runtime.device.clock import DeviceClock, Ends, Moment
+from soonest.runtime.engine.engine import Engine
+from soonest.runtime.execute.stream_lane import StreamLane
+from soonest.runtime.flat.buffers import Layout
+from soonest.runtime.timing.step_record import NEVER, Record
+from soonest.runtime.tuning import autotuner
 
 
 def test_a_record_gets_the_times_of_its_device() -> None:
@@ -87,15 +87,15 @@ def test_a_model_is_measured_on_its_device() -> None:
 def test_nothing_is_learned_from_the_first_steps_of_a_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(learn.collectives, "first_rank_object", lambda group, mine: mine)
-    monkeypatch.setattr(learn, "agree_on_plan", lambda group, plan: None)
+    monkeypatch.setattr(autotuner.comm, "first_rank_object", lambda group, mine: mine)
+    monkeypatch.setattr(autotuner, "agree_on_plan", lambda group, plan: None)
     monkeypatch.setenv("SOONEST_CACHE", "")
     streams = FakeStreams(patience=0)
     model = Net()
     layout, network = Layout(model), Network.linear(1e-4, 1e8)
     methods = ("allreduce",)
     plan = first_plan(layout.flats, network, ranks=1, window=2, methods=methods)
-    learner = learn.Learner(network, window=2, methods=methods, ranks=1, job={})
+    learner = autotuner.Learner(network, window=2, methods=methods, ranks=1, job={})
     learner.start_with(layout)
     optimizer = worlds.sgd(model)
     plans: list[Plan] = []
@@ -123,13 +123,13 @@ def test_nothing_is_learned_from_the_first_steps_of_a_device(
         optimizer.step()
         plans.append(engine.program.plan)
     assert engine.settled
-    assert plans[learn._WARM_UP - 1] is plan
-    assert plans[learn._WARM_UP] is not plan
+    assert plans[autotuner._WARM_UP - 1] is plan
+    assert plans[autotuner._WARM_UP] is not plan
     (learned_from,) = records
     assert learned_from.closely
     assert " ms a step" in engine.history[-1]
     # From then on, too, it is the device whose steps are watched.
-    monkeypatch.setattr(learn, "now_s", lambda: pytest.fail("the host's clock was asked"))
+    monkeypatch.setattr(autotuner, "now_s", lambda: pytest.fail("the host's clock was asked"))
     for _ in range(40):
         model(torch.ones(2, 4)).sum().backward()
         optimizer.step()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ranks import run_ranks
 from soonest.core.plan import METHODS, borders, shards
-from soonest.runtime import collectives, groups
+from soonest.runtime import comm
+from soonest.runtime.comm import groups
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SIZES = (1, 2, 3, 15, 16, 17, 31, 127, 1000, 4099, 70_001)
@@ -52,7 +53,7 @@ def bits(tensor: Tensor) -> int:
     return zlib.crc32(contiguous.view(torch.uint8).numpy())
 
 
-def ranks_with_hosts() -> collectives.Ranks:
+def ranks_with_hosts() -> comm.Ranks:
     """Two ranks a host, where that is possible."""
     group = groups.private_group(None, None)
     return groups.ranks_of(group, f"host {dist.get_rank() // 2}")
@@ -60,7 +61,7 @@ def ranks_with_hosts() -> collectives.Ranks:
 
 def check(
     method: str,
-    ranks: collectives.Ranks,
+    ranks: comm.Ranks,
     size: int,
     dtype: torch.dtype,
     *,
@@ -76,7 +77,7 @@ def check(
         tensor = spread[:, 1]
     elif layout == "transposed":
         tensor = tensor[: size // 2 * 2].view(2, -1).t()
-    collectives.combine(method, ranks, tensor)
+    comm.combine(method, ranks, tensor)
     if not bool((spread[:, ::2] == -7).all()):
         return f"rank {rank} wrote outside"
     found = tensor.t().reshape(-1) if layout == "transposed" else tensor
@@ -101,9 +102,9 @@ def conform() -> dict[str, str]:
             out = check(method, ranks, size, torch.float32, layout=layout, exact=True)
             found[f"{method}, {size} {layout}"] = out
     for method in ranks.methods:
-        collectives.combine(method, ranks, torch.empty(0, 3))
+        comm.combine(method, ranks, torch.empty(0, 3))
         scalar = torch.tensor(2.0)
-        collectives.combine(method, ranks, scalar)
+        comm.combine(method, ranks, scalar)
         found[f"{method}, scalar"] = f"bits {float(scalar) / dist.get_world_size()}"
     return found
 
@@ -139,7 +140,7 @@ def narrowed(wire: torch.dtype) -> dict[str, tuple[int, float]]:
     found: dict[str, tuple[int, float]] = {}
     for method in ranks.methods:
         tensor = values(dist.get_rank(), size, torch.float32, exact=False).clone()
-        collectives.combine(method, ranks, tensor, wire=wire)
+        comm.combine(method, ranks, tensor, wire=wire)
         error = (tensor.double() - reference(n, size, torch.float32, exact=False)).abs()
         found[method] = bits(tensor), float(error.mean())
     return found
@@ -186,7 +187,7 @@ def refusals() -> list[str]:
     said: list[str] = []
     for method in ("pigeon", "hierarchical"):
         with pytest.raises(ValueError) as refused:
-            collectives.combine(method, ranks, torch.zeros(3))
+            comm.combine(method, ranks, torch.zeros(3))
         said.append(str(refused.value))
     return said
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import soonest
 from ranks import run_ranks
-from soonest.runtime import connections, signals
+from soonest.runtime.comm import connections, signals
 
 
 def test_the_ends_of_this_process_are_known() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 import soonest
 from ranks import run_ranks
 from soonest.errors import PlanMismatchError, SoonestError
-from soonest.runtime import consistency
+from soonest.runtime.engine import consistency
 from soonest.runtime.handle import Handle
 
 

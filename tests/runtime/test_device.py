@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from soonest.errors import PeerLostError
-from soonest.runtime import device as devices
-from soonest.runtime import groups, joining
-from soonest.runtime.streams import DeviceStreams
-from soonest.runtime.threadlane import ThreadLane
+from soonest.runtime.comm import groups, joining
+from soonest.runtime.device.streams import DeviceStreams
+from soonest.runtime.execute import choose_lane as devices
+from soonest.runtime.execute.thread_lane import ThreadLane
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from soonest.runtime.drift import Drift
+from soonest.runtime.tuning.drift import Drift
 
 
 def compared(

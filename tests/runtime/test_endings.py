@@ -56,7 +56,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 import soonest
-from soonest.runtime.threads import Helper
+from soonest.runtime.device.threads import Helper
 
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 over_at = time.monotonic() + 1.5

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from soonest.errors import PeerLostError, SoonestError
-from soonest.runtime import enqueued
-from soonest.runtime.enqueued import Enqueued
+from soonest.runtime.execute import watchdog
+from soonest.runtime.execute.watchdog import Enqueued
 
 
 class Time:
@@ -53,7 +53,7 @@ class Event:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Any:
     time, peers = Time(), Peers()
-    monkeypatch.setattr(enqueued, "time", time)
+    monkeypatch.setattr(watchdog, "time", time)
     given: Any = peers
     found = Enqueued(timeout_s=60, peers=given, broken=lambda: None)
     return SimpleNamespace(time=time, peers=peers, enqueued=found)

@@ -34,7 +34,8 @@ from runtime.failing import (
 )
 from runtime.steering import keep_to_the_usual_plan
 from soonest import PeerLostError, PlanMismatchError, SoonestError
-from soonest.runtime import calibrate, learn, peers
+from soonest.runtime.comm import failures
+from soonest.runtime.tuning import autotuner, calibrate
 
 # Losses: all others raise one error that says who is missing, and what for
 
@@ -51,7 +52,7 @@ def lost_in_training(how: str, timeout_s: float | None, sharded: bool) -> tuple[
 
 def lost_for_good(form: str) -> tuple[Said, ...] | None:
     """Nothing but the end of its connections can tell that a rank is lost: all else takes long."""
-    peers._GRACE_S = peers._BROKEN_S = TIMEOUT_S
+    failures._GRACE_S = failures._BROKEN_S = TIMEOUT_S
     model, optimizer = model_and_optimizer()
     net: nn.Module = model
     if form == "drop-in":
@@ -78,7 +79,7 @@ def lost_in_planning(how: str, timeout_s: float | None) -> tuple[Said, ...] | No
     model, optimizer = model_and_optimizer()
     soonest.prioritize(model, optimizer, timeout_s=timeout_s)
     if odd():
-        learn.Learner._first_rank = lambda *_: end(how)  # type: ignore[method-assign]
+        autotuner.Learner._first_rank = lambda *_: end(how)  # type: ignore[method-assign]
     return told(error_of(steps, model, optimizer, 1000))
 
 

@@ -33,8 +33,7 @@ from runtime.failing import (
     told,
 )
 from soonest import PeerLostError, PlanMismatchError
-from soonest.runtime import groups
-from soonest.runtime.collectives import ops
+from soonest.runtime.comm import groups, ops
 
 _LATE_S = 6.0
 """After the time-out everything has ended, and it is known who is at fault."""

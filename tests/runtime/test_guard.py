@@ -21,7 +21,7 @@ from ranks import run_ranks
 from runtime import reads, writes
 from runtime.flights import Found, fly
 from runtime.steering import keep_to_the_usual_plan
-from soonest.runtime import guard, transforms
+from soonest.runtime.guard import pending, transforms
 
 SAFETY = Path(__file__).parents[2] / "docs" / "safety.md"
 
@@ -106,12 +106,12 @@ class Flight:
     def __init__(self) -> None:
         self.parameter = nn.Parameter(torch.zeros(3, 3))
         self.landings = 0
-        self.hold = guard.Hold(self.parameter, self.land)
+        self.hold = pending.Hold(self.parameter, self.land)
         self.hold.take_off()
 
     def land(self) -> None:
         self.landings += 1
-        self.parameter.data.fill_(1.0) if not guard.is_held(self.parameter) else None
+        self.parameter.data.fill_(1.0) if not pending.is_held(self.parameter) else None
 
 
 @pytest.fixture
@@ -134,19 +134,19 @@ def test_reading_waits_once(reader: str, flight: Flight) -> None:
 def test_asking_what_it_is_does_not_wait(reader: str, flight: Flight) -> None:
     WHAT_IT_IS[reader](flight.parameter)
     assert flight.landings == 0
-    assert guard.is_held(flight.parameter)
+    assert pending.is_held(flight.parameter)
 
 
 def test_a_module_lands_its_own_parameters_only() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     landed: list[str] = []
     holds = [
-        guard.Hold(parameter, lambda name=name: landed.append(name))
+        pending.Hold(parameter, lambda name=name: landed.append(name))
         for name, parameter in model.named_parameters()
     ]
     for hold in holds:
         hold.take_off()
-    guard.land_module(model[1])
+    pending.land_module(model[1])
     assert landed == ["1.weight", "1.bias"]
     for hold in holds:
         hold.release()
@@ -155,7 +155,7 @@ def test_a_module_lands_its_own_parameters_only() -> None:
 def test_a_held_gradient_is_zeroed_without_waiting() -> None:
     asked: list[str] = []
     held, free = torch.ones(2), torch.ones(2)
-    hold = guard.Hold(held, lambda: asked.append("land"), zero=lambda: asked.append("zero"))
+    hold = pending.Hold(held, lambda: asked.append("land"), zero=lambda: asked.append("zero"))
     hold.take_off()
     assert held.zero_() is held
     torch._foreach_zero_([held, free])
@@ -174,7 +174,7 @@ def test_zeroing_a_parameter_waits() -> None:
 def test_grad_waits_where_it_is_unknown() -> None:
     parameter = nn.Parameter(torch.ones(2))
     landed: list[str] = []
-    hold = guard.Hold(parameter, lambda: landed.append("land"))
+    hold = pending.Hold(parameter, lambda: landed.append("land"))
     hold.hides_grad = True
     hold.take_off()
     assert parameter.grad is None
@@ -184,11 +184,11 @@ def test_grad_waits_where_it_is_unknown() -> None:
 def test_a_copy_is_not_in_flight(flight: Flight) -> None:
     twin = copy.deepcopy(flight.parameter)
     assert type(twin) is nn.Parameter
-    assert not guard.is_held(twin)
+    assert not pending.is_held(twin)
 
 
 def test_the_guard_can_be_told_off_for_a_while(flight: Flight) -> None:
-    with guard.DisableGuard():
+    with pending.DisableGuard():
         assert isinstance(flight.parameter + 1, Tensor)
     assert flight.landings == 0
 
@@ -220,7 +220,7 @@ def flies_beside_a_view() -> list[Any]:
         loss = model(torch.randn(3, 4)).square().sum()
         loss.backward()
         optimizer.step()
-        return guard.is_held(model[0].weight)
+        return pending.is_held(model[0].weight)
 
     while not handle.settled:
         step()

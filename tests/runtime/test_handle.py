@@ -24,7 +24,7 @@ from runtime.steering import keep_to_the_usual_plan
 from soonest.cli import main
 from soonest.core.plan import Plan
 from soonest.core.trace import Trace
-from soonest.runtime import guard
+from soonest.runtime.guard import pending
 
 
 class Net(nn.Module):
@@ -242,7 +242,7 @@ def detaches() -> dict[str, Any]:
         "objects": all(p is before[name] for name, p in model.named_parameters()),
         "plain": type(optimizer) is cls
         and step_is_plain
-        and not any(guard.is_held(p) for p in model.parameters())
+        and not any(pending.is_held(p) for p in model.parameters())
         and not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules()),
         "own memory": len(storages) == len(before),
         "shared": shared,

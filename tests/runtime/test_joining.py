@@ -11,7 +11,7 @@ import torch.distributed as dist
 import soonest
 from ranks import run_ranks
 from runtime.failing import model_and_optimizer, steps
-from soonest.runtime import groups, joining
+from soonest.runtime.comm import groups, joining
 
 LIMIT_S = 30.0
 

@@ -21,8 +21,8 @@ from runtime.fake_ranks import FakeGroup, Meeting, as_threads
 from runtime.race import FakeStreams, watched
 from runtime.worlds import LANES, Loop, Soonest, adamw, fused, plainly, same, with_lane
 from soonest.errors import PeerLostError, ReadTooEarlyError, SoonestError
-from soonest.runtime.buffers import Buffers
-from soonest.runtime.streamlane import StreamLane
+from soonest.runtime.engine.module_buffers import Buffers
+from soonest.runtime.execute.stream_lane import StreamLane
 
 LOOPS: dict[str, Loop] = {
     "plain": Loop(),

@@ -14,7 +14,7 @@ from torch import nn
 import soonest
 from ranks import run_ranks
 from runtime.steering import keep_to_the_usual_plan, net
-from soonest.runtime import lateness
+from soonest.runtime.timing import lateness
 
 SLOW = 2
 

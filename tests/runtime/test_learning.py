@@ -14,7 +14,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 from runtime.steering import Steered
 from soonest.core.plan import Plan
-from soonest.runtime import drift, guard
+from soonest.runtime.guard import pending
+from soonest.runtime.tuning import drift
 
 
 def like_ddp_is_fastest(step: int, plan: Plan) -> float:
@@ -116,9 +117,9 @@ def waits(sharded: bool, fastest: bool) -> tuple[bool, int, bool]:
     engine.profiler.attention.closely = lambda: False  # type: ignore[method-assign]
     steered.train(3)
     parameters = list(steered.model.parameters())
-    flying = any(guard.is_held(p) for p in parameters)
+    flying = any(pending.is_held(p) for p in parameters)
     hooks = sum(bool(module._forward_pre_hooks) for module in steered.model)
-    with guard.DisableGuard():
+    with pending.DisableGuard():
         early = [p.detach().clone() for p in parameters]
     steered.handle.flush()
     alike = all(torch.equal(a, b) for a, b in zip(early, parameters, strict=True))

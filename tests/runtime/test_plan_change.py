@@ -14,7 +14,7 @@ import soonest
 from ranks import run_ranks
 from runtime.steering import keep_to_the_usual_plan, net
 from soonest import SoonestError
-from soonest.runtime.layout import Layout, Member
+from soonest.runtime.flat.buffers import Layout, Member
 
 
 def change_plans(shard_optimizer: bool) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from soonest.runtime.straggler import Sample, Straggler, late_ranks
+from soonest.runtime.timing.straggler import Sample, Straggler, late_ranks
 
 RANKS, LOOK = 4, 10
 FAST, SLOW = 200e6, 66e6

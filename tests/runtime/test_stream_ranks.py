@@ -15,8 +15,9 @@ from torch import Tensor
 
 from parity.cases import CASES, compare
 from ranks import run_ranks
-from soonest.runtime import groups, start
-from soonest.runtime.streamlane import StreamLane
+from soonest.runtime import setup
+from soonest.runtime.comm import groups
+from soonest.runtime.execute.stream_lane import StreamLane
 
 
 @dataclass
@@ -74,7 +75,7 @@ def on_streams(names: list[str]) -> tuple[dict[str, list[str]], int]:
         lanes.append(StreamLane(HostStreams(), timeout_s=60, peers=peers))
         return lanes[-1]
 
-    start.lane_for = lane_for
+    setup.lane_for = lane_for
     groups.ranks_of = lambda group, **_: ranks_of(group, native=True)
     return compare(names), len(lanes)
 

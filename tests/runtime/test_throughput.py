@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from soonest.runtime import connections
-from soonest.runtime.throughput import Throughput
+from soonest.runtime.comm import connections
+from soonest.runtime.timing.throughput import Throughput
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts this way")
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import soonest
 from ranks import run_ranks, say_done, wait_for_the_others
-from soonest.runtime.compiled import Entries
+from soonest.runtime.guard.compiled import Entries
 
 
 def net() -> nn.Sequential:

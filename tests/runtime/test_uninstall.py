@@ -21,7 +21,7 @@ import soonest
 from ranks import run_ranks
 from runtime.equal import equal
 from runtime.reads import reloaded
-from soonest.runtime import guard
+from soonest.runtime.guard import pending
 
 
 class Training:
@@ -115,7 +115,7 @@ def detaches_in_flight() -> dict[str, dict[str, bool]]:
                 if t is not None
             ),
             "optimizer": type(run.optimizer) is cls and "taken_from" not in dir(run.optimizer),
-            "nothing held": not any(guard.is_held(p) for p in run.model.parameters()),
+            "nothing held": not any(pending.is_held(p) for p in run.model.parameters()),
             "handle": run.handle.plan is None and run.handle.history == (),
         }
         twin, twins_optimizer = pickle.loads(pickle.dumps((run.model, run.optimizer)))

@@ -15,11 +15,11 @@ from runtime.fake_ranks import FakeGroup, Meeting, as_threads, ranks_for
 from runtime.race import FakeStreams, watched
 from soonest.core.plan import METHODS, Plan, shards
 from soonest.errors import PeerLostError, SoonestError
-from soonest.runtime.collectives import EXACT, Ranks
-from soonest.runtime.engine import Engine
-from soonest.runtime.layout import Layout
-from soonest.runtime.streamlane import StreamLane
-from soonest.runtime.threadlane import ThreadLane
+from soonest.runtime.comm import EXACT, Ranks
+from soonest.runtime.engine.engine import Engine
+from soonest.runtime.execute.stream_lane import StreamLane
+from soonest.runtime.execute.thread_lane import ThreadLane
+from soonest.runtime.flat.buffers import Layout
 from strategies import any_cut
 
 RANKS = 2

@@ -17,8 +17,8 @@ from torch import Tensor
 from soonest.bench.load import Load
 from soonest.bench.methods import ITEM_BYTES, SIZES, kept, repetitions
 from soonest.lab.messages import tell
-from soonest.runtime import collectives, groups
-from soonest.runtime.collectives import Ranks
+from soonest.runtime import comm
+from soonest.runtime.comm import Ranks, groups
 
 _WARM_UPS = 2
 """In which connections and buffers are made."""
@@ -68,12 +68,12 @@ def measure(
             tensor.copy_(mine)
             dist.barrier()
             began_s = time.perf_counter()
-            collectives.combine(method, ranks, tensor)
+            comm.combine(method, ranks, tensor)
             took[method].append(time.perf_counter() - began_s)
             if not torch.equal(tensor, whole):
                 faults.append(f"{size_bytes} bytes combined by {method} (on rank {rank})")
         on_repeated()
-    every = collectives.gather_objects(ranks.group, (took, faults))
+    every = comm.gather_objects(ranks.group, (took, faults))
     slowest_s = {
         method: [max(at) for at in zip(*(took[method] for took, _ in every), strict=True)]
         for method in methods

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from soonest.core.timeline import Span, Timeline
-from soonest.runtime.layout import trainable
+from soonest.runtime.flat.buffers import trainable
 
 _now_s = time.perf_counter
 

@@ -21,7 +21,7 @@ The parameters of every arm have been verified on every rank.
 
 - *sharing*: how often as long as computing it takes to combine all gradients once, at the rate
   that TCP leaves of the links.
-- *bound*: no schedule is faster, see `soonest.core.bounds`.
+- *bound*: no schedule is faster, see `soonest.core.planner.bounds`.
 - *{BASELINE}*: the best of several bucket sizes. *best other*: the fastest arm besides soonest.
 
 Again, or only a part of it (what has a record is not run again; delete that first):

@@ -11,8 +11,8 @@ from importlib import metadata
 from typing import Any
 
 from soonest.bench.settings import Settings
-from soonest.core.planner import flats_of, make_plan
-from soonest.core.simulate import step_time_s
+from soonest.core.planner.planner import flats_of, make_plan
+from soonest.core.simulator.simulate import step_time_s
 from soonest.core.timeline import Timeline
 from soonest.core.units import rate_text
 

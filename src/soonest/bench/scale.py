@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from soonest.bench.settings import payload_network
-from soonest.core.bounds import lower_bound_s
+from soonest.core.planner.bounds import lower_bound_s
 from soonest.core.trace import Trace
 
 _STEP_S = 1.2

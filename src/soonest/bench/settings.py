@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from soonest.core.bounds import lower_bound_s
-from soonest.core.network import Network
-from soonest.core.peers import SWEEP_MB
+from soonest.core.cost import Network
+from soonest.core.forecast.baselines import SWEEP_MB
 from soonest.core.plan import METHODS, shards
+from soonest.core.planner.bounds import lower_bound_s
 from soonest.core.trace import Trace
 from soonest.lab import PAYLOAD_SHARE
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.verb is None:
         raise WrongRequestError(f"give a command: {', '.join(verbs)} (see 'soonest caffe --help')")
-    from soonest.caffe import log
+    from soonest.caffe.io import log
 
     try:
         with log.to(logger(args)):
@@ -120,12 +120,13 @@ def train(args: argparse.Namespace) -> int:
         raise WrongRequestError(
             "give --snapshot to go on from a state, or --weights to start from them, but not both"
         )
-    from soonest.caffe import definition, signals
-    from soonest.caffe.log import silent, to_stderr
-    from soonest.caffe.ranks import joined
-    from soonest.caffe.training import Trainer
+    from soonest.caffe.io import prototxt
+    from soonest.caffe.io.log import silent, to_stderr
+    from soonest.caffe.solver import signals
+    from soonest.caffe.solver.ranks import joined
+    from soonest.caffe.solver.training import Trainer
 
-    solver = definition.read_solver(args.solver)
+    solver = prototxt.read_solver(args.solver)
     _name_snapshots(solver, Path(args.solver))
     if args.level:
         solver.put("train_state").level = args.level
@@ -157,8 +158,8 @@ def test(args: argparse.Namespace) -> int:
         raise WrongRequestError(
             "give a net and its weights: --model=net.prototxt --weights=net.caffemodel"
         )
-    from soonest.caffe.log import to_stderr
-    from soonest.caffe.scoring import score
+    from soonest.caffe.io.log import to_stderr
+    from soonest.caffe.solver.scoring import score
 
     _say_device(args, to_stderr)
     with contextlib.closing(_net(args, "TEST")) as net:
@@ -169,8 +170,8 @@ def test(args: argparse.Namespace) -> int:
 def time(args: argparse.Namespace) -> int:
     if not args.model:
         raise WrongRequestError("give a net: --model=net.prototxt")
-    from soonest.caffe.log import to_stderr
-    from soonest.caffe.timing import measure
+    from soonest.caffe.io.log import to_stderr
+    from soonest.caffe.solver.timing import measure
 
     _say_device(args, to_stderr)
     with contextlib.closing(_net(args, args.phase)) as net:
@@ -181,7 +182,7 @@ def time(args: argparse.Namespace) -> int:
 def device_query(args: argparse.Namespace) -> int:
     import torch
 
-    from soonest.caffe.log import to_stderr
+    from soonest.caffe.io.log import to_stderr
 
     to_stderr(f"Querying GPUs {args.gpu or ''}")
     there = torch.cuda.device_count()
@@ -200,7 +201,7 @@ def device_query(args: argparse.Namespace) -> int:
 
 def convert_leveldb(args: argparse.Namespace) -> int:
     from soonest.caffe.data.stores import leveldb_to_lmdb
-    from soonest.caffe.log import to_stderr
+    from soonest.caffe.io.log import to_stderr
 
     count = leveldb_to_lmdb(args.source, args.target)
     to_stderr(f"Wrote {count} records to {args.target}")
@@ -208,13 +209,13 @@ def convert_leveldb(args: argparse.Namespace) -> int:
 
 
 def _net(args: argparse.Namespace, phase: str) -> Any:
-    from soonest.caffe import definition, weights
-    from soonest.caffe.message import Message
-    from soonest.caffe.net import Net
-    from soonest.caffe.trained import copy_weights
+    from soonest.caffe.io import prototxt, weights
+    from soonest.caffe.net.net import Net
+    from soonest.caffe.net.trained import copy_weights
+    from soonest.caffe.proto.message import Message
 
     state = Message("NetState", phase=phase, level=args.level, stage=_listed(args.stage))
-    net = Net(definition.read_net(args.model), phase, state=state, file=args.model)
+    net = Net(prototxt.read_net(args.model), phase, state=state, file=args.model)
     for path in _listed(args.weights):
         copy_weights(net, weights.read(path), file=path)
     return net

@@ -49,7 +49,7 @@ def add_logging(parser: argparse.ArgumentParser) -> None:
 
 def logger(args: argparse.Namespace) -> Any:
     """The logger that flags ask for."""
-    from soonest.caffe.log import INFO, Logger
+    from soonest.caffe.io.log import INFO, Logger
 
     everything = args.logtostderr or args.alsologtostderr
     folder = "" if args.logtostderr else args.log_dir

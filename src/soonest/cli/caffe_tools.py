@@ -134,7 +134,7 @@ def _features(verb: Parser) -> None:
 def convert_imageset(args: argparse.Namespace) -> int:
     if bool(args.resize_width) != bool(args.resize_height):
         raise WrongRequestError("give both --resize_height and --resize_width, or none")
-    from soonest.caffe.log import to_stderr
+    from soonest.caffe.io.log import to_stderr
     from soonest.caffe.tools.convert_imageset import Settings, convert
 
     settings = Settings(
@@ -151,7 +151,7 @@ def convert_imageset(args: argparse.Namespace) -> int:
 
 
 def compute_image_mean(args: argparse.Namespace) -> int:
-    from soonest.caffe.log import to_stderr
+    from soonest.caffe.io.log import to_stderr
     from soonest.caffe.tools.compute_image_mean import compute
 
     compute(args.source, args.target, args.backend, say=to_stderr)
@@ -159,7 +159,7 @@ def compute_image_mean(args: argparse.Namespace) -> int:
 
 
 def extract_features(args: argparse.Namespace) -> int:
-    from soonest.caffe.log import to_stderr
+    from soonest.caffe.io.log import to_stderr
     from soonest.caffe.tools.extract_features import extract
 
     if args.device and args.device[0] == "GPU":
@@ -170,7 +170,7 @@ def extract_features(args: argparse.Namespace) -> int:
 
 
 def upgrade(args: argparse.Namespace) -> int:
-    from soonest.caffe.log import to_stderr
+    from soonest.caffe.io.log import to_stderr
     from soonest.caffe.tools import upgrade_protos
 
     run = {
@@ -201,7 +201,7 @@ def parse_log(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from soonest.caffe.log import to_stderr
+    from soonest.caffe.io.log import to_stderr
     from soonest.caffe.tools import to_torch
 
     to_torch.convert(args.net, args.trained, args.target, say=to_stderr)

@@ -20,9 +20,9 @@ from soonest.cli.request import (
 from soonest.writing import write_json
 
 if TYPE_CHECKING:
-    from soonest.core.advice import Advice
-    from soonest.core.fabrics import Fabric
-    from soonest.core.predict import Row, Scenario
+    from soonest.core.forecast.advice import Advice
+    from soonest.core.forecast.fabrics import Fabric
+    from soonest.core.forecast.predict import Row, Scenario
     from soonest.core.trace import Trace
 
 _LATENCY_S = 15e-6
@@ -107,8 +107,8 @@ def _numbers(text: str) -> list[int]:
 def run(args: argparse.Namespace) -> int:
     if args.picture and find_spec("matplotlib") is None:
         raise WrongRequestError(NO_PICTURES)
-    from soonest.core.advice import advise
-    from soonest.core.predict import predict
+    from soonest.core.forecast.advice import advise
+    from soonest.core.forecast.predict import predict
 
     try:
         scenario = _scenario(args)
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _scenario(args: argparse.Namespace) -> Scenario:
-    from soonest.core.predict import Scenario
+    from soonest.core.forecast.predict import Scenario
 
     trace, batch = _trace(args)
     return Scenario(
@@ -156,7 +156,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
 
 def _trace(args: argparse.Namespace) -> tuple[Trace, float | None]:
     """The model, and how many samples it computes."""
-    from soonest.core import models
+    from soonest.core.forecast import models
     from soonest.core.trace import Trace
 
     if args.model:
@@ -184,7 +184,7 @@ def _trace(args: argparse.Namespace) -> tuple[Trace, float | None]:
 
 
 def _fabric(args: argparse.Namespace, trace: Trace) -> Fabric:
-    from soonest.core import fabrics
+    from soonest.core.forecast import fabrics
 
     if args.latency is not None and args.link is None:
         raise WrongRequestError("--latency is for --link: other networks have one of their own")
@@ -218,7 +218,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _hosts(args: argparse.Namespace, scenario: Scenario) -> list[int]:
     """Those asked for; by default all that have work."""
-    from soonest.core.predict import HOSTS
+    from soonest.core.forecast.predict import HOSTS
 
     most = scenario.largest()
     return args.hosts or [n for n in HOSTS if most is None or n <= max(1, most)]

@@ -16,7 +16,7 @@ from soonest.demo.model import CONTEXT, Gpt
 from soonest.demo.settings import ARMS, COMPARED, Settings
 from soonest.demo.training import Training
 from soonest.lab.messages import tell
-from soonest.runtime.layout import trainable
+from soonest.runtime.flat.buffers import trainable
 
 
 def measure(settings: Settings) -> None:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from soonest.core.bounds import lower_bound_s
-from soonest.core.network import Network
+from soonest.core.cost import Network
+from soonest.core.planner.bounds import lower_bound_s
 from soonest.core.timeline import Timeline
 from soonest.core.trace import Layer, Trace
 from soonest.demo.settings import ARMS, COMPARED, RANKS, Settings

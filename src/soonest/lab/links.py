@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 
-from soonest.core.fabrics import TCP_SHARE
+from soonest.core.forecast.fabrics import TCP_SHARE
 
 INTERFACE = "eth0"
 """What a host calls its link."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from soonest.caffe.blobs import Array
+from soonest.caffe.io.blobs import Array
 
 
 def batches(arrays: dict[str, Array], size: int) -> Iterator[dict[str, Any]]:

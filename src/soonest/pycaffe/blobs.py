@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soonest.caffe.blobs import Array
+from soonest.caffe.io.blobs import Array
 from soonest.caffe.layers.base import Layer
 from soonest.caffe.layers.python import ArrayBlob
 

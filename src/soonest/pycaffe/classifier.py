@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from soonest.caffe.blobs import Array
+from soonest.caffe.io.blobs import Array
 from soonest.pycaffe import io
 from soonest.pycaffe.net import TEST, Net
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from soonest.caffe.layers.registry import LAYERS
-from soonest.caffe.log import to_stderr
+from soonest.caffe.io.log import to_stderr
+from soonest.caffe.net.registry import LAYERS
 
 _told: set[str] = set()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from soonest.caffe import upgrade, wire
+from soonest.caffe.io import upgrade
+from soonest.caffe.proto import wire
 from soonest.caffe.tools import draw_net
 
 _PHASES = ("TRAIN", "TEST")

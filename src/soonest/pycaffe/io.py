@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from soonest.caffe.blobs import Array
 from soonest.caffe.data.images import decoded, resized
 from soonest.caffe.files import read_bytes
+from soonest.caffe.io.blobs import Array
 from soonest.pycaffe.proto import caffe_pb2
 
 Sizes = Sequence[int] | npt.NDArray[Any]

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soonest.caffe import definition, net, snapshots, weights
-from soonest.caffe.blobs import Array
+from soonest.caffe.io import prototxt, weights
+from soonest.caffe.io.blobs import Array
 from soonest.caffe.layers.inputs import Fed, MemoryData
-from soonest.caffe.message import Message
-from soonest.caffe.net import Step, listed
-from soonest.caffe.trained import copy_weights, share_weights
+from soonest.caffe.net import net
+from soonest.caffe.net.net import Step, listed
+from soonest.caffe.net.trained import copy_weights, share_weights
+from soonest.caffe.proto.message import Message
+from soonest.caffe.solver import snapshots
 from soonest.pycaffe.batches import batches
 from soonest.pycaffe.blobs import NetBlob, ParamBlob
 from soonest.pycaffe.shapes import inferred
@@ -83,7 +85,7 @@ class Net:
         if phase not in (TRAIN, TEST):
             raise ValueError("give the phase: caffe.TRAIN or caffe.TEST")
         state = Message("NetState", phase=_PHASES[phase], level=level, stage=list(stages or ()))
-        read = definition.read_net(network_file)
+        read = prototxt.read_net(network_file)
         self._hold(net.Net(read, _PHASES[phase], state=state, file=str(network_file)))
         if weights is not None:
             self.copy_from(weights)

@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
-from soonest.caffe.schema import MESSAGES
+from soonest.caffe.proto.schema import MESSAGES
 from soonest.pycaffe.proto import caffe_pb2
 
 _NAMES = {

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from soonest.caffe import definition
-from soonest.caffe.message import Message
-from soonest.caffe.net import listed
-from soonest.caffe.training import Trainer
+from soonest.caffe.io import prototxt
+from soonest.caffe.net.net import listed
+from soonest.caffe.proto.message import Message
+from soonest.caffe.solver.training import Trainer
 from soonest.pycaffe.net import Net
 
 
@@ -27,7 +27,7 @@ class Solver:
     _type: str | None = None
 
     def __init__(self, solver_file: str) -> None:
-        self.param = definition.read_solver(solver_file)
+        self.param = prototxt.read_solver(solver_file)
         if self._type:
             self.param.type = self._type
         _name_snapshots(self.param, Path(solver_file))
@@ -117,7 +117,7 @@ class AdamSolver(Solver):
 
 def get_solver(solver_file: str) -> Solver:
     """The solver of a prototxt, of the type that it says."""
-    wanted = definition.read_solver(solver_file).type
+    wanted = prototxt.read_solver(solver_file).type
     for class_ in Solver.__subclasses__():
         if class_._type == wanted:
             return class_(solver_file)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from soonest.core.predict import SOONEST, Row
+from soonest.core.forecast.predict import SOONEST, Row
 from soonest.report.colours import INK, Rgb, of_place
 from soonest.report.curves import spread
 from soonest.writing import replaced

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from soonest.core.predict import Row
+from soonest.core.forecast.predict import Row
 
 _GAP = "  "
 _MORE = 1.005

@@ -12,11 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from soonest.core.plan import Plan
-from soonest.runtime.checks import check_several
+from soonest.runtime.flat.buffers import trainable
 from soonest.runtime.handle import Handle
-from soonest.runtime.layout import trainable
-from soonest.runtime.start import start
-from soonest.runtime.takeover import optimizer_in
+from soonest.runtime.optim.patch import optimizer_in
+from soonest.runtime.setup import start
+from soonest.runtime.validate.checks import check_several
 
 
 class Options(TypedDict, total=False):

@@ -16,17 +16,20 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.optim import Optimizer
 
-from soonest.core.explain import Report, explain
-from soonest.core.network import Network
+from soonest.core.cost import Network
 from soonest.core.plan import Plan
+from soonest.core.planner.report import Report, explain
 from soonest.core.timeline import Timeline
-from soonest.runtime import agree, alone, checkpoint, ending, pinned
-from soonest.runtime.alone import Alone
-from soonest.runtime.choice import Choice
-from soonest.runtime.engine import Engine
-from soonest.runtime.learn import Learner
-from soonest.runtime.shards import ShardedState
-from soonest.runtime.uneven import Uneven
+from soonest.runtime import agreement
+from soonest.runtime.engine import ending, one_rank
+from soonest.runtime.engine.engine import Engine
+from soonest.runtime.engine.join import Uneven
+from soonest.runtime.engine.one_rank import Alone
+from soonest.runtime.optim import checkpoint
+from soonest.runtime.optim.sharded_state import ShardedState
+from soonest.runtime.tuning import plan_file
+from soonest.runtime.tuning.autotuner import Learner
+from soonest.runtime.tuning.plan_sources import Choice
 from soonest.writing import write_json
 
 _ALL_CALL = "; every rank must call it, at the same point"
@@ -118,7 +121,7 @@ class Handle(Joinable):
                 "there is no plan to save in a group of one rank or after detach(): "
                 "save it before, on several ranks"
             )
-        pinned.save(self.plan, path)
+        plan_file.save(self.plan, path)
 
     def flush(self) -> None:
         """Waits until every parameter, gradient and optimizer state has its value.
@@ -313,7 +316,7 @@ class Handle(Joinable):
         elsewhere = None
         if self._engine:
             with self._engine.peers.together("load_state_dict()", _ALL_CALL):
-                elsewhere = agree.first_refusal(self._engine.ranks.group, refused)
+                elsewhere = agreement.first_refusal(self._engine.ranks.group, refused)
         if refused:
             raise refused
         if elsewhere:
@@ -382,7 +385,7 @@ def is_shared(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether gradients of any of these are combined already."""
     given = list(parameters)
     mine = {id(parameter) for parameter in given}
-    return alone.holds_any(given) or any(
+    return one_rank.holds_any(given) or any(
         id(member.parameter) in mine for engine in _engines for member in engine.layout.members
     )
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from soonest.caffe import wire
 from soonest.caffe.data.images import decoded
 from soonest.caffe.data.records import RecordLayer
 from soonest.caffe.data.stores import opened
 from soonest.caffe.data.transform import Transform
 from soonest.caffe.layers.base import Shape
-from soonest.caffe.message import Message
+from soonest.caffe.proto import wire
+from soonest.caffe.proto.message import Message
 
 
 class Data(RecordLayer):

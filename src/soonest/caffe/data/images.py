@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from soonest.caffe import log
 from soonest.caffe.data.records import RecordLayer
 from soonest.caffe.data.transform import Transform
 from soonest.caffe.files import read_bytes
+from soonest.caffe.io import log
 from soonest.caffe.layers.base import Shape
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 _JPEG, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _WARNED: set[str] = set()

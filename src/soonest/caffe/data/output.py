@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from soonest.caffe import hdf5
+from soonest.caffe.io import hdf5
 from soonest.caffe.layers.base import Layer, Shape
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 _NAMES = ("data", "label")
 

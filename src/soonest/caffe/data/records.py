@@ -12,7 +12,7 @@ from torch import Tensor
 
 from soonest.caffe.data.ahead import Ahead
 from soonest.caffe.layers.base import Layer, Shape
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 
 class RecordLayer(Layer):

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from soonest.caffe import hdf5
 from soonest.caffe.data.records import RecordLayer
 from soonest.caffe.files import read_bytes
+from soonest.caffe.io import hdf5
 from soonest.caffe.layers.base import MANY, Shape
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 
 class HDF5Data(RecordLayer):

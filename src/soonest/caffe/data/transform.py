@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from soonest.caffe.blobs import Array, read_array
-from soonest.caffe.message import Message
+from soonest.caffe.io.blobs import Array, read_array
+from soonest.caffe.proto.message import Message
 
 
 class Transform:

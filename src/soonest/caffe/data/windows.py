@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from soonest.caffe.blobs import Array
 from soonest.caffe.data.images import decoded, resized
 from soonest.caffe.data.records import RecordLayer
 from soonest.caffe.data.transform import read_mean
 from soonest.caffe.files import read_bytes
+from soonest.caffe.io.blobs import Array
 from soonest.caffe.layers.base import Shape
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 
 class Window(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from soonest.caffe.layers.base import Layer, Shape, axis_of, filler
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 
 def _stretch(spec: Message, first: Shape) -> tuple[int, Shape]:

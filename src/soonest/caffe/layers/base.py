@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from soonest.caffe.fillers import check, filled
-from soonest.caffe.message import Message
+from soonest.caffe.layers.fillers import check, filled
+from soonest.caffe.proto.message import Message
 
 Shape = tuple[int, ...]
 MANY = 10**9

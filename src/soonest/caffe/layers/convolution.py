@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from soonest.caffe.layers.base import MANY, Layer, Shape, axis_of
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 _BY_AXES: dict[bool, dict[int, Callable[..., Tensor]]] = {
     False: {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d},

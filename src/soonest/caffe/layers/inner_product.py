@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from soonest.caffe.layers.base import Layer, Shape, axis_of, count
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 
 class InnerProduct(Layer):

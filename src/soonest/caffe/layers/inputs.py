@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from soonest.caffe.fillers import check, filled
 from soonest.caffe.layers.base import MANY, Layer, Shape, check_shape, filler
-from soonest.caffe.message import Message
+from soonest.caffe.layers.fillers import check, filled
+from soonest.caffe.proto.message import Message
 
 
 class Fed(Layer):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from soonest.caffe.blobs import read_array
+from soonest.caffe.io.blobs import read_array
 from soonest.caffe.layers.base import Layer, Shape, axis_of, count
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 _LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)
 """Caffe takes no chance for smaller than the smallest float32, so a loss is 87.3365 at most."""

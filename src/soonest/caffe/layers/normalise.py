@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from soonest.caffe.layers.base import Layer, Shape, filler
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 
 class BatchNorm(Layer):

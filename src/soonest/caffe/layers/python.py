@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from soonest.caffe.blobs import Array
+from soonest.caffe.io.blobs import Array
 from soonest.caffe.layers.base import MANY, Layer, Shape
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 _PHASES = ("TRAIN", "TEST")
 

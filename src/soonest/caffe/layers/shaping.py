@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from soonest.caffe.layers.base import MANY, Layer, Shape, axis_of, count
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 
 class Concat(Layer):

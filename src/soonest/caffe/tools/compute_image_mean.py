@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from soonest.caffe import wire
-from soonest.caffe.blobs import Array
 from soonest.caffe.data.images import decoded
 from soonest.caffe.data.stores import opened
-from soonest.caffe.log import Say
-from soonest.caffe.message import Message
+from soonest.caffe.io.blobs import Array
+from soonest.caffe.io.log import Say
+from soonest.caffe.io.weights import write_message
+from soonest.caffe.proto import wire
+from soonest.caffe.proto.message import Message
 from soonest.caffe.tools.progress import tracked
-from soonest.caffe.weights import write_message
 
 TOLD = 10_000
 """After how many records a line says so."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from soonest.caffe import wire
 from soonest.caffe.data.images import decoded, listed
 from soonest.caffe.files import read_bytes
-from soonest.caffe.log import Say
-from soonest.caffe.message import Message
+from soonest.caffe.io.log import Say
+from soonest.caffe.proto import wire
+from soonest.caffe.proto.message import Message
 from soonest.caffe.tools.progress import tracked
 from soonest.caffe.tools.store import created
 

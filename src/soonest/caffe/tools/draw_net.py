@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from soonest.caffe import definition, rules
 from soonest.caffe.files import replaced
-from soonest.caffe.message import Message
+from soonest.caffe.io import prototxt
+from soonest.caffe.net import rules
+from soonest.caffe.proto.message import Message
 
 COLORS = {
     "Convolution": "#FF5050", "Deconvolution": "#FF5050", "Pooling": "#FF9900",
@@ -53,7 +54,7 @@ def draw(source: str, target: str, *, rankdir: str = "LR", phase: str = "ALL") -
         ValueError: it cannot be read, drawn or written.
     """
     draw_definition(
-        definition.read_net(source), target, rankdir=rankdir, phase=phase, name=Path(source).stem
+        prototxt.read_net(source), target, rankdir=rankdir, phase=phase, name=Path(source).stem
     )
 
 

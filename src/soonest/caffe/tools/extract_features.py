@@ -7,13 +7,14 @@ from contextlib import ExitStack
 
 import torch
 
-from soonest.caffe import definition, weights, wire
-from soonest.caffe.log import Say
-from soonest.caffe.message import Message
-from soonest.caffe.net import Net
+from soonest.caffe.io import prototxt, weights
+from soonest.caffe.io.log import Say
+from soonest.caffe.net.net import Net
+from soonest.caffe.net.trained import copy_weights
+from soonest.caffe.proto import wire
+from soonest.caffe.proto.message import Message
 from soonest.caffe.tools.progress import tracked
 from soonest.caffe.tools.store import Writer, created
-from soonest.caffe.trained import copy_weights
 
 TOGETHER = 1000
 """Records that are written at once."""
@@ -48,7 +49,7 @@ def extract(
         raise ValueError(
             f"{len(blobs)} blobs and {len(targets)} data bases are given: name one for each"
         )
-    net = Net(definition.read_net(net_file), "TEST", file=net_file)
+    net = Net(prototxt.read_net(net_file), "TEST", file=net_file)
     copy_weights(net, weights.read(model), file=model)
     for name in blobs:
         if name not in net.shapes:

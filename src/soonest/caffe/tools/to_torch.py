@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from soonest.caffe import definition, weights
 from soonest.caffe.data.records import RecordLayer
 from soonest.caffe.files import replaced
+from soonest.caffe.io import prototxt, weights
+from soonest.caffe.io.log import Say
 from soonest.caffe.layers.base import Shape
-from soonest.caffe.log import Say
-from soonest.caffe.net import Net, Step, listed
+from soonest.caffe.net.net import Net, Step, listed
+from soonest.caffe.net.trained import copy_weights
 from soonest.caffe.tools.torch_layers import written
 from soonest.caffe.tools.torch_part import Part
-from soonest.caffe.trained import copy_weights
 
 _LEFT_OUT = ("Accuracy", "Silence")
 _SOURCES = ("Input", "DummyData", "MemoryData")
@@ -66,7 +66,7 @@ def convert(net_file: str, model: str, target: str, *, say: Say) -> float:
     Raises:
         ValueError: a file cannot be read or written, or a layer has no like in torch.
     """
-    net = Net(definition.read_net(net_file), "TEST", file=net_file)
+    net = Net(prototxt.read_net(net_file), "TEST", file=net_file)
     copy_weights(net, weights.read(model), file=model)
     target = re.sub(r"\.(py|pt)$", "", target)
     if not Path(target).name.isidentifier():

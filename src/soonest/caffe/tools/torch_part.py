@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from soonest.caffe.layers.base import Shape
-from soonest.caffe.message import Message
+from soonest.caffe.proto.message import Message
 
 
 @dataclass

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from soonest.caffe import text, upgrade, wire
 from soonest.caffe.files import mapped, read_bytes, replaced
-from soonest.caffe.log import Say
-from soonest.caffe.message import Message
-from soonest.caffe.weights import write_message
+from soonest.caffe.io import upgrade
+from soonest.caffe.io.log import Say
+from soonest.caffe.io.weights import write_message
+from soonest.caffe.proto import text, wire
+from soonest.caffe.proto.message import Message
 
 
 def net_text(source: str, target: str, *, say: Say) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from soonest.caffe.protobuf import classes
-from soonest.caffe.schema import ENUMS
+from soonest.caffe.proto.protobuf import classes
+from soonest.caffe.proto.schema import ENUMS
 
 _CLASSES = classes(text="string")
 

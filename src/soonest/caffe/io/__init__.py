@@ -1,0 +1,1 @@
+"""Files that Caffe reads and writes, and the lines that it prints."""

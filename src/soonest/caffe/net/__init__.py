@@ -1,0 +1,1 @@
+"""A net: which layers it has, and what they share."""

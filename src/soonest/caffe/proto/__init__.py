@@ -1,0 +1,1 @@
+"""Caffe's messages, and the two formats in which files hold them."""

@@ -1,0 +1,1 @@
+"""Trains, scores and times nets as Caffe's solvers do."""

@@ -1,0 +1,1 @@
+"""Finds a plan: which pieces are sent, how, and in which order."""

@@ -1,0 +1,1 @@
+"""How long a step under a plan takes, simulated."""

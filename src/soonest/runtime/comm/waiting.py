@@ -1,0 +1,96 @@
+"""Waiting for what is in flight, so that a signal or another rank's failure is seen meanwhile."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+from soonest.runtime.comm import unfinished
+
+LOOK_S = 0.5
+"""How often a rank that waits looks whether another has given up."""
+
+
+class Work(Protocol):
+    """Something in flight."""
+
+    def wait(self, timeout: datetime.timedelta = ...) -> bool: ...
+    def is_completed(self) -> bool: ...
+
+
+_look: ContextVar[Callable[[], None] | None] = ContextVar("soonest_look", default=None)
+
+
+@contextmanager
+def looking(look: Callable[[], None]) -> Iterator[None]:
+    """Within this context ``finish`` calls this every so often; what it raises ends the wait."""
+    token = _look.set(look)
+    try:
+        yield
+    finally:
+        _look.reset(token)
+
+
+def look() -> None:
+    """What ``looking`` says is to be done now and then."""
+    if (given := _look.get()) is not None:
+        given()
+
+
+_waited_s = 0.0
+
+
+def waited_s() -> float:
+    """Seconds for which threads of the user's have waited for other ranks so far."""
+    return _waited_s
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Within this context, one of these threads waits for other ranks."""
+    global _waited_s
+    began_s = time.perf_counter()
+    try:
+        yield
+    finally:
+        _waited_s += time.perf_counter() - began_s
+
+
+def ended(work: Work) -> bool:
+    """Waits until an op has ended; False if it is still in flight after a while.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    try:
+        work.wait(datetime.timedelta(seconds=LOOK_S))
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        unfinished.over(work)
+        work.wait()  # says whether it ended just now, or why it failed
+    unfinished.over(work)
+    return True
+
+
+def finish(work: Work, *, on_device: bool = False) -> None:
+    """Waits until an op has ended.
+
+    Args:
+        work: the op.
+        on_device: to wait is then no matter of the host, which only orders what follows behind it.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    if on_device:
+        work.wait()
+        return
+    unfinished.begun(work)
+    with waiting():
+        while not ended(work):
+            look()

@@ -1,0 +1,1 @@
+"""What depends on a device and its host: streams, clocks, threads."""

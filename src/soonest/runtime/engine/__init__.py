@@ -1,0 +1,1 @@
+"""The events of a training loop: forward and backward passes, steps, buffers, uneven inputs."""

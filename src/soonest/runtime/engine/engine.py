@@ -1,0 +1,477 @@
+"""Turns what happens in a training loop into progress of the plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from soonest.core.plan import Plan
+from soonest.errors import PeerLostError, SoonestError
+from soonest.runtime.comm import Ranks, Wire
+from soonest.runtime.comm.failures import Peers
+from soonest.runtime.engine.backward import Backward
+from soonest.runtime.engine.in_flight import Landing
+from soonest.runtime.engine.module_buffers import Buffers
+from soonest.runtime.engine.new_params import Newcomers
+from soonest.runtime.engine.structure import Structure
+from soonest.runtime.engine.undone import undone
+from soonest.runtime.execute.bound_plan import Program
+from soonest.runtime.execute.lane import Lane
+from soonest.runtime.execute.pass_state import Sweep
+from soonest.runtime.flat.buffers import Layout, Member
+from soonest.runtime.flat.bystanders import Aliases
+from soonest.runtime.flat.gradients import Gradients
+from soonest.runtime.guard import compiled, modes, pending
+from soonest.runtime.guard.hooks import Calling, nobody
+from soonest.runtime.optim import patch
+from soonest.runtime.optim.bucket_update import Updater, raw_step
+from soonest.runtime.optim.state import OptimizerState
+from soonest.runtime.timing.profiler import Profiler
+from soonest.runtime.validate import checks, wrappers
+
+_log = logging.getLogger("soonest")
+
+
+class Engine:
+    """The main thread's side of one prioritized model.
+
+    Args:
+        model, optimizer: the user's own; both are changed in place.
+        separable: whether updates may run one bucket at a time.
+        layout, plan: to begin with.
+        ranks: over which to combine.
+        lane: what executes the plan.
+        sharing: over which to share out the optimizer's state, if the plan shards.
+        wire: how things are sent.
+        peers: who the ranks are.
+        after_step: called at the end of each ``step()`` that used combined gradients; on every
+            rank after the same steps.
+        buffers: to be sent around after each backward pass, if there are any.
+        newcomers: looks out for parameters that come to be trained; None if they are left alone.
+        anew: called with those that have come, to admit them and to plan and bind anew.
+
+    Attributes:
+        backward: the model's backward passes.
+        after_backward: called at the end of each that was combined, with the members it gave
+            nothing.
+        profiler: keeps the records of steps.
+        settled: the plan stays.
+        history: how plans have changed so far, and why, one sentence each.
+        inputs: shapes and dtypes of the tensors that the first forward pass was given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        separable: bool,
+        layout: Layout,
+        plan: Plan,
+        ranks: Ranks,
+        lane: Lane,
+        sharing: Ranks | None,
+        wire: Wire,
+        peers: Peers,
+        after_step: Callable[[Engine], None],
+        buffers: Buffers | None = None,
+        newcomers: Newcomers | None = None,
+        anew: Callable[[Engine, Sequence[nn.Parameter]], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.ranks = ranks
+        self.lane = lane
+        self._wire = wire
+        self._peers = peers
+        self._separable = separable
+        self._cls = type(optimizer)
+        self.state = OptimizerState(optimizer, self._cls, sharing, wire, peers)
+        self._after_step = after_step
+        self._buffers = buffers
+        self._newcomers = newcomers
+        self._anew = anew
+        self.profiler = Profiler(type(model).__name__, len(layout.members), lane.clock)
+        self.backward = Backward(lane, peers, self.profiler, self._backward_ended)
+        self.after_backward: Callable[[Engine, Sequence[Member]], None] = nobody
+        self._structure = Structure(model)
+        self._entries = compiled.Entries(model)
+        self._module_hooks = pending.ModuleHooks(self._entries.outside())
+        self._aliases = Aliases()
+        self.settled = False
+        self.history: list[str] = []
+        self.inputs: list[str] = []
+        patch.take_over(optimizer, self, self.state)
+        self._bind(layout, plan)
+        self._model_hooks = [
+            model.register_forward_pre_hook(Calling(self.forward_begins), with_kwargs=True),
+            model.register_forward_hook(Calling(self.forward_ends)),
+        ]
+
+    def bind(self, layout: Layout, plan: Plan) -> None:
+        """From now on, run this plan on these buffers. Nothing may be in flight."""
+        parts = self._landing.give_up()
+        self.program.unfinished.clear()
+        self._bind(layout, plan)
+        self._landing.hold_parts(parts)
+
+    def _bind(self, layout: Layout, plan: Plan) -> None:
+        self.layout = layout
+        self._updater = Updater(self.optimizer, self._cls, layout.members)
+        self.state.bind(layout, plan)
+        self.program = Program(
+            plan, layout, self.ranks, self._updater, state=self.state.parts, wire=self._wire
+        )
+        self.profiler.bind(plan, layout.members)
+        self.gradients = Gradients(layout, self.ranks.group.size(), self._peers)
+        layout.note_memory()
+        self._landing = Landing(self.program, self.lane, self._module_hooks, self.profiler)
+        newcomers = self._newcomers.look(layout.members) if self._newcomers is not None else ()
+        self.backward.bind(self.program, self._landing, self.gradients, newcomers)
+        self._landing.watch()
+
+    def watch(self) -> None:
+        """Takes note of when each parameter is needed, though nothing is in flight."""
+        self._landing.watch()
+
+    # In the forward pass
+
+    def forward_begins(self, *inputs: Any) -> None:
+        self.lane.enter()
+        try:
+            wrappers.check_caller()
+        except ValueError as error:
+            raise self._peers.at_fault(error) from None
+        self.backward.forward_begins()
+        self._follow()
+        if self._structure.has_changed():
+            self._restructure()
+        if self._buffers is not None:
+            self._buffers.forward_begins()
+        if self.profiler.observing:  # what was read before it does not show the order of use
+            self.inputs = [f"{tuple(x.shape)} {x.dtype}" for x in pending.tensors_in(inputs)]
+            self.profiler.record = self.profiler.new_record()
+            self._landing.watch()
+        if self._entries.outdated():
+            self._look_at_modules()
+        if self._entries.whole or modes.is_compiling():
+            self._land_all()
+
+    def forward_ends(self, inputs: Any = None, output: Any = None, *_: Any) -> None:
+        self.profiler.forward_ended()
+        if self._buffers is not None:
+            combined = torch.is_grad_enabled() and self.backward.synchronizing
+            self._buffers.forward_ended(synchronizing=combined)
+        if torch.is_grad_enabled() and modes.is_plain():
+            self.backward.expect(output)
+
+    def _follow(self) -> None:
+        """Parameters that the user has given other memory are updated there from now on."""
+        with pending.DisableGuard():
+            moved = [member for member in self.layout.members if member.has_moved]
+            if not moved:
+                return
+            try:
+                self.layout.follow(moved)
+                if self.state.parts is not None:
+                    if self.layout.overlaps:
+                        raise SoonestError(checks.OVERLAP)
+                    self.state.parts.follow(moved)
+            except SoonestError as error:
+                raise self._peers.at_fault(error) from None
+        for member in moved:
+            self.backward.renew_hooks(member)
+
+    def _look_at_modules(self) -> None:
+        """The model has come to have other modules, or compiled ones."""
+        self._land_all()
+        self._entries.renew()
+        self._module_hooks.move_to(self._entries.outside())
+
+    def _restructure(self) -> None:
+        """The model has other modules or parameters now; a collective call.
+
+        What ``DistributedDataParallel`` would do if it were made anew: every rank gets the first
+        one's new parameters, and its buffers.
+        """
+        self._look_at_modules()
+        self._structure.look()
+        if self._newcomers is None:
+            return
+        try:
+            wrappers.check_outside(self.model)
+            checks.check_model(self.model, self.layout.without)
+        except ValueError as error:
+            raise self._peers.at_fault(error) from None
+        self._newcomers.look(self.layout.members)
+        present = {id(parameter) for parameter in self.model.parameters()}
+        come = self._newcomers.come()
+        if come or any(id(member.parameter) not in present for member in self.layout.members):
+            self._take_in(come)
+        if self._buffers is not None:
+            self._buffers.anew()
+
+    def _land_all(self) -> None:
+        """Also what has arrived and is only watched."""
+        self.flush()
+        if not self.backward.under_way:
+            self._landing.all()
+
+    # After the backward pass
+
+    def _backward_ended(self, late: Sequence[Member]) -> None:
+        self._share_buffers(active=True)
+        if self._structure.has_changed():  # since the forward pass, or without one of the model
+            self._restructure()
+        elif self._newcomers is not None and (parameters := self._newcomers.come()):
+            self._take_in(parameters)
+        self.after_backward(self, late)
+        if modes.is_compiling():  # what follows is compiled, too, and should find plain tensors
+            self.flush()
+
+    def contribute_nothing(self) -> None:
+        """Takes part in a backward pass that only others have."""
+        self.backward.contribute_nothing()
+        self._share_buffers(active=False)
+
+    def _share_buffers(self, *, active: bool) -> None:
+        if self._buffers is not None:
+            uneven = self.backward.uneven is not None and self.backward.uneven.enabled
+            self._buffers.share(active=active if uneven else None)
+
+    def _take_in(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Trains these, too, from now on; a collective call."""
+        assert self._anew is not None
+        self.complete()
+        self._look_at_modules()
+        self.profiler.observing = True
+        self._anew(self, parameters)
+        self.state.adopt()
+
+    # The optimizer
+
+    def step(self, closure: Callable[[], Any] | None) -> Any:
+        """What the user's ``optimizer.step(closure)`` does."""
+        if modes.is_compiling() and self._updater.owned:
+            raise self._peers.at_fault(
+                ValueError(
+                    "optimizer.step() is called from code that torch.compile compiles, and soonest "
+                    "would round updates otherwise than that: call it outside, and leave out "
+                    "torch.compile(optimizer.step)"
+                )
+            )
+        self.lane.check()
+        self.backward.check()
+        if self._updater.outdated():
+            self.groups_changed()
+        self._follow()
+        blocking = self.program.plan.blocking
+        others = self._updater.trains_others()
+        if others and self._newcomers is not None and (come := self._newcomers.come()):
+            self._take_in(come)  # the backward pass was none of the model's parameters so far
+            others = self._updater.trains_others()
+        if others and self.state.parts is not None:
+            raise self._peers.at_fault(
+                SoonestError(
+                    "the optimizer has a gradient of a parameter that is frozen or no longer in "
+                    "the model, and under shard_optimizer=True that is nobody's to update: set its "
+                    "grad to None, or take it out of the optimizer"
+                )
+            )
+        whole = self.state.parts is None and (blocking or self.layout.overlaps or others)
+        if self._separable and not whole:
+            loss = self._step_by_bucket(closure)
+            if blocking:
+                self.flush()
+                self._landing.watch()
+        else:
+            loss = self._step_at_once(closure)
+        latest = self.backward.latest
+        combined = latest is not None and self.profiler.record is latest.record
+        if combined and self.backward.everyone:
+            self._after_step(self)
+        return loss
+
+    def _step_at_once(self, closure: Callable[[], Any] | None) -> Any:
+        self.flush()
+        try:
+            loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
+        except Exception as error:
+            if not isinstance(error, SoonestError):
+                self._peers.tell(f"optimizer.step() raised {error!r}")
+            raise
+        if self.backward.latest is not None:
+            self.profiler.record = self.backward.latest.record
+        self._landing.watch()
+        return loss
+
+    def _step_by_bucket(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        sweep = self.backward.latest
+        if sweep is None or sweep.step is not None:  # no backward pass was combined since
+            record = self.profiler.new_record()
+            before, sweep = sweep, Sweep(self.backward.passes, self.program, record, local=True)
+            if before is not None:
+                sweep.unused |= before.unused
+                sweep.users = before.users
+            self.lane.begin(sweep)
+        scaled = self.optimizer.__dict__.get("grad_scale") is not None
+        gradients = self.gradients.of(
+            self._updater.owned, self._landing.unknown, self._landing.copies, scaled=scaled
+        )
+        call = self._updater.call(gradients)
+        aliased = self._aliases.of(self.layout.members[order] for order in gradients)
+        state_is_kept = self.state.is_kept(names=self._updater.seen_state is not None)
+        self._landing.expect(sweep, gradients)
+        self.profiler.record = sweep.record
+        sweep.step = call
+        if scaled and sweep.plan.sharded:  # each rank divides its parts, where it updates them
+            sweep.whole = False
+        self.lane.advance()
+        for member in aliased:
+            pending.land(member.parameter)
+        if state_is_kept:
+            self.flush()
+        return loss
+
+    def groups_changed(self) -> None:
+        """The optimizer has other parameters; a collective call if they have not been trained.
+
+        Raises:
+            ValueError: it has some that are not the model's.
+        """
+        checks.check_optimizer(self.model, self.optimizer, self._updater.held)
+        self.flush()
+        self._updater.regroup()
+        if self._newcomers is not None:
+            self._newcomers.look(self.layout.members)
+            if parameters := self._newcomers.come():
+                self._take_in(parameters)
+
+    def clear_gradients(self) -> None:
+        """What ``optimizer.zero_grad()`` does: those in flight go on without their names."""
+        self._landing.unknown.clear()
+        patch.clear(self.optimizer)
+
+    # The handle
+
+    @property
+    def peers(self) -> Peers:
+        """Who the ranks are."""
+        return self._peers
+
+    @property
+    def late(self) -> str | None:
+        """Which rank is late, and why, in a sentence; None if none is, or nobody knows."""
+        lateness = self.backward.lateness
+        return lateness.late if lateness is not None else None
+
+    @property
+    def who_is_late(self) -> str:
+        """The same in any case."""
+        lateness = self.backward.lateness
+        return lateness.told if lateness is not None else "which rank is late is not known here"
+
+    def flush(self) -> None:
+        """Waits until nothing is in flight: every parameter and gradient has its value."""
+        self.lane.check()
+        if self._landing.flying:
+            self.lane.wait_all()
+            self.lane.check()  # what has failed meanwhile is no longer waited for
+            if not self.backward.under_way:
+                self._landing.all()
+
+    def finish(self, limit_s: float) -> str | None:
+        """Waits until nothing is under way that other ranks need, or for so long.
+
+        Returns:
+            What is under way then, in words; None if nothing is.
+        """
+        if (what := self.lane.waits_for(limit_s)) is not None:
+            return what
+        if self._buffers is not None:
+            self._buffers.land()
+        latest = self.backward.latest
+        if latest is not None and latest.users is not None:
+            with self._peers.together("ending"):
+                if not latest.users.are_known(limit_s):
+                    return f"step {latest.number}: which parameters each rank has used"
+        return None
+
+    def complete(self) -> None:
+        """Makes every gradient whole again where ranks have parts of it; a collective call."""
+        self.lane.wait_all()
+        latest = self.backward.latest
+        if latest is not None and not latest.whole:
+            self.program.gather_gradients(latest)
+            self._landing.all()
+        self.flush()
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float, error: bool) -> Tensor:
+        """Clips this rank's parts of the gradients by the norm of all; a collective call."""
+        assert self.state.parts is not None
+        self.lane.wait_all()
+        sweep = self.backward.latest
+        if sweep is None or sweep.step is not None:
+            raise SoonestError(
+                "there are no gradients to clip: call clip_grad_norm_ between backward() and step()"
+            )
+        with pending.DisableGuard():
+            return self.state.parts.clip(
+                self.program.parts_with_gradient(sweep), max_norm, norm_type, error
+            )
+
+    def detach(self) -> None:
+        """Leaves the model and the optimizer as they would be without soonest, in any case.
+
+        Raises:
+            SoonestError: a rank was lost or an update failed, and nobody has been told so yet; the
+                message says what is missing.
+        """
+        known, found = self.lane.error, None
+        try:
+            if known is None:
+                self.flush()
+                if self.state.parts is not None:
+                    self._landing.complete_all()
+                self.state.hand_back()
+        except SoonestError as error:
+            found = error
+            if isinstance(error, PeerLostError):
+                self.lane.fail(error)
+        finally:
+            missing = self._missing() if known or found else ""
+            self._let_go()
+        if found is not None:
+            raise type(found)(f"{found}{missing and f'. {missing}'}") from found
+        if missing:
+            _log.warning("detach() after a failure: %s", missing)
+
+    def _missing(self) -> str:
+        """What is not as it would be had nothing failed, in words."""
+        missing = undone(self.program)
+        if self.state.parts is not None:
+            missing += "; " * bool(missing) + (
+                "the optimizer's state is shared out over the ranks, and this one has only its "
+                "part: handle.local_optimizer_state() gives it"
+            )
+        return missing
+
+    def _let_go(self) -> None:
+        self.lane.close()  # so that nothing is written any more
+        self.backward.detach()
+        for hook in (*self._model_hooks, self._module_hooks, self._entries):
+            hook.remove()
+        if self._buffers is not None:
+            self._buffers.drop()
+        self._landing.drop()
+        patch.hand_back(self.optimizer)
+        self.layout.move_out()

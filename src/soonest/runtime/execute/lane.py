@@ -1,0 +1,105 @@
+"""What executes the ops of a plan, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from soonest.errors import ReadTooEarlyError, SoonestError
+from soonest.runtime.device.clock import DeviceClock
+from soonest.runtime.execute.pass_state import Sweep
+
+if TYPE_CHECKING:
+    from soonest.runtime.flat.buffers import Member
+
+
+class Lane(Protocol):
+    """Executes sweeps, one after the other."""
+
+    @property
+    def clock(self) -> DeviceClock | None:
+        """Of the device that it lets work; None if that is the host."""
+        ...
+
+    def begin(self, sweep: Sweep) -> None:
+        """A backward pass has begun; its ops follow those of all sweeps begun before."""
+        ...
+
+    def enter(self) -> None:
+        """The model's forward pass begins.
+
+        Raises:
+            SoonestError: it must not run as it is about to.
+        """
+        ...
+
+    def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None:
+        """A gradient that these buckets carry has just been written."""
+        ...
+
+    def advance(self) -> None:
+        """The state of a sweep has changed: there may be something to do."""
+        ...
+
+    def zero(self, sweep: Sweep, member: Member) -> Callable[[], None] | None:
+        """Zeroes a gradient as soon as the update that is under way needs it no more.
+
+        Returns:
+            What waits until it is zero; None if no update is under way, and nothing is done.
+        """
+        ...
+
+    def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
+        """Returns when a bucket is combined or, with ``updated``, its parameters are updated.
+
+        Raises:
+            SoonestError: that will not happen; the message says why.
+        """
+        ...
+
+    def wait_all(self) -> None:
+        """Returns when all ops are done, and the updates of all sweeps that were stepped."""
+        ...
+
+    def waits_for(self, limit_s: float) -> str | None:
+        """As ``wait_all``, but not for longer than so many seconds.
+
+        Returns:
+            What is not done then, in words; None if all is.
+        """
+        ...
+
+    def spread(self, used: Iterable[Tensor] = ()) -> None:
+        """What was done just now, outside of the lane, has happened for all who read it.
+
+        Args:
+            used: by it, and perhaps freed right away.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raises what ended the lane, if something did."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """From now on everything raises this; what is in flight is dropped."""
+        ...
+
+    def close(self) -> None:
+        """Ends the lane; what is in flight is dropped."""
+        ...
+
+    @property
+    def error(self) -> SoonestError | None:
+        """What ended the lane."""
+        ...
+
+
+def read_too_early(sweep: Sweep, bucket: int) -> ReadTooEarlyError:
+    """What is wrong with waiting for a bucket of a backward pass that still goes on."""
+    return ReadTooEarlyError(
+        f"a gradient in {sweep.plan.describe(bucket)} was read inside the backward pass, "
+        "where it is not combined over the ranks yet: read it after backward() has returned"
+    )

@@ -1,0 +1,191 @@
+"""One sweep of a plan: the gradients of one backward pass, from ready to updated.
+
+This is the pure state that a training loop's main thread and a lane share. It knows the rules of
+the static order and nothing of tensors, threads or networks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from soonest.core.plan import SHARED_PARAMETERS, Plan
+
+if TYPE_CHECKING:
+    from soonest.runtime.execute.bound_plan import Program
+    from soonest.runtime.optim.usage import Users
+    from soonest.runtime.timing.step_record import Record
+
+
+class Sweep:
+    """The state of one sweep.
+
+    Args:
+        number: counts the sweeps of a training run, from 0.
+        program: what the lane executes.
+        record: where the lane and the engine note what happened when.
+        local: no gradients are sent; the sweep only updates.
+
+    Attributes:
+        missing: per bucket, how many of its parameters have no gradient yet.
+        unused: the members that have no gradient on this rank.
+        kept: those that have only an earlier one, to which this backward pass added nothing.
+        issued: how many ops of the plan have been issued.
+        combined: how many ops of the plan have been completed, in plan order.
+        closed: the backward pass is over.
+        step: what ``optimizer.step()`` was called with; None before.
+        reduced: per bucket, whether its gradients are combined.
+        shared: per bucket, whether this rank has updated its part; only where each updates one.
+        updated: per bucket, whether the parameters that wait for it are updated.
+        whole: this rank has all of the gradients, not only its parts.
+        users: says which parameters any rank has used, where ranks have parts of the gradients.
+    """
+
+    def __init__(
+        self, number: int, program: Program, record: Record, *, local: bool = False
+    ) -> None:
+        plan = program.plan
+        self.number = number
+        self.program = program
+        self.record = record
+        self.local = local
+        self.missing = [0 if local else len(slots) for slots in plan.slots_of]
+        self.unused: set[int] = set()
+        self.kept: set[int] = set()
+        self.issued = self.combined = plan.combining if local else 0
+        self.closed = local
+        self.step: Any = None
+        self.superseded = False
+        self.reduced = bytearray([local] * len(plan.buckets))
+        self.shared = bytearray(len(plan.buckets))
+        self.updated = bytearray(len(plan.buckets))
+        self.whole = not plan.sharded
+        self.users: Users | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return self.program.plan
+
+    @property
+    def in_flight(self) -> int:
+        return self.issued - self.combined
+
+    @property
+    def ops(self) -> int:
+        """How many ops of the plan are to be done: without an update there is nothing to share."""
+        unused = self.superseded and self.step is None
+        return self.plan.combining if unused else len(self.plan.ops)
+
+    def arrived(self, buckets: Sequence[int]) -> bool:
+        """Takes note of one more gradient.
+
+        Args:
+            buckets: those that carry it.
+
+        Returns:
+            Whether a bucket became complete.
+        """
+        complete = False
+        for bucket in buckets:
+            self.missing[bucket] -= 1
+            assert self.missing[bucket] >= 0, self.plan.describe(bucket)
+            complete |= not self.missing[bucket]
+        return complete
+
+    def next_op(self) -> int | None:
+        """The op to issue now, if there is one.
+
+        Ops are issued strictly in the plan's order, so that every rank issues the same sequence
+        whatever its timing.
+        """
+        ops = self.plan.ops
+        if self.issued >= self.ops or self.in_flight >= self.plan.window:
+            return None
+        if self.in_flight and ops[self.issued - 1].alone:
+            return None
+        op = ops[self.issued]
+        if self.missing[op.bucket] or self.plan.before[self.issued] >= self.combined:
+            return None
+        if op.kind == SHARED_PARAMETERS and not self.shared[op.bucket]:
+            return None
+        return self.issued
+
+    def complete_op(self) -> None:
+        """The oldest op in flight is done."""
+        op = self.plan.ops[self.combined]
+        if op.kind == SHARED_PARAMETERS:
+            self.program.zero(self, op.bucket)
+            self.updated[op.bucket] = True
+        elif self.combined in self.plan.reduces:
+            self.reduced[op.bucket] = True
+        self.combined += 1
+
+    def complete_update(self, bucket: int) -> None:
+        """The parameters that wait for a bucket are updated, or this rank's part of them."""
+        if self.plan.sharded:
+            self.shared[bucket] = True
+        else:
+            self.program.zero(self, bucket)
+            self.updated[bucket] = True
+
+    def next_update(self) -> int | None:
+        """The bucket whose parameters to update now: of those that can be, the first needed."""
+        if self.step is None:
+            return None
+        return next(self._updatable(), None)
+
+    def _updatable(self) -> Iterator[int]:
+        for bucket in self.program.by_need:
+            if self.reduced[bucket] and not self.updated[bucket] and not self.shared[bucket]:
+                yield bucket
+
+    @property
+    def owes(self) -> bool:
+        """Whether other ranks wait for ops of this one, whatever happens to it here."""
+        sent = self.plan.combining if self.step is None else self.ops
+        return self.closed and self.combined < sent
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do, or nothing that anybody still wants."""
+        if self.combined < self.ops:
+            return False
+        return self.superseded if self.step is None else all(self.updated)
+
+
+class Sweeps:
+    """Those that are not finished, in order.
+
+    What others wait for is kept alive here. Apart from that, updates matter to nobody but those who
+    may read the parameters, and so a sweep lives as long as its program does.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[weakref.ref[Sweep], ...] = ()  # replaced, never changed
+        self._owing: tuple[Sweep, ...] = ()
+
+    def __iter__(self) -> Iterator[Sweep]:
+        return (sweep for known in self._known if (sweep := known()) is not None)
+
+    def add(self, sweep: Sweep) -> None:
+        for earlier in self:
+            earlier.superseded = True
+        self._known = (*self._known, weakref.ref(sweep))
+        sweep.program.unfinished.add(sweep)
+
+    def first(self) -> Sweep | None:
+        """The first that is not finished."""
+        for sweep in self:
+            if not sweep.finished:
+                return sweep
+            sweep.program.unfinished.discard(sweep)
+            self._known = tuple(known for known in self._known if known() not in (None, sweep))
+        return None
+
+    def note_owing(self) -> None:
+        """To be called whenever one may have begun or ceased to owe others something."""
+        self._owing = tuple(sweep for sweep in self if sweep.owes)
+
+    def clear(self) -> None:
+        self._known = self._owing = ()

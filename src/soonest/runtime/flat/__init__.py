@@ -1,0 +1,1 @@
+"""Flat buffers of gradients, and the parameters they belong to."""

@@ -1,0 +1,186 @@
+"""How gradients come into the flat buffers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from soonest.errors import SoonestError
+from soonest.runtime.comm.failures import Peers
+from soonest.runtime.flat.buffers import Layout, Member, changed, has_alias
+from soonest.runtime.guard import pending
+
+
+class Gradients:
+    """Those of a layout's members, wherever autograd or the user has put them.
+
+    Args:
+        layout: the flat buffers.
+        ranks: over how many they are combined.
+        peers: told of what is wrong with one, as they would wait for it.
+    """
+
+    def __init__(self, layout: Layout, ranks: int, peers: Peers) -> None:
+        self._layout = layout
+        self._peers = peers
+        self._divisor = 0
+        self.divide_by(ranks)
+
+    def divide_by(self, ranks: int) -> None:
+        """From now on, combined gradients are sums over all ranks divided by this number."""
+        if ranks == self._divisor:  # a device would be asked for nothing
+            return
+        self._divisor = ranks
+        # What to multiply by: as a tensor, and not a number, it is ready for use.
+        self._shares = [
+            torch.tensor(
+                1.0 / ranks,
+                dtype=torch.promote_types(grads.dtype, torch.float32),
+                device=grads.device,
+            )
+            for grads in self._layout.grads
+        ]
+
+    def take(self, member: Member, *, fresh: bool) -> Tensor | None:
+        """Puts ``parameter.grad`` into the flat buffer, divided as DDP does before it sums.
+
+        The tensor in the buffer then takes its place, unless the user has the other one elsewhere.
+
+        Args:
+            member: whose.
+            fresh: there was none before this backward pass.
+
+        Returns:
+            The user's own tensor, if it is to have the combined value, too.
+
+        Raises:
+            ValueError: it is sparse.
+            SoonestError: it is of another dtype, shape or device than in the buffer.
+        """
+        gradient = member.parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse:
+            sparse = f"the gradient of {member.name!r} is sparse and cannot be combined"
+            raise self._peers.at_fault(ValueError(f"{sparse}: use dense gradients (sparse=False)"))
+        if gradient is member.grad:
+            self._take_back(member)
+            member.raw_grad.mul_(self._shares[member.flat])
+            return None
+        kept = sys.getrefcount(gradient) > _NAMES or (not fresh and has_alias(gradient))
+        if gradient.dtype != member.raw_grad.dtype:
+            raise self._peers.at_fault(_of_another_dtype(member, gradient))
+        try:
+            # Detached for the sake of backward(create_graph=True).
+            torch.mul(gradient.detach(), self._shares[member.flat], out=member.raw_grad)
+            if kept:
+                return gradient
+            member.parameter.grad = member.grad
+        except RuntimeError as error:
+            raise self._peers.at_fault(changed(member)) from error
+        return None
+
+    def of(
+        self,
+        members: Iterable[Member],
+        unknown: Collection[int],
+        copies: Mapping[int, Tensor],
+        *,
+        scaled: bool = False,
+    ) -> dict[int, Tensor | None]:
+        """By order of the member, the gradients that the optimizer is to use; None: in the buffer.
+
+        Args:
+            members: whose.
+            unknown: orders of those of which another rank may have one; see ``Landing``.
+            copies: of those in the buffer that the user has and that have not been written yet.
+            scaled: the optimizer divides them by a scale, in place.
+
+        Raises:
+            SoonestError: they are scaled, and two of them are one tensor.
+        """
+        found: dict[int, Tensor | None] = {}
+        with pending.DisableGuard():
+            for member in members:
+                gradient = member.parameter.grad
+                if gradient is None:
+                    if member.order in unknown:
+                        found[member.order] = None
+                elif gradient is member.grad:
+                    self._take_back(member)
+                    found[member.order] = None
+                elif copies.get(member.order) is gradient:
+                    found[member.order] = None
+                else:
+                    found[member.order] = gradient
+        if any(gradient is not None for gradient in found.values()):
+            self._part(found, scaled)
+        return found
+
+    def _part(self, found: dict[int, Tensor | None], scaled: bool) -> None:
+        """Where the user has given a parameter the gradient of another, takes its value."""
+        places = self._places()
+        for order, gradient in found.items():
+            if gradient is None:
+                continue
+            place = _place(gradient)
+            if scaled and place in places:
+                raise self._peers.at_fault(
+                    SoonestError(
+                        f"{self._layout.members[order].name!r} has been given the gradient of "
+                        f"{places[place]!r}, and a fused optimizer under a GradScaler would divide "
+                        "it by the scale twice: give it a copy, as in p.grad = q.grad.clone()"
+                    )
+                )
+            if place in places:
+                pending.land(gradient)
+                found[order] = gradient.detach().clone()
+            elif scaled:
+                places[place] = self._layout.members[order].name
+
+    def check_own(self, member: Member, gradient: Tensor) -> None:
+        """Raises SoonestError if what is about to be added to is the gradient of another, too."""
+        other = self._places().get(_place(gradient))
+        if other is not None:
+            raise self._peers.at_fault(
+                SoonestError(
+                    f"{member.name!r} has been given the gradient of {other!r} as its own, so both "
+                    "would be added up in one tensor: give it a copy, as in p.grad = q.grad.clone()"
+                )
+            )
+
+    def _places(self) -> dict[int, str]:
+        """By what stands for its memory, the member whose gradient in the buffer that is."""
+        with pending.DisableGuard():
+            return {_place(member.grad): member.name for member in self._layout.members}
+
+    def _take_back(self, member: Member) -> None:
+        """The user may have given the gradient in the buffer other memory."""
+        if member.grad.data_ptr() != member.grad_address:
+            self._layout.take_back_gradient(member)
+
+
+def _place(gradient: Tensor) -> int:
+    with pending.DisableGuard():
+        return gradient.untyped_storage()._cdata
+
+
+def _of_another_dtype(member: Member, gradient: Tensor) -> SoonestError:
+    return SoonestError(
+        f"the gradient of {member.name!r} is {gradient.dtype}, but its parameter was "
+        f"{member.raw_grad.dtype} when prioritize was called, and gradients are combined as such: "
+        "leave its grad_dtype alone, or detach() the handle and call prioritize again"
+    )
+
+
+def _names_of_a_gradient() -> int:
+    """How many references Python counts to a gradient that only its parameter has."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    gradient = parameter.grad
+    return sys.getrefcount(gradient)
+
+
+_NAMES = _names_of_a_gradient()

@@ -1,0 +1,133 @@
+"""Modules that ``torch.compile`` has compiled, and what they read when they are entered."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+from torch import nn
+
+from soonest.runtime.guard import pending
+from soonest.runtime.guard.hooks import Calling
+
+_NOTHING_OVERLAPS = (
+    "the model is compiled as a whole, so its gradients come all at once and sharing them overlaps "
+    "nothing: compile its blocks instead, or torch.compile(soonest.DistributedDataParallel(model))"
+)
+
+
+class Entries:
+    """The compiled modules of a model. Entering one lands what it owns, with all inside it.
+
+    Compiled code reads memory without asking anybody, and hooks inside it would break it up.
+
+    Args:
+        model: whose.
+
+    Attributes:
+        whole: the model itself is one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        _stay_out_of_compiled_regions()
+        self._model = model
+        self._undo: list[Callable[[], None]] = []
+        self.renew()
+
+    def renew(self) -> None:
+        """Finds them as the model is now."""
+        self.remove()
+        compiled = [module for module in self._model.modules() if _is_compiled(module)]
+        self.whole = self._model in compiled
+        if self.whole:
+            warnings.warn(_NOTHING_OVERLAPS, stacklevel=2)
+        inside = {id(inner) for module in compiled for inner in module.modules()}
+        self._plain = [module for module in self._model.modules() if id(module) not in inside]
+        for module in compiled:
+            self._undo.append(_intercept(module))
+
+    def outside(self) -> Iterator[nn.Module]:
+        """The modules of which no part is compiled."""
+        return iter(self._plain)
+
+    def outdated(self) -> bool:
+        """Whether others have been compiled in place since."""
+        return any(module._compiled_call_impl is not None for module in self._plain)
+
+    def remove(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(type(module), "_opt_mod_attributes")
+
+
+def _intercept(module: nn.Module) -> Callable[[], None]:
+    """Lands a module before each call; returns what undoes that."""
+    land = partial(_land_all, module)
+    compiled: Any = module._compiled_call_impl
+    if compiled is None:  # a module around the compiled one, with hooks that are not compiled
+        return module.register_forward_pre_hook(Calling(land), prepend=True).remove
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        land()
+        _entered.modules += 1
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            _entered.modules -= 1
+
+    module._compiled_call_impl = call
+    return partial(setattr, module, "_compiled_call_impl", compiled)
+
+
+def _land_all(module: nn.Module, *_: Any) -> None:
+    for parameter in module.parameters():
+        if pending.is_held(parameter):
+            pending.land(parameter)
+
+
+@cache
+def _stay_out_of_compiled_regions() -> None:
+    """Lets ``torch.compile`` compile the user's modules and leave the code around them alone."""
+    from torch._dynamo import trace_rules  # takes seconds to import, where no optimizer has yet
+
+    trace_rules.add("soonest.runtime")
+    _land_before_functions()
+
+
+class _Entered(threading.local):
+    """How many compiled modules of ours this thread is in: what they own has landed."""
+
+    modules = 0
+
+
+_entered = _Entered()
+
+
+def _land_before_functions() -> None:
+    """From now on, in this process, what a compiled function is given lands before it is entered.
+
+    So it finds plain tensors, as with ``DistributedDataParallel``, and is compiled to the same
+    code. One that is given no tensor, as ``torch.compile(optimizer.step)``, may read anything.
+    """
+    from torch._dynamo import eval_frame
+
+    chosen = getattr(eval_frame, "_callback_from_stance", None)
+    if chosen is None:
+        return
+
+    def landed(callback: Any) -> Any:
+        if pending.any_held() and callback not in (None, False) and not _entered.modules:
+            given = sys._getframe(1).f_locals
+            tensors = list(pending.tensors_in((given.get("args", ()), given.get("kwargs", {}))))
+            pending.land_all(tensors or None)
+        return chosen(callback)
+
+    eval_frame._callback_from_stance = landed

@@ -1,0 +1,224 @@
+"""The user's own optimizer, one bucket at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from soonest.runtime.flat.buffers import Member
+from soonest.runtime.optim.shard import Share
+
+_SEPARABLE = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.Adafactor,
+    torch.optim.Rprop,
+    torch.optim.ASGD,
+    torch.optim.Muon,
+)
+
+
+_ELEMENTWISE = tuple(
+    cls for cls in _SEPARABLE if cls not in (torch.optim.Adafactor, torch.optim.Muon)
+)
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether each *element* is known to be updated by itself, so that ranks can share them out."""
+    return type(optimizer) in _ELEMENTWISE
+
+
+def is_separable(optimizer: Optimizer) -> bool:
+    """Whether each parameter's update is known to depend on nothing but itself.
+
+    That is: its value, gradient and state, and its group's settings. Only then can parameters be
+    updated one bucket at a time. A class of the user's own might keep a count of steps or look at
+    all gradients, so it is taken to be separable only if the user says so.
+    """
+    return type(optimizer) in _SEPARABLE
+
+
+@dataclass(eq=False)
+class StepCall:
+    """What one call of ``optimizer.step()`` saw.
+
+    Args:
+        groups: the settings of each parameter group, as they were, without its parameters.
+        attributes: the optimizer's other attributes, as they were.
+        gradients: by order of the member, what ``parameter.grad`` was, where it was not None;
+            None if it is the one in the flat buffers, as the tensor may become the user's.
+
+    Attributes:
+        zeroed: members whose gradient was zeroed before they were updated.
+    """
+
+    groups: list[dict[str, Any]]
+    attributes: dict[str, Any]
+    gradients: dict[int, Tensor | None]
+    zeroed: set[int] = field(default_factory=set[int])
+
+
+class Updater:
+    """Runs the user's optimizer on some of its parameters.
+
+    It works on twins: other tensor objects over the same memory, which no guard holds.
+
+    Args:
+        optimizer: the user's own.
+        cls: its class as the user made it.
+        members: the model's trainable parameters.
+
+    Attributes:
+        owned: those of the members that the optimizer holds.
+        seen_state: the state that a lane has taken note of.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, cls: type[Optimizer], members: Sequence[Member]
+    ) -> None:
+        self._optimizer = optimizer
+        self._cls = cls
+        self._step = raw_step(cls)
+        self.seen_state: dict[Any, dict[str, Any]] | None = None
+        self._members = members
+        self.regroup()
+
+    def regroup(self) -> None:
+        """Takes the optimizer's parameter groups as they are now."""
+        groups = self._optimizer.param_groups
+        self._ids = _ids_of(groups)
+        group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
+        self.owned = [member for member in self._members if id(member.parameter) in group_of]
+        self._group_of = {member.order: group_of[id(member.parameter)] for member in self.owned}
+        known = {id(member.parameter) for member in self.owned}
+        self._others = [p for group in groups for p in group["params"] if id(p) not in known]
+
+    @property
+    def held(self) -> set[int]:
+        """Ids of the parameters that the optimizer had when its groups were last looked at."""
+        return {one for ids in self._ids for one in ids}
+
+    def outdated(self) -> bool:
+        """Whether the groups have changed since, by whatever way."""
+        return self._ids != _ids_of(self._optimizer.param_groups)
+
+    def trains_others(self) -> bool:
+        """Whether the optimizer has gradients of parameters that are none of the members.
+
+        As of those that were frozen, and left with the gradient that they had.
+        """
+        return any(p.grad is not None for p in self._others)
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """The optimizer's own, as it is now: updates may be under way."""
+        return self._optimizer.__dict__["state"]
+
+    def call(self, gradients: dict[int, Tensor | None]) -> StepCall:
+        """Remembers the optimizer as it is now: schedulers change it right after the step."""
+        attributes = dict(self._optimizer.__dict__)
+        groups = [
+            {name: _kept(value) for name, value in group.items() if name != "params"}
+            for group in attributes.pop("param_groups")
+        ]
+        del attributes["state"]
+        return StepCall(groups, attributes, gradients)
+
+    def apply(self, call: StepCall, members: Sequence[Member]) -> None:
+        """Updates these members, as ``optimizer.step()`` would have done when it was called."""
+        jobs: list[_Job] = []
+        for member in members:
+            gradient = call.gradients[member.order]
+            if gradient is None:
+                gradient = member.raw_grad
+            jobs.append(_Job(member.twin, gradient, member.order, member.parameter))
+        self._run(call, jobs, self.state)
+
+    def apply_shares(
+        self, call: StepCall, shares: Sequence[Share], state: dict[Any, dict[str, Any]]
+    ) -> None:
+        """Updates these parts of members.
+
+        Args:
+            call: as for ``apply``.
+            shares: the parts.
+            state: of the parts, by ``Share.key``.
+        """
+        jobs: list[_Job] = []
+        for share in shares:
+            share.recall()
+            member = share.member
+            gradient = call.gradients[member.order]
+            own = share.raw_grad if gradient is None else share.cut(gradient)
+            jobs.append(_Job(share.twin, own, member.order, share.key))
+        self._run(call, jobs, state)
+        for share in shares:
+            share.show()
+
+    def _run(self, call: StepCall, jobs: Sequence[_Job], state: dict[Any, dict[str, Any]]) -> None:
+        partial: Any = object.__new__(self._cls)
+        partial.__dict__.update(call.attributes)
+        partial.state = defaultdict(dict)
+        params: list[list[Any]] = [[] for _ in call.groups]
+        for job in jobs:
+            job.twin.grad = job.gradient
+            params[self._group_of[job.order]].append(job.twin)
+            known = state.get(job.key)
+            if known is not None:
+                partial.state[job.twin] = known
+        partial.param_groups = [
+            {**group, "params": chosen}
+            for group, chosen in zip(call.groups, params, strict=True)
+            if chosen
+        ]
+        self._step(partial)
+        for job in jobs:
+            job.twin.grad = None
+            now = partial.state.get(job.twin)
+            if now is not None:
+                state[job.key] = now
+
+
+def _ids_of(groups: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Which parameters are in which group."""
+    return [[id(parameter) for parameter in group["params"]] for group in groups]
+
+
+class _Job(NamedTuple):
+    """What is updated: a parameter or a part of it, with its gradient.
+
+    Args:
+        order: of the member.
+        key: of its state.
+    """
+
+    twin: nn.Parameter
+    gradient: Tensor
+    order: int
+    key: Any
+
+
+def raw_step(cls: type[Optimizer]) -> Any:
+    """A class's ``step`` without the wrapper that runs the user's step hooks."""
+    step = cls.step
+    return step.__wrapped__ if hasattr(step, "hooked") else step  # type: ignore[attr-defined]
+
+
+def _kept(value: Any) -> Any:
+    """A setting as it is now, even if the user changes it in place later."""
+    if type(value) is tuple:  # betas
+        return tuple(_kept(one) for one in value)
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,121 @@
+"""Parts of parameters, of which each rank updates but its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from soonest.core.plan import Plan, borders
+from soonest.runtime.comm import Wire
+from soonest.runtime.flat.buffers import Layout, Member
+
+Key = tuple[str, int, int]
+"""A part of a parameter: its name, and the first and last but one of its elements in memory."""
+
+
+@dataclass(eq=False, slots=True)
+class Share:
+    """This rank's part of one parameter: consecutive elements, in the order of memory.
+
+    Args:
+        member: the parameter.
+        start, stop: of its elements.
+        raw_grad: that part of its gradient, one-dimensional.
+        twin: that part of the parameter, one-dimensional; what the optimizer updates.
+        shown: what the model has of it, if that is rounded to ``narrow``; then ``twin`` is exact,
+            and has memory of its own.
+    """
+
+    member: Member
+    start: int
+    stop: int
+    raw_grad: Tensor
+    twin: nn.Parameter
+    shown: Tensor | None = None
+    narrow: torch.dtype | None = None
+
+    @property
+    def key(self) -> Key:
+        return (self.member.name, self.start, self.stop)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This part of a tensor of the parameter's shape; a view only if its strides are alike."""
+        return in_memory(whole, self.member.raw_grad)[self.start : self.stop]
+
+    def follow(self) -> None:
+        """The parameter has other memory now."""
+        here = part_of(self.member, self.start, self.stop)
+        if self.shown is None:
+            self.twin.data = here
+        else:
+            self.shown = here
+
+    def recall(self) -> None:
+        """Makes ``twin`` the present value: it is, unless something else was written since."""
+        if self.shown is not None:
+            known = self.twin.detach()
+            torch.where(known.to(self.narrow) == self.shown, known, self.shown, out=known)
+
+    def show(self) -> None:
+        """Gives the model the value of ``twin``, as the other ranks will get it."""
+        if self.shown is not None:
+            self.shown.copy_(self.twin.detach().to(self.narrow))
+
+
+def shares_of(plan: Plan, layout: Layout, rank: int, wire: Wire) -> list[list[Share]]:
+    """Per bucket, the parts of parameters that a rank updates."""
+    found: list[list[Share]] = []
+    by_slot = {(member.flat, member.slot.start): member for member in layout.members}
+    for index, bucket in enumerate(plan.buckets):
+        shares: list[Share] = []
+        grads = layout.grads[bucket.flat]
+        narrow = wire.of(grads.element_size()).parameters
+        for start, stop, slot in _overlaps(plan, index, rank):
+            member = by_slot[bucket.flat, slot]
+            shown = part_of(member, start - slot, stop - slot)
+            twin = nn.Parameter(shown.clone() if narrow else shown)
+            for name, value in vars(member.parameter).items():
+                setattr(twin, name, value)
+            member.extra += 1
+            part = (start - slot, stop - slot, grads[start:stop], twin)
+            shares.append(Share(member, *part, shown if narrow else None, narrow))
+        found.append(shares)
+    return found
+
+
+def firsts_of(plan: Plan, index: int) -> list[tuple[int, int]]:
+    """The first element of each part of each parameter in a bucket, and where its slot starts."""
+    return [
+        (start, slot)
+        for rank in range(plan.ranks)
+        for start, _, slot in _overlaps(plan, index, rank)
+    ]
+
+
+def _overlaps(plan: Plan, index: int, rank: int) -> Iterator[tuple[int, int, int]]:
+    """Elements of a flat buffer where a rank's part of a bucket meets a slot, and its start."""
+    bucket = plan.buckets[index]
+    flat = plan.flats[bucket.flat]
+    at = borders(bucket.stop - bucket.start, plan.ranks, flat.itemsize)
+    first, last = bucket.start + at[rank], bucket.start + at[rank + 1]
+    for slot in (flat.slots[number] for number in plan.slots_of[index]):
+        start, stop = max(first, slot.start), min(last, slot.start + slot.numel)
+        if start < stop:
+            yield start, stop, slot.start
+        elif not slot.numel and not rank:  # its state is all in one hand, whoever's
+            yield slot.start, slot.start, slot.start
+
+
+def part_of(member: Member, start: int, stop: int) -> Tensor:
+    """Consecutive elements of a parameter, in the memory that it has now."""
+    return in_memory(member.twin.detach(), member.raw_grad)[start:stop]
+
+
+def in_memory(whole: Tensor, like: Tensor) -> Tensor:
+    """The elements of a tensor in the order in which a parameter has them in memory."""
+    if whole.stride() != like.stride():
+        whole = torch.empty_like(like, dtype=whole.dtype, requires_grad=False).copy_(whole)
+    return whole.as_strided((whole.numel(),), (1,))

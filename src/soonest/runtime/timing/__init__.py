@@ -1,0 +1,1 @@
+"""What happened when in a step, and which rank was late."""

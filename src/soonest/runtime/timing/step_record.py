@@ -1,0 +1,90 @@
+"""What happened when in one step."""
+
+from __future__ import annotations
+
+import math
+
+from soonest.runtime.device.clock import DeviceClock, now_s
+
+NEVER = math.nan
+
+
+class Record:
+    """One step: a backward pass and the forward pass after it.
+
+    All times are seconds on one clock; ``NEVER`` where something did not happen.
+
+    Args:
+        members: how many parameters.
+        ops, buckets: how many the plan has.
+        closely: whether to note when each parameter is needed; otherwise only the first of those
+            that arrive together.
+        clock: of the device that does it all; the host's if None. Then times are the host's until
+            ``settle`` is called.
+    """
+
+    def __init__(
+        self,
+        members: int,
+        ops: int = 0,
+        buckets: int = 0,
+        *,
+        closely: bool = True,
+        clock: DeviceClock | None = None,
+    ) -> None:
+        self.closely = closely
+        self._clock = clock if closely else None
+        self.backward_began = NEVER
+        self.ready = [NEVER] * members
+        self.backward_ended = NEVER
+        self.needed = [NEVER] * members
+        self.landed = [NEVER] * members
+        self.forward_ended = NEVER
+        self.ended = NEVER
+        self.op_start = [NEVER] * ops
+        self.op_end = [NEVER] * ops
+        self.update_start = [NEVER] * buckets
+        self.update_end = [NEVER] * buckets
+
+    def now(self) -> float:
+        return now_s() if self._clock is None else self._clock.now()
+
+    def settle(self) -> None:
+        """Times are the device's from now on; waits until it has done all of this."""
+        if self._clock is None:
+            return
+        values = [v for name in _TIMES for v in getattr(self, name)]
+        seconds = iter(self._clock.seconds([*(getattr(self, n) for n in _POINTS), *values]))
+        self._clock = None
+        for name in _POINTS:
+            setattr(self, name, next(seconds))
+        for name in _TIMES:
+            setattr(self, name, [next(seconds) for _ in getattr(self, name)])
+
+    def op_started(self, op: int) -> None:
+        self.op_start[op] = self.now()
+
+    def op_ended(self, op: int) -> None:
+        self.op_end[op] = self.now()
+
+    def update_started(self, bucket: int) -> None:
+        self.update_start[bucket] = self.now()
+
+    def update_ended(self, bucket: int) -> None:
+        self.update_end[bucket] = self.now()
+
+    @property
+    def complete(self) -> bool:
+        """Whether it shows a whole forward pass, as the period of a step needs it."""
+        times = self.ended + self.backward_began + self.forward_ended
+        return self.closely and not math.isnan(times)
+
+    def first_use(self) -> list[int]:
+        """Members in the order in which the forward pass needed them; the unused ones last."""
+        used = [m for m, at in enumerate(self.needed) if not math.isnan(at)]
+        unused = [m for m, at in enumerate(self.needed) if math.isnan(at)]
+        return sorted(used, key=self.needed.__getitem__) + unused
+
+
+_POINTS = ("backward_began", "backward_ended", "forward_ended", "ended")
+_TIMES = ("ready", "needed", "landed", "op_start", "op_end", "update_start", "update_end")

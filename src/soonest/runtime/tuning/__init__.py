@@ -1,0 +1,1 @@
+"""Which plan to run: what the network costs, which plans are tried, and which one is selected."""

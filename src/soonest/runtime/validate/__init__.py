@@ -1,0 +1,1 @@
+"""What is refused, in one sentence each, before anything is changed."""
