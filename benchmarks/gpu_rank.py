@@ -31,11 +31,11 @@ from soonest.core.planner.planner import first_plan
 from soonest.core.trace import Trace
 from soonest.errors import SoonestError
 from soonest.lab.messages import tell
-from soonest.runtime.comm.failures import Peers
+from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.device.streams import DeviceStreams
 from soonest.runtime.engine.backward import Backward
 from soonest.runtime.engine.engine import Engine
-from soonest.runtime.engine.in_flight import Landing
+from soonest.runtime.engine.in_flight import InFlight
 from soonest.runtime.execute.stream_lane import StreamLane
 from soonest.runtime.flat.buffers import flats_for, trainable
 from soonest.runtime.handle import Handle
@@ -83,7 +83,9 @@ def alone(
     network = Network(dict.fromkeys(("all_reduce", *METHODS[method]), _LIKELY))
     plan = first_plan(flats, network, ranks=1, window=2, methods=(method,))
     assert dist.group.WORLD is not None
-    lane = StreamLane(DeviceStreams(device), timeout_s=60, peers=Peers(dist.group.WORLD))
+    lane = StreamLane(
+        DeviceStreams(device), timeout_s=60, failures=FailureReporter(dist.group.WORLD)
+    )
     return start(model, optimizer, plan=plan, own_lane=lane, broadcast_buffers=True)
 
 
@@ -225,7 +227,7 @@ def races(device: torch.device, folder: Path) -> None:
 _TIMED = (
     (Engine, ("step", "forward_begins", "forward_ends")),
     (Backward, ("_before", "_after", "_closed")),
-    (Landing, ("land",)),
+    (InFlight, ("wait_param",)),
 )
 
 

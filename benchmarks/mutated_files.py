@@ -35,8 +35,8 @@ from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan
 from soonest.core.trace import Trace
 from soonest.runtime.tuning import calibrate, plan_file
 from soonest.runtime.tuning.cache import place_of
-from soonest.runtime.tuning.candidates import Turn
-from soonest.runtime.tuning.trial_cache import Choice, Memory
+from soonest.runtime.tuning.candidates import Trial
+from soonest.runtime.tuning.trial_cache import SavedPlan, TrialCache
 from soonest.writing import write_json
 
 _SLOW_S = 5.0
@@ -121,10 +121,10 @@ def _recall_choice(path: Path) -> object:
     return _remembered(path, "choice").choice()
 
 
-def _remembered(path: Path, kind: str) -> Memory:
+def _remembered(path: Path, kind: str) -> TrialCache:
     """Whoever remembers what is in a file."""
     os.environ["SOONEST_CACHE"] = str(path.parent)
-    memory = Memory({"of": "a test"})
+    memory = TrialCache({"of": "a test"})
     place = place_of(kind, memory._job)
     assert place is not None
     place.write_bytes(path.read_bytes())
@@ -160,13 +160,13 @@ FORMATS = {
     "turns": Format(
         "turns-x.json",
         lambda p: write_json(
-            p, {"searched": _plan().to_json(), "turns": [Turn("usual", (0.1, 0.2))]}
+            p, {"searched": _plan().to_json(), "turns": [Trial("usual", (0.1, 0.2))]}
         ),
         _recall_turns,
     ),
     "choice": Format(
         "choice-x.json",
-        lambda p: write_json(p, Choice(["first.weight"], _plan().to_json())._asdict()),
+        lambda p: write_json(p, SavedPlan(["first.weight"], _plan().to_json())._asdict()),
         _recall_choice,
     ),
 }

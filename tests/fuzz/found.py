@@ -91,6 +91,32 @@ FOUND = {
         ),
         settings=(("frozen", True),),
     ),
+    "a gradient kept on one rank, of a layer that no rank uses": Loop(
+        12,
+        "mlp",
+        "sgd",
+        (
+            _pass(),
+            _line("freeze", place=0, whole=True),
+            _line("no_gradient_on_one_rank", place=0),
+            _LOOK,
+        ),
+    ),
+    "a gradient of the user's own that is still to be completed": Loop(
+        13,
+        "mlp",
+        "sgd",
+        (
+            _line("freeze_for_a_step", place=0),
+            _pass(),
+            _line("own_gradients", of="one", keep=False, adds=True),
+            _STEP,
+            _pass(),
+            _line("freeze_for_a_step", place=0),
+            _LOOK,
+        ),
+        settings=(("plan", "blocking"),),
+    ),
     "another optimizer between a backward pass and its step": Loop(
         7, "mlp", "sgd", (_pass(), _line("new_optimizer"), _line("step", how="kept"), _LOOK)
     ),

@@ -31,7 +31,7 @@ from fuzz.run import Run
 from ranks import context, join
 from soonest import SoonestError
 from soonest.runtime.comm.failures import is_of_backend
-from soonest.runtime.execute.bound_plan import Program
+from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.tuning import autotuner, candidates
 
 RANKS = 2
@@ -81,13 +81,13 @@ def _steer(loop: Loop) -> None:
     else:
         autotuner.CANDIDATES = (usual,)
     autotuner.STEPS = 1 if wanted == "turns" else _TURN
-    Program.issue = _slowly if loop.setting("slow") else _issue  # type: ignore[method-assign]
+    BoundPlan.issue = _slowly if loop.setting("slow") else _issue  # type: ignore[method-assign]
 
 
-_issue = Program.issue
+_issue = BoundPlan.issue
 
 
-def _slowly(self: Program, *args: Any) -> Any:
+def _slowly(self: BoundPlan, *args: Any) -> Any:
     time.sleep(_SLOW_S)
     return _issue(self, *args)
 

@@ -214,6 +214,7 @@ def move(run: Run, how: str) -> None:
     """The model is given other memory as a whole."""
     if how == "share_memory":
         run.model.share_memory()
+        run.kept.pop("numpy", None)  # torch itself frees the memory that it shows
     elif how == "channels_last":
         run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     elif how == "to":

@@ -73,6 +73,10 @@ class Run:
         """Remembers values as they are now."""
         self.seen += [None if t is None else t.detach().clone() for t in tensors]
 
+    def no_sync(self) -> Any:
+        """Within this context, passes only accumulate gradients on this rank."""
+        return self.net.no_sync() if self.handle is None else self.handle.no_sync()  # type: ignore[operator]
+
     def note_gradients(self) -> None:
         """The same of all gradients, where a rank has all of them."""
         if not self.sharded:
@@ -272,11 +276,11 @@ def tied(frozen: bool) -> Callable[[Run], None]:
         other = nn.Linear(3, 3)
         model.add_module("last", other)
         model.add_module("twin", nn.Linear(3, 3))
-        model.twin.weight.data = other.weight.data
-        model.twin.weight.requires_grad_(not frozen)
+        model.alias.weight.data = other.weight.data
+        model.alias.weight.requires_grad_(not frozen)
         optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         run.share(model, optimizer)
-        run.train(lambda number: run.note(model.twin.weight))
+        run.train(lambda number: run.note(model.alias.weight))
 
     return loop
 
@@ -419,6 +423,26 @@ def cleared_by_hand(when: str) -> Callable[[Run], None]:
                 run.note_gradients()
 
     return loop
+
+
+def kept_by_some(run: Run) -> None:
+    """A pass that uses a head on no rank follows one that did; ranks have changed its gradient."""
+    branches(run)
+    for number in range(STEPS):
+        run.optimizer.zero_grad()
+        run.backward("ab")
+        if number % 3 == 1 and dist.get_rank() == 1:
+            run.model.b.weight.grad = None
+        run.model.b.bias.grad.mul_(1 + dist.get_rank())
+        run.backward("a")
+        run.note_gradients()
+        if number % 2:
+            run.optimizer.zero_grad()  # or ranks would drift apart, as they do there
+            run.backward("ab")
+        else:
+            run.model.b.zero_grad()
+        run.optimizer.step()
+        run.note(*run.model.parameters())
 
 
 def replaced(replace: Callable[[nn.Module], Any]) -> Callable[[Run], None]:
@@ -777,6 +801,7 @@ LOOPS: dict[str, Callable[[Run], None]] = {
     "p.grad = None before backward()": cleared_by_hand("before"),
     "p.grad = None before step()": cleared_by_hand("between"),
     "p.grad = None after step()": cleared_by_hand("after"),
+    "gradients that only some ranks have kept": kept_by_some,
     "gradients replaced": replaced(doubled),
     "one gradient of two parameters": replaced(one_for_two),
     "gradients made dense": replaced(sparse),

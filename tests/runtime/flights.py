@@ -35,13 +35,13 @@ class Gate:
         self._open = threading.Event()
         self._open.set()
         self.shut = self._open.clear
-        issue = bound_plan.Program.issue
+        issue = bound_plan.BoundPlan.issue
 
         def issue_later(bound: Any, *args: Any) -> Any:
             self._open.wait()
             return issue(bound, *args)
 
-        bound_plan.Program.issue = issue_later  # type: ignore[method-assign]
+        bound_plan.BoundPlan.issue = issue_later  # type: ignore[method-assign]
         for name in ("wait", "wait_all"):
             self._open_at(name)
 
@@ -77,9 +77,9 @@ class Flights:
         self._flush = engine.Engine.flush
         self._gate = Gate()
         if not guard_on:
-            pending.Hold.take_off = lambda self: None  # type: ignore[method-assign]
+            pending.PendingTensor.mark_pending = lambda self: None  # type: ignore[method-assign]
             engine.Engine.flush = lambda self: None  # type: ignore[method-assign]
-            buffers.Layout.follow = lambda self, moved: None  # type: ignore[method-assign]
+            buffers.FlatBuffers.follow = lambda self, moved: None  # type: ignore[method-assign]
 
     def step(self, *, before: Callable[[], Any] = lambda: None) -> None:
         self.optimizer.zero_grad()

@@ -98,8 +98,8 @@ def test_what_a_device_makes_first_is_no_cost(device: str, monkeypatch: pytest.M
     monkeypatch.setattr(comm, "run", run)
     monkeypatch.setattr(comm, "first_rank_object", lambda group, mine: mine)
     seen: list[int] = []
-    nobody: Any = SimpleNamespace(group=None)
-    calibrate.measure(nobody, methods=["exchange"], device=torch.device(device), watch=seen.append)
+    noop: Any = SimpleNamespace(group=None)
+    calibrate.measure(noop, methods=["exchange"], device=torch.device(device), watch=seen.append)
     assert (seen == list(calibrate.SIZES)) == (device != "cpu")
 
 

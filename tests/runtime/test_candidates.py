@@ -12,7 +12,7 @@ from soonest.runtime.tuning.candidates import (
     LIKE_DDP,
     SEARCHED,
     Candidate,
-    Turn,
+    Trial,
     distinct,
     next_turn,
     of_equal_numbers,
@@ -24,14 +24,14 @@ from soonest.runtime.tuning.candidates import (
 USUAL, _, _, REDUCED, COARSE, TWO, ONE = CANDIDATES
 
 
-def played(step_s: dict[Candidate, float]) -> tuple[list[Turn], Candidate]:
+def played(step_s: dict[Candidate, float]) -> tuple[list[Trial], Candidate]:
     """All turns, where steps under each candidate always take as long, and who stays."""
-    turns: list[Turn] = []
+    turns: list[Trial] = []
     while True:
         candidate, stays = next_turn(turns, CANDIDATES)
         if stays:
             return turns, candidate
-        turns.append(Turn(candidate.name, (step_s[candidate],) * 3))
+        turns.append(Trial(candidate.name, (step_s[candidate],) * 3))
         assert len(turns) < 30, "it comes to an end"
 
 
@@ -91,18 +91,18 @@ def test_what_stays_is_never_slower_than_what_ddp_does(ddp_s: float, coarse_s: f
 
 
 def test_single_slow_steps_do_not_decide() -> None:
-    turns = [Turn(c.name, (3.0,)) for c in CANDIDATES[2:]]
-    turns += [Turn(USUAL.name, (1.0, 1.0, 5.0))] * 3 + [Turn(LIKE_DDP.name, (1.1,) * 3)] * 3
+    turns = [Trial(c.name, (3.0,)) for c in CANDIDATES[2:]]
+    turns += [Trial(USUAL.name, (1.0, 1.0, 5.0))] * 3 + [Trial(LIKE_DDP.name, (1.1,) * 3)] * 3
     assert next_turn(turns, CANDIDATES) == (USUAL, True)
 
 
 def test_a_single_fast_step_does_not_decide() -> None:
-    turns = [Turn(candidate.name, (1.5, 1.5, 1.5)) for candidate in CANDIDATES]
-    turns[0] = Turn(USUAL.name, (1.0, 2.0, 2.0))
+    turns = [Trial(candidate.name, (1.5, 1.5, 1.5)) for candidate in CANDIDATES]
+    turns[0] = Trial(USUAL.name, (1.0, 2.0, 2.0))
     assert next_turn(turns, CANDIDATES) == (USUAL, False)
     for _ in range(2):
-        turns += [Turn(USUAL.name, (2.0, 2.0, 2.0))]
-        turns += [Turn(candidate.name, (1.5, 1.5, 1.5)) for candidate in CANDIDATES[1:]]
+        turns += [Trial(USUAL.name, (2.0, 2.0, 2.0))]
+        turns += [Trial(candidate.name, (1.5, 1.5, 1.5)) for candidate in CANDIDATES[1:]]
     assert next_turn(turns, CANDIDATES) == (LIKE_DDP, True)
 
 
@@ -145,14 +145,14 @@ def test_the_same_numbers_come_of_the_same_cut_only() -> None:
 
 
 def test_it_is_told_why() -> None:
-    turns = [Turn(USUAL.name, (0.4, 0.41, 0.42)), Turn(LIKE_DDP.name, (0.5,))]
+    turns = [Trial(USUAL.name, (0.4, 0.41, 0.42)), Trial(LIKE_DDP.name, (0.5,))]
     assert told(turns, USUAL) == (
         "the usual cut takes 410 ms a step (DDP's buckets, waiting in step() 500 ms)"
     )
 
 
 def test_turns_survive_json() -> None:
-    turns = [Turn("a", (1.0, 2.0)), Turn("b", (3.0,))]
+    turns = [Trial("a", (1.0, 2.0)), Trial("b", (3.0,))]
     assert turns_of([["a", [1.0, 2.0]], ["b", [3.0]]]) == turns
 
 

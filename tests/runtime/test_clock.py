@@ -19,7 +19,7 @@ from soonest.runtime.comm import EXACT
 from soonest.runtime.device.clock import DeviceClock, Ends, Moment
 from soonest.runtime.engine.engine import Engine
 from soonest.runtime.execute.stream_lane import StreamLane
-from soonest.runtime.flat.buffers import Layout
+from soonest.runtime.flat.buffers import FlatBuffers
 from soonest.runtime.timing.step_record import NEVER, Record
 from soonest.runtime.tuning import autotuner
 
@@ -92,10 +92,10 @@ def test_nothing_is_learned_from_the_first_steps_of_a_device(
     monkeypatch.setenv("SOONEST_CACHE", "")
     streams = FakeStreams(patience=0)
     model = Net()
-    layout, network = Layout(model), Network.linear(1e-4, 1e8)
+    layout, network = FlatBuffers(model), Network.linear(1e-4, 1e8)
     methods = ("allreduce",)
     plan = first_plan(layout.flats, network, ranks=1, window=2, methods=methods)
-    learner = autotuner.Learner(network, window=2, methods=methods, ranks=1, job={})
+    learner = autotuner.AutoTuner(network, window=2, methods=methods, ranks=1, job={})
     learner.start_with(layout)
     optimizer = worlds.sgd(model)
     plans: list[Plan] = []
@@ -111,17 +111,17 @@ def test_nothing_is_learned_from_the_first_steps_of_a_device(
         layout=layout,
         plan=plan,
         ranks=ranks_for(FakeGroup(Meeting(1), 0, streams)),
-        lane=StreamLane(streams, timeout_s=30, peers=worlds.PEERS),
+        lane=StreamLane(streams, timeout_s=30, failures=worlds.FAILURES),
         sharing=None,
         wire=EXACT,
-        peers=worlds.PEERS,
+        failures=worlds.FAILURES,
         after_step=learner,
     )
     engine.settled = False
     while not engine.settled and len(plans) < 100:
         model(torch.ones(2, 4)).sum().backward()
         optimizer.step()
-        plans.append(engine.program.plan)
+        plans.append(engine.bound_plan.plan)
     assert engine.settled
     assert plans[autotuner._WARM_UP - 1] is plan
     assert plans[autotuner._WARM_UP] is not plan

@@ -37,8 +37,8 @@ def test_who_has_ended_is_known_once_no_connection_stands() -> None:
         clients = [socket.create_connection(address) for _ in range(2)]
         accepted = [server.accept()[0] for _ in clients]
         them = {"127.0.0.1": {address[1]}}
-        nobody = {"127.0.0.2": {address[1]}}
-        known = connections.Known([them, nobody])
+        noop = {"127.0.0.2": {address[1]}}
+        known = connections.Known([them, noop])
         assert known.ended([0, 1]) == []
         accepted[0].close()
         clients[0].close()

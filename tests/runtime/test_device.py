@@ -51,8 +51,8 @@ def test_there_are_lanes_for_what_this_machine_has() -> None:
 
 
 def test_cpus_get_threads(group: Any) -> None:
-    nobody: Any = None
-    lane = devices.lane_for(group, CPU, nobody)
+    noop: Any = None
+    lane = devices.lane_for(group, CPU, noop)
     assert isinstance(lane, ThreadLane)
     lane.close()
 
@@ -113,7 +113,7 @@ def test_some_ranks_do_not_wait_for_all(
     some: Any = type("Some", (), {"size": lambda _: ranks})()
     bound: list[Any] = []
 
-    def new_group(members: Any, **options: Any) -> Any:
+    def new_group(params: Any, **options: Any) -> Any:
         bound.append(group.bound_device_id)
         return dist.ProcessGroup.__new__(dist.ProcessGroup)
 

@@ -18,7 +18,12 @@ def found() -> dict[str, dict[str, Any]]:
     program = Path(__file__).parent / "end_of_ranks.py"
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "SOONEST_CACHE": "", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [sys.executable, program], capture_output=True, text=True, env=env, timeout=300, check=False
+        [sys.executable, program],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)

@@ -25,7 +25,7 @@ class Time:
         self.now_s += seconds
 
 
-class Peers:
+class FailureReporter:
     def __init__(self) -> None:
         self.asked: list[tuple[str, bool]] = []
         self.told: list[str] = []
@@ -52,11 +52,11 @@ class Event:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Any:
-    time, peers = Time(), Peers()
+    time, failures = Time(), FailureReporter()
     monkeypatch.setattr(watchdog, "time", time)
-    given: Any = peers
-    found = Enqueued(timeout_s=60, peers=given, broken=lambda: None)
-    return SimpleNamespace(time=time, peers=peers, enqueued=found)
+    given: Any = failures
+    found = Enqueued(timeout_s=60, failures=given, broken=lambda: None)
+    return SimpleNamespace(time=time, failures=failures, enqueued=found)
 
 
 def add(world: Any, name: str, at_s: float) -> None:
@@ -71,7 +71,7 @@ def test_what_ends_is_forgotten(world: Any) -> None:
     world.enqueued.look()
     world.time.now_s = 100 + 1000
     world.enqueued.look()
-    assert world.peers.asked == []
+    assert world.failures.asked == []
 
 
 def test_nothing_is_asked_as_long_as_something_ends_each_second(world: Any) -> None:
@@ -80,7 +80,7 @@ def test_nothing_is_asked_as_long_as_something_ends_each_second(world: Any) -> N
     for second in range(200):
         world.time.now_s = 100 + second + 0.5
         world.enqueued.look()
-    assert world.peers.asked == []
+    assert world.failures.asked == []
 
 
 def test_others_are_asked_once_a_second_about_what_takes_long(world: Any) -> None:
@@ -88,13 +88,13 @@ def test_others_are_asked_once_a_second_about_what_takes_long(world: Any) -> Non
     for _ in range(20):
         world.time.now_s += 0.25
         world.enqueued.look()
-    assert len(world.peers.asked) == 4
-    assert set(world.peers.asked) == {("bucket 7", False)}
-    world.peers.given_up = "rank 2 failed"
+    assert len(world.failures.asked) == 4
+    assert set(world.failures.asked) == {("bucket 7", False)}
+    world.failures.given_up = "rank 2 failed"
     world.time.now_s += 1.5
     with pytest.raises(PeerLostError, match=r"bucket 7 will not be combined.*: rank 2 failed"):
         world.enqueued.look()
-    assert world.peers.told == []  # the others know
+    assert world.failures.told == []  # the others know
 
 
 def test_after_the_timeout_it_is_an_error_for_good(world: Any) -> None:
@@ -105,13 +105,13 @@ def test_after_the_timeout_it_is_an_error_for_good(world: Any) -> None:
             PeerLostError, match=r"bucket 7 .*: rank 3 did not take part .*for 61 s"
         ):
             world.enqueued.look()
-    assert world.peers.asked == [("bucket 7", True)]
+    assert world.failures.asked == [("bucket 7", True)]
 
 
 def test_what_is_wrong_here_is_told_to_the_others(world: Any) -> None:
     known = world.enqueued.fail(KeyError("boom"))
     assert str(known) == "an update failed: KeyError('boom')"
-    assert world.peers.told == [str(known)]
+    assert world.failures.told == [str(known)]
     with pytest.raises(SoonestError, match="boom"):
         world.enqueued.look()
 

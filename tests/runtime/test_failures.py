@@ -79,7 +79,7 @@ def lost_in_planning(how: str, timeout_s: float | None) -> tuple[Said, ...] | No
     model, optimizer = model_and_optimizer()
     soonest.prioritize(model, optimizer, timeout_s=timeout_s)
     if odd():
-        autotuner.Learner._first_rank = lambda *_: end(how)  # type: ignore[method-assign]
+        autotuner.AutoTuner._first_rank = lambda *_: end(how)  # type: ignore[method-assign]
     return told(error_of(steps, model, optimizer, 1000))
 
 

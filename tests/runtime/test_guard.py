@@ -106,12 +106,12 @@ class Flight:
     def __init__(self) -> None:
         self.parameter = nn.Parameter(torch.zeros(3, 3))
         self.landings = 0
-        self.hold = pending.Hold(self.parameter, self.land)
-        self.hold.take_off()
+        self.hold = pending.PendingTensor(self.parameter, self.wait)
+        self.hold.mark_pending()
 
-    def land(self) -> None:
+    def wait(self) -> None:
         self.landings += 1
-        self.parameter.data.fill_(1.0) if not pending.is_held(self.parameter) else None
+        self.parameter.data.fill_(1.0) if not pending.is_pending(self.parameter) else None
 
 
 @pytest.fixture
@@ -134,19 +134,19 @@ def test_reading_waits_once(reader: str, flight: Flight) -> None:
 def test_asking_what_it_is_does_not_wait(reader: str, flight: Flight) -> None:
     WHAT_IT_IS[reader](flight.parameter)
     assert flight.landings == 0
-    assert pending.is_held(flight.parameter)
+    assert pending.is_pending(flight.parameter)
 
 
 def test_a_module_lands_its_own_parameters_only() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     landed: list[str] = []
     holds = [
-        pending.Hold(parameter, lambda name=name: landed.append(name))
+        pending.PendingTensor(parameter, lambda name=name: landed.append(name))
         for name, parameter in model.named_parameters()
     ]
     for hold in holds:
-        hold.take_off()
-    pending.land_module(model[1])
+        hold.mark_pending()
+    pending.wait_module(model[1])
     assert landed == ["1.weight", "1.bias"]
     for hold in holds:
         hold.release()
@@ -155,8 +155,10 @@ def test_a_module_lands_its_own_parameters_only() -> None:
 def test_a_held_gradient_is_zeroed_without_waiting() -> None:
     asked: list[str] = []
     held, free = torch.ones(2), torch.ones(2)
-    hold = pending.Hold(held, lambda: asked.append("land"), zero=lambda: asked.append("zero"))
-    hold.take_off()
+    hold = pending.PendingTensor(
+        held, lambda: asked.append("land"), zero=lambda: asked.append("zero")
+    )
+    hold.mark_pending()
     assert held.zero_() is held
     torch._foreach_zero_([held, free])
     assert asked == ["zero", "zero"]
@@ -174,17 +176,17 @@ def test_zeroing_a_parameter_waits() -> None:
 def test_grad_waits_where_it_is_unknown() -> None:
     parameter = nn.Parameter(torch.ones(2))
     landed: list[str] = []
-    hold = pending.Hold(parameter, lambda: landed.append("land"))
+    hold = pending.PendingTensor(parameter, lambda: landed.append("land"))
     hold.hides_grad = True
-    hold.take_off()
+    hold.mark_pending()
     assert parameter.grad is None
     assert landed == ["land"]
 
 
 def test_a_copy_is_not_in_flight(flight: Flight) -> None:
-    twin = copy.deepcopy(flight.parameter)
-    assert type(twin) is nn.Parameter
-    assert not pending.is_held(twin)
+    alias = copy.deepcopy(flight.parameter)
+    assert type(alias) is nn.Parameter
+    assert not pending.is_pending(alias)
 
 
 def test_the_guard_can_be_told_off_for_a_while(flight: Flight) -> None:
@@ -195,7 +197,7 @@ def test_the_guard_can_be_told_off_for_a_while(flight: Flight) -> None:
 
 def compiled_transforms() -> bool:
     """Whether what is done to ``torch.func`` leaves compiled functions whole."""
-    transforms.land_first()
+    transforms.wait_first()
     compiled: Any = torch.compile(torch.func.grad(reads.cubes), backend="eager", fullgraph=True)
     x = torch.linspace(-1, 1, 5)
     return torch.allclose(compiled(x), 3 * x * x)
@@ -220,7 +222,7 @@ def flies_beside_a_view() -> list[Any]:
         loss = model(torch.randn(3, 4)).square().sum()
         loss.backward()
         optimizer.step()
-        return pending.is_held(model[0].weight)
+        return pending.is_pending(model[0].weight)
 
     while not handle.settled:
         step()

@@ -78,7 +78,7 @@ def keys() -> tuple[set[str], set[str]]:
     steps(model, optimizer, 7)
     assert handle.engine is not None
     assert groups.has_own_store(handle.engine.ranks.second)
-    handle.engine.peers.tell("no more")
+    handle.engine.failures.tell("no more")
     dist.barrier()
     return before, set(store.list_keys()) - before
 
@@ -107,9 +107,9 @@ def left_notes() -> str:
         store.set(key, note)
     dist.barrier()
     net = soonest.DistributedDataParallel(model)
-    peers = net._peers
-    assert peers is not None
-    return str(peers.blame("the test", False))
+    failures = net._failures
+    assert failures is not None
+    return str(failures.blame("the test", False))
 
 
 def test_notes_of_ranks_before_a_restart_are_nobodys() -> None:

@@ -154,7 +154,7 @@ def test_an_update_that_fails_is_told(kind: str, monkeypatch: pytest.MonkeyPatch
         def update(*_: Any) -> None:
             raise KeyError("boom")
 
-        trainer.engine.program.update = update  # type: ignore[method-assign]
+        trainer.engine.bound_plan.update = update  # type: ignore[method-assign]
         with pytest.raises(SoonestError, match="boom"):
             step(trainer)
         assert trainer.lane.error is not None
@@ -281,7 +281,7 @@ def test_memory_that_runs_out_is_no_other_ranks_fault() -> None:
         def issue(*_: Any) -> None:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-        trainer.engine.program.issue = issue  # type: ignore[method-assign]
+        trainer.engine.bound_plan.issue = issue  # type: ignore[method-assign]
         with pytest.raises(
             SoonestError, match=r"step 1: bucket .* was not sent: tried to"
         ) as found:
@@ -295,17 +295,17 @@ def test_updates_come_in_the_order_of_need() -> None:
     """An op may end at once, and that of the first layer is often the last in the plan."""
 
     def use(trainer: Soonest, streams: FakeStreams) -> None:
-        program, updated = trainer.engine.program, list[int]()
-        update = program.update
+        bound_plan, updated = trainer.engine.bound_plan, list[int]()
+        update = bound_plan.update
 
-        def note(sweep: Any, bucket: int) -> None:
+        def note(pass_state: Any, bucket: int) -> None:
             updated.append(bucket)
-            update(sweep, bucket)
+            update(pass_state, bucket)
 
-        program.update = note  # type: ignore[method-assign]
+        bound_plan.update = note  # type: ignore[method-assign]
         step(trainer)
-        assert updated == program.by_need
-        assert updated != list(dict.fromkeys(op.bucket for op in program.plan.ops))
+        assert updated == bound_plan.by_need
+        assert updated != list(dict.fromkeys(op.bucket for op in bound_plan.plan.ops))
 
     check_on(use)
 
@@ -349,11 +349,11 @@ def test_buffers_that_land_on_one_stream_are_there_for_all(spreads: bool) -> Non
         streams, model = FakeStreams(), ranks[rank]
         streams.detector.private.add(streams.main)  # what is sent is not the user's
         side = streams.stream("side")
-        lane = StreamLane(streams, timeout_s=30, peers=worlds.PEERS)
+        lane = StreamLane(streams, timeout_s=30, failures=worlds.FAILURES)
         if not spreads:
             lane.spread = lambda used=(): None  # type: ignore[method-assign]
         group: Any = FakeGroup(meeting, rank, streams)
-        buffers = Buffers(model, lambda: group, lane, worlds.PEERS)
+        buffers = Buffers(model, lambda: group, lane, worlds.FAILURES)
         assert model.running_mean is not None
         buffers.forward_begins()
         model.running_mean.fill_(rank)
@@ -393,19 +393,19 @@ def test_a_scale_that_is_given_to_an_update_is_not_freed_too_early() -> None:
                 trainer.model(torch.ones(2, 4)).sum().backward()
                 scale = torch.ones(1) * 2
                 trainer.optimizer.found_scale = scale  # type: ignore[attr-defined]
-                original = trainer.engine.program.update
+                original = trainer.engine.bound_plan.update
 
-                def update(sweep: Any, bucket: int) -> None:
-                    original(sweep, bucket)
-                    sweep.step.attributes["found_scale"].mul(1.0)
+                def update(pass_state: Any, bucket: int) -> None:
+                    original(pass_state, bucket)
+                    pass_state.step.attributes["found_scale"].mul(1.0)
 
-                trainer.engine.program.update = update  # type: ignore[method-assign]
+                trainer.engine.bound_plan.update = update  # type: ignore[method-assign]
                 trainer.optimizer.step()
                 del trainer.optimizer.found_scale, scale  # type: ignore[attr-defined]
-                sweep: Any = trainer.engine.backward.latest
-                sweep.step.attributes.clear()
+                pass_state: Any = trainer.engine.backward.latest
+                pass_state.step.attributes.clear()
                 torch.ones(3).add_(1)
-                del trainer.engine.program.update
+                del trainer.engine.bound_plan.update
             if trainer.engine.ranks.group.rank() == 0:
                 races.extend(streams.detector.races)
 

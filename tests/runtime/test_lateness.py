@@ -69,7 +69,7 @@ def trained(slow_s: float, form: str, steps: int = 45) -> dict[str, Any]:
     handle.flush()
     timeline = handle.timeline()
     found = {
-        "names": handle.engine.peers.names,
+        "names": handle.engine.failures.names,
         "last": handle.report().notes[-1],
         "history": [line for line in handle.history if " late" in line],
         "note": timeline.note if timeline else None,
@@ -135,9 +135,9 @@ def in_turn(steps: int) -> list[str]:
     now = 0.0
     lateness.now_s = lambda: now
     lines = Lines()
-    peers: Any = type("Peers", (), {"names": ["rank 0", "rank 1"], "ends": ({}, {})})()
+    failures: Any = type("Peers", (), {"names": ["rank 0", "rank 1"], "ends": ({}, {})})()
     history: list[str] = []
-    watch = lateness.Lateness(dist.group.WORLD, peers, history)  # type: ignore[arg-type]
+    watch = lateness.Lateness(dist.group.WORLD, failures, history)  # type: ignore[arg-type]
     mine_s = 0.1 * (1 + dist.get_rank())
     for step in range(steps):
         late = step % 100 >= 50

@@ -113,11 +113,11 @@ def waits(sharded: bool, fastest: bool) -> tuple[bool, int, bool]:
     steered.settle()
     engine = steered.handle._engine
     assert engine is not None
-    assert engine.program.plan.sharded == sharded
+    assert engine.bound_plan.plan.sharded == sharded
     engine.profiler.attention.closely = lambda: False  # type: ignore[method-assign]
     steered.train(3)
     parameters = list(steered.model.parameters())
-    flying = any(pending.is_held(p) for p in parameters)
+    flying = any(pending.is_pending(p) for p in parameters)
     hooks = sum(bool(module._forward_pre_hooks) for module in steered.model)
     with pending.DisableGuard():
         early = [p.detach().clone() for p in parameters]

@@ -14,7 +14,7 @@ import soonest
 from ranks import run_ranks
 from runtime.steering import keep_to_the_usual_plan, net
 from soonest import SoonestError
-from soonest.runtime.flat.buffers import Layout, Member
+from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
 
 
 def change_plans(shard_optimizer: bool) -> tuple[int, int]:
@@ -22,13 +22,13 @@ def change_plans(shard_optimizer: bool) -> tuple[int, int]:
     gc.disable()
     keep_to_the_usual_plan()
     given_away: list[str] = []
-    give_away = Layout.give_away
+    give_away = FlatBuffers.give_away
 
-    def noting(layout: Layout, member: Member) -> None:
-        given_away.append(member.name)
-        give_away(layout, member)
+    def noting(layout: FlatBuffers, param: FlatParam) -> None:
+        given_away.append(param.name)
+        give_away(layout, param)
 
-    Layout.give_away = noting  # type: ignore[method-assign]
+    FlatBuffers.give_away = noting  # type: ignore[method-assign]
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     handle = soonest.prioritize(model, optimizer, shard_optimizer=shard_optimizer)
@@ -50,13 +50,13 @@ def change_plans(shard_optimizer: bool) -> tuple[int, int]:
             gc.collect()
             with pytest.raises(SoonestError, match="was read after optimizer"):
                 model[0].weight.grad.norm()  # type: ignore[union-attr]
-    return len(given_away), len(engine.layout.members)
+    return len(given_away), len(engine.layout.params)
 
 
 @pytest.mark.parametrize("shard_optimizer", [False, True])
 def test_gradients_of_the_plan_before_are_not_taken_for_the_users(shard_optimizer: bool) -> None:
-    for given_away, members in run_ranks(change_plans, 2, shard_optimizer):
-        assert (given_away, members) == (0, 8)
+    for given_away, params in run_ranks(change_plans, 2, shard_optimizer):
+        assert (given_away, params) == (0, 8)
 
 
 def detach_where_one_rank_has_gradients_of_its_own(window: int) -> bool:

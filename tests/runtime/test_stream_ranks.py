@@ -71,8 +71,8 @@ def on_streams(names: list[str]) -> tuple[dict[str, list[str]], int]:
     lanes: list[StreamLane] = []
     ranks_of = groups.ranks_of
 
-    def lane_for(group: Any, device: Any, peers: Any) -> StreamLane:
-        lanes.append(StreamLane(HostStreams(), timeout_s=60, peers=peers))
+    def lane_for(group: Any, device: Any, failures: Any) -> StreamLane:
+        lanes.append(StreamLane(HostStreams(), timeout_s=60, failures=failures))
         return lanes[-1]
 
     setup.lane_for = lane_for

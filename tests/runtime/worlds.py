@@ -19,7 +19,7 @@ from soonest.runtime.comm import EXACT, Ranks
 from soonest.runtime.engine.engine import Engine
 from soonest.runtime.execute.stream_lane import StreamLane
 from soonest.runtime.execute.thread_lane import ThreadLane
-from soonest.runtime.flat.buffers import Layout
+from soonest.runtime.flat.buffers import FlatBuffers
 from strategies import any_cut
 
 RANKS = 2
@@ -198,15 +198,15 @@ class Soonest:
         streams: FakeStreams | None,
     ) -> None:
         self.model, self.optimizer = model, loop.optimizer(model)
-        layout = Layout(model)
+        layout = FlatBuffers(model)
         first, second = (FakeGroup(meeting, rank, streams) for meeting in meetings)
         # What a thread starts behind an op would otherwise come before the next one, or behind it.
         ranks = ranks_for(first, second if streams is None else None)
         sharing = Ranks(ranks.second, ranks.second, native=True)
         self.lane: Any = (
-            StreamLane(streams, timeout_s=30, peers=PEERS)
+            StreamLane(streams, timeout_s=30, failures=FAILURES)
             if streams is not None
-            else ThreadLane(timeout_s=30, peers=PEERS)
+            else ThreadLane(timeout_s=30, failures=FAILURES)
         )
         self.sharded = loop.sharded
         self.engine = Engine(
@@ -219,7 +219,7 @@ class Soonest:
             lane=self.lane,
             sharing=sharing if loop.sharded else None,
             wire=EXACT,
-            peers=PEERS,
+            failures=FAILURES,
             after_step=lambda engine: None,
         )
         self.engine.settled = True
@@ -242,7 +242,7 @@ class Soonest:
             self.engine.detach()
 
 
-class FakePeers:
+class FakeFailures:
     """Always blames the same one."""
 
     def cut_connections(self) -> None: ...
@@ -265,10 +265,10 @@ class FakePeers:
         yield
 
 
-PEERS: Any = FakePeers()
+FAILURES: Any = FakeFailures()
 
 
-def plan_for(loop: Loop, layout: Layout) -> Plan:
+def plan_for(loop: Loop, layout: FlatBuffers) -> Plan:
     random = Random(loop.seed)
     methods = [m for m in METHODS if shards(m) == loop.sharded and m != "hierarchical"]
     return Plan(RANKS, layout.flats, *any_cut(random, layout.flats, methods), random.randint(1, 3))
@@ -385,7 +385,7 @@ def with_lane(
         fake = streams() if kind == "stream" else None
         trainer = Soonest(loop, models[rank], meetings, rank, fake)
         layout = trainer.engine.layout
-        memory = [*(member.twin for member in layout.members), *layout.grads]
+        memory = [*(param.alias for param in layout.params), *layout.grads]
         watch: Any = watched(fake, *memory) if fake else nullcontext()
         try:
             with watch:

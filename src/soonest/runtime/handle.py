@@ -28,8 +28,8 @@ from soonest.runtime.engine.one_rank import Alone
 from soonest.runtime.optim import checkpoint
 from soonest.runtime.optim.sharded_state import ShardedState
 from soonest.runtime.tuning import plan_file
-from soonest.runtime.tuning.autotuner import Learner
-from soonest.runtime.tuning.plan_sources import Choice
+from soonest.runtime.tuning.autotuner import AutoTuner
+from soonest.runtime.tuning.plan_sources import PlanSources
 from soonest.writing import write_json
 
 _ALL_CALL = "; every rank must call it, at the same point"
@@ -47,8 +47,8 @@ class Handle(Joinable):
         optimizer: Optimizer,
         group: dist.ProcessGroup,
         engine: Engine | None = None,
-        choice: Choice | None = None,
-        learner: Learner | None = None,
+        choice: PlanSources | None = None,
+        learner: AutoTuner | None = None,
         alone: Alone | None = None,
     ) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Handle(Joinable):
     @property
     def plan(self) -> Plan | None:
         """The plan in use; None in a group of one rank and after ``detach``."""
-        return self._engine.program.plan if self._engine else None
+        return self._engine.bound_plan.plan if self._engine else None
 
     @property
     def engine(self) -> Engine | None:
@@ -223,7 +223,7 @@ class Handle(Joinable):
                 "ranks or more, before detach()"
             )
         assert self._choice
-        network, ranks = self._choice.network, self._engine.program.plan.ranks
+        network, ranks = self._choice.network, self._engine.bound_plan.plan.ranks
         profile = {**trace.to_json(), "ranks": ranks, "network": network.to_json()}
         write_json(path, profile)
 
@@ -240,7 +240,7 @@ class Handle(Joinable):
         calibrated, methods, given, notes = self._choice
         measured_s, pace = self._engine.profiler.measured(calibrated)
         return explain(
-            self._engine.program.plan,
+            self._engine.bound_plan.plan,
             calibrated.slowed(pace),
             choices=methods,
             measured_s=measured_s,
@@ -303,7 +303,7 @@ class Handle(Joinable):
         if self._engine:
             self._engine.state.take(plain)
             assert self._learner
-            with self._engine.peers.together("load_state_dict()", _ALL_CALL):
+            with self._engine.failures.together("load_state_dict()", _ALL_CALL):
                 self._learner.resume(self._engine)
 
     def _agree(self, act: Callable[[], None]) -> None:
@@ -315,7 +315,7 @@ class Handle(Joinable):
             refused = error
         elsewhere = None
         if self._engine:
-            with self._engine.peers.together("load_state_dict()", _ALL_CALL):
+            with self._engine.failures.together("load_state_dict()", _ALL_CALL):
                 elsewhere = agreement.first_refusal(self._engine.ranks.group, refused)
         if refused:
             raise refused
@@ -386,7 +386,7 @@ def is_shared(parameters: Iterable[nn.Parameter]) -> bool:
     given = list(parameters)
     mine = {id(parameter) for parameter in given}
     return one_rank.holds_any(given) or any(
-        id(member.parameter) in mine for engine in _engines for member in engine.layout.members
+        id(param.parameter) in mine for engine in _engines for param in engine.layout.params
     )
 
 

@@ -16,7 +16,7 @@ from soonest.core.planner.planner import first_plan
 from soonest.errors import SoonestError
 from soonest.runtime import agreement, comm
 from soonest.runtime.comm import groups
-from soonest.runtime.comm.failures import Peers
+from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.comm.joining import private_group
 from soonest.runtime.engine import consistency
 from soonest.runtime.engine.engine import Engine
@@ -25,16 +25,16 @@ from soonest.runtime.engine.new_params import Newcomers, admit
 from soonest.runtime.engine.one_rank import Alone
 from soonest.runtime.execute.choose_lane import check_group, lane_for
 from soonest.runtime.execute.lane import Lane
-from soonest.runtime.flat.buffers import Layout, trainable
-from soonest.runtime.guard.hooks import nobody
+from soonest.runtime.flat.buffers import FlatBuffers, trainable
+from soonest.runtime.guard.hooks import noop
 from soonest.runtime.handle import Handle, is_shared
 from soonest.runtime.optim import bucket_update
 from soonest.runtime.optim.patch import optimizer_in
 from soonest.runtime.timing.lateness import Lateness
 from soonest.runtime.tuning import calibrate, plan_file
-from soonest.runtime.tuning.autotuner import Learner
+from soonest.runtime.tuning.autotuner import AutoTuner
 from soonest.runtime.tuning.plan_sources import (
-    Choice,
+    PlanSources,
     can_shard,
     methods_for,
     note_on,
@@ -109,7 +109,7 @@ def start(
         device = next(p.device for _, _, p in trainable(model, without))
         check_group(parent, device)
     group = private_group(parent, timeout_s)
-    peers = Peers(group)
+    failures = FailureReporter(group)
     options = {
         "the optimizer": f"{type(optimizer).__name__} ({part})",
         "plan": "given" if given else None,
@@ -121,7 +121,7 @@ def start(
         "broadcast_buffers": broadcast_buffers,
         consistency.VARIABLE: every,
     }
-    with peers.together("prioritize()"):
+    with failures.together("prioritize()"):
         agreement.agree_on_input(group, refused)
         agreement.agree_on_options(group, options)
         agreement.agree_on_model(group, model, without)
@@ -139,12 +139,12 @@ def start(
     methods = methods_for(method, given, ranks, sharded=sharded)
     sharing = comm.Ranks(ranks.second, ranks.second) if sharded else None
     order = [slot.name for flat in given.flats for slot in flat.slots] if given else []
-    layout = Layout(model, order, without=without)
-    lane = own_lane or lane_for(group, device, peers)
+    layout = FlatBuffers(model, order, without=without)
+    lane = own_lane or lane_for(group, device, failures)
     try:
         if given is not None:
             plan_file.check(given, layout, group.size())
-        with peers.together("prioritize()"):
+        with failures.together("prioritize()"):
             if not equal:
                 comm.broadcast(group, [*model.parameters(), *model.buffers()])
             network = UNKNOWN
@@ -159,19 +159,19 @@ def start(
             "wire": [str(wire.gradients), str(wire.parameters)],
         }
         resumed = bool(optimizer.state)
-        learner = Learner(network, window=WINDOW, methods=methods, ranks=group.size(), job=job)
+        learner = AutoTuner(network, window=WINDOW, methods=methods, ranks=group.size(), job=job)
         learner.start_with(layout)
-        after_step: AfterStep = learner if given is None else nobody
+        after_step: AfterStep = learner if given is None else noop
         if comparing is not None:
             after_step = consistency.Comparison(comparing, every, after_step)
-        if after_step is not nobody:
-            after_step = _together(peers, after_step)
+        if after_step is not noop:
+            after_step = _together(failures, after_step)
             after_step = turns(after_step) if turns else after_step
 
         def anew(engine: Engine, parameters: Sequence[nn.Parameter]) -> None:
             if sharded:
                 check_parts(model, without)
-            with peers.together("taking in parameters"):
+            with failures.together("taking in parameters"):
                 agreement.agree_on_model(ranks.talk, model, without)
                 if parameters:
                     admit(ranks, parameters)
@@ -179,8 +179,8 @@ def start(
                 engine.bind(grown, _agreed_plan(ranks.talk, grown, network, methods))
                 learner.start_over(engine, stays=given is not None)
 
-        with peers.together("prioritize()"):
-            buffers = Buffers(model, lambda: groups.private_group(group, timeout_s), lane, peers)
+        with failures.together("prioritize()"):
+            buffers = Buffers(model, lambda: groups.private_group(group, timeout_s), lane, failures)
         engine = Engine(
             model,
             optimizer,
@@ -191,7 +191,7 @@ def start(
             lane=lane,
             sharing=sharing,
             wire=wire,
-            peers=peers,
+            failures=failures,
             after_step=after_step,
             buffers=buffers if broadcast_buffers else None,
             newcomers=None if equal else Newcomers(model, without, ours or (lambda _: True)),
@@ -202,20 +202,20 @@ def start(
         layout.move_out()
         raise
     engine.settled = given is not None
-    with peers.together("prioritize()"):
+    with failures.together("prioritize()"):
         learner.resume(engine, resumed=resumed)
         watching = groups.again(group) if own_lane is None and lane.clock is None else None
-        peers.learn_connections()
+        failures.learn_connections()
     if watching is not None:
-        engine.backward.lateness = Lateness(watching, peers, engine.history)
+        engine.backward.lateness = Lateness(watching, failures, engine.history)
     asked = f"method={method!r} was asked for" if method else None
     why = "as the given plan says" if given is not None else asked
-    choice = Choice(network, methods, why, (note,))
+    choice = PlanSources(network, methods, why, (note,))
     return Handle(model, optimizer, parent, engine, choice, learner)
 
 
 def _agreed_plan(
-    group: comm.Group, layout: Layout, network: Network, methods: Sequence[str]
+    group: comm.Group, layout: FlatBuffers, network: Network, methods: Sequence[str]
 ) -> Plan:
     """The plan to begin with; a collective call."""
     plan = first_plan(layout.flats, network, ranks=group.size(), window=WINDOW, methods=methods)
@@ -223,14 +223,14 @@ def _agreed_plan(
     return plan
 
 
-def _together(peers: Peers, after_step: AfterStep) -> AfterStep:
+def _together(failures: FailureReporter, after_step: AfterStep) -> AfterStep:
     """The same, which says who is at fault where a rank does not take part."""
 
     def call(engine: Engine) -> None:
         step = engine.backward.passes - 1
         what = f"what follows step {step}, as planning or {consistency.VARIABLE},"
         try:
-            with peers.together(what):
+            with failures.together(what):
                 after_step(engine)
         except SoonestError as error:
             if error.__cause__ is not None:  # the backend has failed

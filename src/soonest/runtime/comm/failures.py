@@ -49,7 +49,7 @@ _FAULT, _LOST, _BUSY = "!", "-", "~"
 that is gone; and that says where a rank is that waits for nobody. Others say what is waited for."""
 
 
-class Peers:
+class FailureReporter:
     """The ranks of a group, with their names.
 
     Args:

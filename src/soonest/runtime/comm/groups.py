@@ -30,7 +30,7 @@ def ranks_of(group: Group, host: str | None = None, *, native: bool = False) -> 
             enough.
     """
     hosts = comm.gather_objects(group, host or host_name())
-    rank, members = group.rank(), dist.get_process_group_ranks(group)
+    rank, params = group.rank(), dist.get_process_group_ranks(group)
     second, control = (group, None) if native else (again(group), again(group))
     by_host = [[r for r, other in enumerate(hosts) if other == name] for name in sorted(set(hosts))]
     sizes = {len(these) for these in by_host}
@@ -38,7 +38,7 @@ def ranks_of(group: Group, host: str | None = None, *, native: bool = False) -> 
         return Ranks(group, second, native=native, control=control)
     places = [list(place) for place in zip(*by_host, strict=True)]
     mine = [next(these for these in groups if rank in these) for groups in (by_host, places)]
-    inside, across = (_subgroup(group, [members[r] for r in these]) for these in mine)
+    inside, across = (_subgroup(group, [params[r] for r in these]) for these in mine)
     return Ranks(group, second, inside, across, native, control)
 
 
@@ -65,12 +65,12 @@ def has_own_store(group: Group) -> bool:
     return group in _stores
 
 
-def _subgroup(group: Group, members: list[int]) -> Group:
+def _subgroup(group: Group, params: list[int]) -> Group:
     timeout = datetime.timedelta(seconds=timeout_of(group))
     store = _stores.get(group)
     with _by_these_alone(group), _keys_in(store):
         made = dist.new_group(
-            members,
+            params,
             timeout=timeout,
             backend=dist.get_backend(group),
             pg_options=_options(group, timeout),

@@ -29,13 +29,13 @@ def private_group(parent: comm.Group, timeout_s: float | None) -> comm.Group:
         PeerLostError: not all of them came.
         SoonestError: they did, but could not be connected.
     """
-    members = dist.get_process_group_ranks(parent)
+    params = dist.get_process_group_ranks(parent)
     _calls[parent.group_name] += 1
     store = dist.distributed_c10d.PrefixStore(
         f"soonest/prioritize/{parent.group_name}/{_calls[parent.group_name]}",
         dist.distributed_c10d._get_default_store(),
     )
-    meeting = _Meeting(store, parent.rank(), len(members))
+    meeting = _Meeting(store, parent.rank(), len(params))
     try:
         word = meeting.wait(timeout_s=groups.timeout_for(parent, timeout_s).total_seconds())
         own = dist.distributed_c10d.PrefixStore(word, store)

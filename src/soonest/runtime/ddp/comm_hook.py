@@ -11,8 +11,8 @@ from torch._C import _distributed_c10d  # pyright: ignore[reportAttributeAccessI
 
 from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan
 from soonest.errors import ReadTooEarlyError, SoonestError
-from soonest.runtime.execute.pass_state import Sweep
-from soonest.runtime.flat.buffers import Member, flats_for
+from soonest.runtime.execute.pass_state import PassState
+from soonest.runtime.flat.buffers import FlatParam, flats_for
 
 Hook = Callable[[Any, Any], "torch.futures.Future[Any]"]
 
@@ -22,15 +22,15 @@ class GradBucket:
 
     Args:
         index: of the bucket, in the order in which hooks are called.
-        members: whose gradients it holds.
+        params: whose gradients it holds.
         is_last: whether no other follows in this backward pass.
     """
 
-    def __init__(self, index: int, members: Sequence[Member], *, is_last: bool) -> None:
+    def __init__(self, index: int, params: Sequence[FlatParam], *, is_last: bool) -> None:
         self._index = index
-        self._members = members
+        self._params = params
         self._is_last = is_last
-        self._buffer = torch.cat([member.raw_grad.reshape(-1) for member in members])
+        self._buffer = torch.cat([param.raw_grad.reshape(-1) for param in params])
 
     def index(self) -> int:
         return self._index
@@ -47,24 +47,23 @@ class GradBucket:
         return self.shaped(self._buffer)
 
     def parameters(self) -> list[nn.Parameter]:
-        return [member.parameter for member in self._members]
+        return [param.parameter for param in self._params]
 
     def is_last(self) -> bool:
         return self._is_last
 
     def shaped(self, row: Tensor) -> list[Tensor]:
         """The parts of a row of the buffer's size in the shapes of the gradients."""
-        parts = row.view(-1).split([member.raw_grad.numel() for member in self._members])
+        parts = row.view(-1).split([param.raw_grad.numel() for param in self._params])
         return [
-            part.view(member.raw_grad.shape)
-            for part, member in zip(parts, self._members, strict=True)
+            part.view(param.raw_grad.shape) for part, param in zip(parts, self._params, strict=True)
         ]
 
     def take(self, answer: Any) -> None:
         """Puts what a hook's future holds in the place of the gradients."""
         row = answer[0] if isinstance(answer, list | tuple) else answer
-        for member, part in zip(self._members, self.shaped(row), strict=True):
-            member.raw_grad.copy_(part)
+        for param, part in zip(self._params, self.shaped(row), strict=True):
+            param.raw_grad.copy_(part)
 
 
 class _Called(NamedTuple):
@@ -90,54 +89,56 @@ class HookLane:
         self._hook = hook
         self._state = state
         self._counting = counting
-        self._sweep: Sweep | None = None
+        self._pass_state: PassState | None = None
         self._called: list[_Called] = []
 
     error: SoonestError | None = None
     clock = None
 
-    def begin(self, sweep: Sweep) -> None:
-        self._sweep = sweep
+    def begin(self, pass_state: PassState) -> None:
+        self._pass_state = pass_state
         self._called = []
 
     def enter(self) -> None: ...
 
-    def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None: ...
+    def ready(self, pass_state: PassState, buckets: Sequence[int]) -> None: ...
 
-    def zero(self, sweep: Sweep, member: Member) -> None:
+    def zero(self, pass_state: PassState, param: FlatParam) -> None:
         """No update is ever under way."""
 
     def advance(self) -> None:
-        sweep = self._sweep
-        if sweep is None:
+        pass_state = self._pass_state
+        if pass_state is None:
             return
         with torch._C.DisableTorchFunctionSubclass():
-            while (op := sweep.next_op()) is not None:
-                self._call(sweep, op)
-            if sweep.closed and self._called:
-                self._answer(sweep)
+            while (op := pass_state.next_op()) is not None:
+                self._call(pass_state, op)
+            if pass_state.closed and self._called:
+                self._answer(pass_state)
 
-    def _call(self, sweep: Sweep, op: int) -> None:
-        sweep.record.op_started(op)
-        members = sweep.program.awaiting[sweep.plan.ops[op].bucket]
-        bucket = GradBucket(op, members, is_last=op == len(sweep.plan.ops) - 1)
+    def _call(self, pass_state: PassState, op: int) -> None:
+        pass_state.record.op_started(op)
+        params = pass_state.bound_plan.awaiting[pass_state.plan.ops[op].bucket]
+        bucket = GradBucket(op, params, is_last=op == len(pass_state.plan.ops) - 1)
         self._called.append(_Called(bucket, self._hook(self._state, bucket)))
-        sweep.issued += 1
+        pass_state.issued += 1
 
-    def _answer(self, sweep: Sweep) -> None:
+    def _answer(self, pass_state: PassState) -> None:
         """Waits for all futures, as ``DistributedDataParallel`` does at the end of a pass."""
         with torch.no_grad():
             for op, (bucket, answer) in enumerate(self._called):
                 bucket.take(answer.wait())
-                sweep.record.op_ended(op)
-                sweep.complete_op()
+                pass_state.record.op_ended(op)
+                pass_state.complete_op()
             self._called = []
-            sweep.program.note_users(sweep, together=self._counting)
+            pass_state.bound_plan.note_users(pass_state, together=self._counting)
+            for bucket in range(len(pass_state.plan.buckets)):
+                pass_state.bound_plan.put_back(pass_state, bucket)
 
-    def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
-        if not sweep.reduced[bucket]:
+    def wait(self, pass_state: PassState, bucket: int, *, updated: bool) -> None:
+        if not pass_state.reduced[bucket]:
             raise ReadTooEarlyError(
-                f"a gradient was read inside backward pass {sweep.number}, before the "
+                f"a gradient was read inside backward pass {pass_state.number}, before the "
                 "communication hook was called: read it after backward()"
             )
 
@@ -155,7 +156,7 @@ class HookLane:
         self.error = error if isinstance(error, SoonestError) else SoonestError(str(error))
 
     def close(self) -> None:
-        self._sweep = None
+        self._pass_state = None
 
 
 _CAP_BYTES = 25 << 20

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from soonest.errors import SoonestError
 from soonest.runtime import agreement
-from soonest.runtime.comm.failures import Peers
+from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.ddp.comm_hook import Hook
 from soonest.runtime.ddp.logger import Log
 from soonest.runtime.ddp.reducer import Reducer
@@ -58,7 +58,7 @@ class DistributedDataParallel(_Theirs):
         ValueError: an argument cannot be honoured; the message says what to do.
     """
 
-    _peers: Peers | None = None
+    _failures: FailureReporter | None = None
     reducer: Reducer
     """Missing where the user delays sharing all parameters (``delay_all_reduce_named_params``)."""
 
@@ -67,13 +67,13 @@ class DistributedDataParallel(_Theirs):
         refused = _refusal(given)
         group = _group_of(given) if given.get("init_sync", True) else None
         if group is not None and isinstance(module, nn.Module):
-            self._peers = peers = Peers(group, _NAME)
-            with peers.together(_NAME):
+            self._failures = failures = FailureReporter(group, _NAME)
+            with failures.together(_NAME):
                 agreement.agree_on_input(group, refused)
                 ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
                 agreement.agree_on_model(group, module, ignored)
                 agreement.agree_on_the_rest(group, module, ignored)
-                peers.learn_connections()
+                failures.learn_connections()
         if refused:
             raise refused
         self._skip_unused = bool(given.get("skip_all_reduce_unused_params"))
@@ -91,30 +91,32 @@ class DistributedDataParallel(_Theirs):
                 "gradients as well: set it to True or False"
             )
         if given.get("init_sync", True) and hasattr(self, "reducer"):
-            with self._peers.together(_NAME) if self._peers else nullcontext():
+            with self._failures.together(_NAME) if self._failures else nullcontext():
                 self.reducer.start()
 
     def _lost(self, error: Exception) -> SoonestError | None:
         """What to raise where other ranks are at fault for what torch's class has raised."""
-        if self._peers is None:
+        if self._failures is None:
             return None
         if isinstance(error, RuntimeError) and _is_from_collective(error):
-            return self._peers.failed(_NAME, "could not be done on all ranks", error)
-        self._peers.at_fault(error)
+            return self._failures.failed(_NAME, "could not be done on all ranks", error)
+        self._failures.at_fault(error)
         return None
 
     def __getstate__(self) -> Any:
         state: Any = super().__getstate__()
-        state.pop("_peers", None)  # of this process
+        state.pop("_failures", None)  # of this process
         return state
 
     def _sync_buffers(self) -> None:
-        if self._peers is None:
+        if self._failures is None:
             super()._sync_buffers()
             return
         engine = self.reducer.engine if hasattr(self, "reducer") else None
-        peers = engine.peers if engine is not None else self._peers  # to which its lane answers
-        with peers.together("sharing the first rank's buffers"):
+        failures = (
+            engine.failures if engine is not None else self._failures
+        )  # to which its lane answers
+        with failures.together("sharing the first rank's buffers"):
             super()._sync_buffers()
 
     @property

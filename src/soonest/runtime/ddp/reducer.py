@@ -16,17 +16,17 @@ from soonest.errors import SoonestError
 from soonest.runtime.comm import groups
 from soonest.runtime.ddp import logger
 from soonest.runtime.ddp.comm_hook import Hook, HookLane, whole_plan
-from soonest.runtime.ddp.unused_parameters import Passes
+from soonest.runtime.ddp.unused_parameters import UnusedParameterCheck
 from soonest.runtime.device.clock import now_s
 from soonest.runtime.engine.engine import Engine
-from soonest.runtime.execute.pass_state import Sweep
-from soonest.runtime.flat.buffers import Member, trainable
+from soonest.runtime.execute.pass_state import PassState
+from soonest.runtime.flat.buffers import FlatParam, trainable
 from soonest.runtime.handle import Handle
 from soonest.runtime.setup import WINDOW, start
 from soonest.runtime.timing.step_record import NEVER
 
 
-class Nothing(Optimizer):
+class NoOptimizer(Optimizer):
     """Updates nothing: a step then ends when gradients are combined."""
 
     def __init__(self) -> None:
@@ -71,14 +71,14 @@ class Reducer:
         self._skip_unused = skip_unused
         self._caps_bytes = caps_bytes
         self._log = log
-        self._passes = Passes(self._index_of, log)
+        self._passes = UnusedParameterCheck(self._index_of, log)
         self._hook: tuple[Any, Hook] | None = None
         self._wire: torch.dtype | None = None
-        self._optimizer: Optimizer = Nothing()
+        self._optimizer: Optimizer = NoOptimizer()
         self._options: dict[str, Any] = {}
         self._learn: Callable[[Engine], None] | None = None
         self._first_plan: str | None = None
-        self._seen: Sweep | None = None
+        self._seen: PassState | None = None
         self._forwards = 0
         self._forward_began = NEVER
         self._synchronous = False
@@ -124,7 +124,7 @@ class Reducer:
             lane = HookLane(hook, state, counting=self._find_unused or self._passes.static)
         fixed = lane is not None or bool(self._caps_bytes)
         options = {"separable": False if lane else None, **self._options}
-        if isinstance(self._optimizer, Nothing):
+        if isinstance(self._optimizer, NoOptimizer):
             options["separable"] = False
         if fixed:
             options["plan"] = whole_plan(
@@ -151,7 +151,7 @@ class Reducer:
             engine.after_backward = self._ended
             if lane is not None:
                 engine.gradients.divide_by(1)
-            self._first_plan = engine.program.plan.fingerprint
+            self._first_plan = engine.bound_plan.plan.fingerprint
         self._note_plan()
 
     def stop(self) -> None:
@@ -174,7 +174,7 @@ class Reducer:
         """Whether it combines the gradients of any of these, given by their ids."""
         engine = self.engine
         return engine is not None and any(
-            id(member.parameter) in parameters for member in engine.layout.members
+            id(param.parameter) in parameters for param in engine.layout.params
         )
 
     def update_with(self, optimizer: Optimizer, options: Mapping[str, Any]) -> Handle:
@@ -248,7 +248,7 @@ class Reducer:
         if engine is None or engine.backward.latest is self._seen:
             return False
         self._seen = engine.backward.latest
-        if isinstance(self._optimizer, Nothing):
+        if isinstance(self._optimizer, NoOptimizer):
             engine.step(None)
         if self._skip_unused and self._drop_unused(engine):
             return True
@@ -258,10 +258,10 @@ class Reducer:
         latest = engine.backward.latest
         if latest is None or engine.profiler.record is not latest.record:  # it was stepped twice
             return False
-        before = engine.program.plan.fingerprint
+        before = engine.bound_plan.plan.fingerprint
         self._learn(engine)
         self._note_plan()
-        return engine.program.plan.fingerprint != before
+        return engine.bound_plan.plan.fingerprint != before
 
     def prepare_for_backward(self, outputs: Sequence[Tensor]) -> None:
         """The forward pass has ended; the backward pass that follows is to be combined."""
@@ -318,8 +318,8 @@ class Reducer:
         counts = torch.zeros(len(self._index_of), dtype=torch.int32)
         if self.engine is not None:
             self.engine.flush()
-            for member in self.engine.layout.members:
-                counts[self._index_of[member.name]] = self.engine.program.users_of(member)
+            for param in self.engine.layout.params:
+                counts[self._index_of[param.name]] = self.engine.bound_plan.users_of(param)
         return counts
 
     def _remove_autograd_hooks(self) -> None:
@@ -347,8 +347,8 @@ class Reducer:
         """No longer shares what no rank has used."""
         self._skip_unused = False
         engine.flush()
-        members = engine.layout.members
-        unused = [m.name for m in members if not engine.program.users_of(m)]
+        params = engine.layout.params
+        unused = [m.name for m in params if not engine.bound_plan.users_of(m)]
         if not unused:
             return False
         self._without |= set(unused)
@@ -362,15 +362,15 @@ class Reducer:
                 self._index_of[name] = len(self._sizes)
                 self._sizes.append(parameter.nbytes)
 
-    def _ended(self, engine: Engine, late: Sequence[Member]) -> None:
-        if any(member.name not in self._index_of for member in late):
+    def _ended(self, engine: Engine, late: Sequence[FlatParam]) -> None:
+        if any(param.name not in self._index_of for param in late):
             self._note_names()
         self._passes.ended(engine, late)
 
     def _note_plan(self) -> None:
         self._note_names()
         if self.engine is not None:
-            plan = self.engine.program.plan
+            plan = self.engine.bound_plan.plan
             rebuilt = plan.fingerprint != self._first_plan
             self._log.note(logger.of_plan(plan, self._index_of, rebuilt=rebuilt))
 
@@ -380,10 +380,10 @@ class Reducer:
             {"unused_parameter_size": unused, "can_set_static_graph": self._passes.alike}
         )
 
-    def _note_order(self, sweep: Sweep) -> None:
-        ready = sweep.record.ready
-        order = sorted(sweep.program.layout.members, key=lambda member: ready[member.order])
-        indices = ", ".join(str(self._index_of[member.name]) for member in order)
+    def _note_order(self, pass_state: PassState) -> None:
+        ready = pass_state.record.ready
+        order = sorted(pass_state.bound_plan.layout.params, key=lambda param: ready[param.order])
+        indices = ", ".join(str(self._index_of[param.name]) for param in order)
         self._log.note({"prev_iteration_grad_ready_order_indices": indices})
 
 

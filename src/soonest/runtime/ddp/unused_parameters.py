@@ -10,10 +10,10 @@ from torch._C import _distributed_c10d  # pyright: ignore[reportAttributeAccessI
 
 from soonest.runtime.ddp import logger
 from soonest.runtime.engine.engine import Engine
-from soonest.runtime.flat.buffers import Member
+from soonest.runtime.flat.buffers import FlatParam
 
 
-class Passes:
+class UnusedParameterCheck:
     """What backward passes have shown; it knows the engine, but not what owns it.
 
     Args:
@@ -47,10 +47,10 @@ class Passes:
         if self.engine is not None:
             self.engine.backward.synchronizing = True
 
-    def ended(self, engine: Engine, late: Sequence[Member]) -> None:
+    def ended(self, engine: Engine, late: Sequence[FlatParam]) -> None:
         """A backward pass has been combined; these got no gradient in it."""
         engine.backward.synchronizing = False
-        self.missing = sorted(self._index_of[member.name] for member in late)
+        self.missing = sorted(self._index_of[param.name] for param in late)
         if self.first_missing is None:
             self.first_missing = self.missing
         self.alike = self.alike and self.missing == self.first_missing

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from soonest.errors import SoonestError
-from soonest.runtime.comm.failures import Peers
-from soonest.runtime.engine.in_flight import Landing
-from soonest.runtime.execute.bound_plan import Program
+from soonest.runtime.comm.failures import FailureReporter
+from soonest.runtime.engine.in_flight import InFlight
+from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import Lane
-from soonest.runtime.execute.pass_state import Sweep
-from soonest.runtime.flat.buffers import Member, has_alias
+from soonest.runtime.execute.pass_state import PassState
+from soonest.runtime.flat.buffers import FlatParam, has_alias
 from soonest.runtime.flat.gradients import Gradients
 from soonest.runtime.guard import pending
 from soonest.runtime.guard.accumulation import AccumulationHooks, InnerPasses
-from soonest.runtime.guard.hooks import weakly
+from soonest.runtime.guard.hooks import weak_hook
 from soonest.runtime.timing.lateness import Lateness
 from soonest.runtime.timing.profiler import Profiler
 
@@ -30,7 +30,7 @@ class Backward:
 
     Args:
         lane: executes the sweeps.
-        peers: who the ranks are.
+        failures: who the ranks are.
         profiler: keeps their records.
         ended: called at the end of each that was combined, with the members it gave nothing.
 
@@ -47,12 +47,12 @@ class Backward:
     def __init__(
         self,
         lane: Lane,
-        peers: Peers,
+        failures: FailureReporter,
         profiler: Profiler,
-        ended: Callable[[Sequence[Member]], None],
+        ended: Callable[[Sequence[FlatParam]], None],
     ) -> None:
         self._lane = lane
-        self._peers = peers
+        self._failures = failures
         self._profiler = profiler
         self._ended = ended
         self.siblings: list[Backward] = []
@@ -61,9 +61,10 @@ class Backward:
         self.everyone = True
         self.synchronizing = True
         self.passes = 0
-        self.latest: Sweep | None = None
-        self._looked_at: Sweep | None = None
-        self._open: Sweep | None = None
+        self.latest: PassState | None = None
+        self._looked_at: PassState | None = None
+        self._open: PassState | None = None
+        self._accumulated: set[int] = set()  # ids of parameters that a pass under no_sync has used
         self._ends_with_all = False
         self._inner = InnerPasses()
         self._hooks: list[AccumulationHooks] = []
@@ -71,28 +72,28 @@ class Backward:
 
     def bind(
         self,
-        program: Program,
-        landing: Landing,
+        bound_plan: BoundPlan,
+        in_flight: InFlight,
         gradients: Gradients,
         newcomers: Sequence[nn.Parameter],
     ) -> None:
         """From now on, passes share the gradients of this program's members.
 
         Args:
-            program: to sweep.
-            landing: holds what is in flight.
+            bound_plan: to sweep.
+            in_flight: holds what is in flight.
             gradients: of the members.
             newcomers: other parameters that may come to be trained.
         """
-        self._program, self._landing, self._gradients = program, landing, gradients
-        self._members = program.layout.members
+        self._bound_plan, self._in_flight, self._gradients = bound_plan, in_flight, gradients
+        self._params = bound_plan.layout.params
         self.latest = None
-        self._fresh = bytearray(len(self._members))
-        self._aliased: list[Member] = []
+        self._fresh = bytearray(len(self._params))
+        self._aliased: list[FlatParam] = []
         self._remove_hooks()
-        for member in self._members:
-            member.sweep = None
-            self._hooks.append(self._hooks_of(member))
+        for param in self._params:
+            param.pass_state = None
+            self._hooks.append(self._hooks_of(param))
         self._frozen = list(newcomers)
         self._look_out()
 
@@ -103,18 +104,18 @@ class Backward:
             return
         self._frozen = [parameter for parameter in self._frozen if not parameter.requires_grad]
         for parameter in trained:
-            self._hooks.append(AccumulationHooks(parameter, after=weakly(self._newcomer)))
+            self._hooks.append(AccumulationHooks(parameter, after=weak_hook(self._newcomer)))
 
-    def _hooks_of(self, member: Member) -> AccumulationHooks:
+    def _hooks_of(self, param: FlatParam) -> AccumulationHooks:
         # Not the member itself, which may lead here.
-        before, after = weakly(self._before, member.order), weakly(self._after, member.order)
-        return AccumulationHooks(member.parameter, before=before, after=after)
+        before, after = weak_hook(self._before, param.order), weak_hook(self._after, param.order)
+        return AccumulationHooks(param.parameter, before=before, after=after)
 
-    def renew_hooks(self, member: Member) -> None:
+    def renew_hooks(self, param: FlatParam) -> None:
         """The parameter may be another to autograd than it was."""
-        if self._hooks[member.order].is_outdated:
-            self._hooks[member.order].remove()
-            self._hooks[member.order] = self._hooks_of(member)
+        if self._hooks[param.order].is_outdated:
+            self._hooks[param.order].remove()
+            self._hooks[param.order] = self._hooks_of(param)
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -131,20 +132,20 @@ class Backward:
         if self._open is not None:
             raise self._unfinished(self._open)
 
-    def _unfinished(self, sweep: Sweep) -> SoonestError:
-        missing = [m.name for m in self._members if math.isnan(sweep.record.ready[m.order])]
+    def _unfinished(self, pass_state: PassState) -> SoonestError:
+        missing = [m.name for m in self._params if math.isnan(pass_state.record.ready[m.order])]
         names = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
         error = SoonestError(
-            f"backward pass {sweep.number} did not finish (did backward() raise?): this rank has "
-            f"not shared the gradients of {names or 'any parameter twice'}, and the others wait "
-            "for them; restart from a checkpoint"
+            f"backward pass {pass_state.number} did not finish (did backward() raise?): this rank "
+            f"has not shared the gradients of {names or 'any parameter twice'}, and the others "
+            "wait for them; restart from a checkpoint"
         )
-        return self._peers.at_fault(error)
+        return self._failures.at_fault(error)
 
-    def _repeated(self, member: Member) -> SoonestError:
-        return self._peers.at_fault(
+    def _repeated(self, param: FlatParam) -> SoonestError:
+        return self._failures.at_fault(
             SoonestError(
-                f"{member.name!r} got a second gradient in one backward pass, from a checkpoint, "
+                f"{param.name!r} got a second gradient in one backward pass, from a checkpoint, "
                 "when its only one so far was shared already: give torch.utils.checkpoint "
                 "use_reentrant=False"
             )
@@ -161,7 +162,7 @@ class Backward:
         """A pass through the whole model may begin at this output of it."""
         for tensor in pending.tensors_in(output):
             if tensor.grad_fn is not None:
-                tensor.register_hook(weakly(self._begins_with_all))
+                tensor.register_hook(weak_hook(self._begins_with_all))
 
     def _begins_with_all(self, _: Tensor) -> None:
         """Its end is that of the whole pass, not of a checkpoint's inside it."""
@@ -178,41 +179,43 @@ class Backward:
 
     def _before(self, order: int, _: Any) -> None:
         """A gradient is about to be written where another may still be in flight."""
-        member = self._members[order]
+        param = self._params[order]
         if self._open is not None and not math.isnan(self._open.record.ready[order]):
-            raise self._repeated(member) if self._inner.here() else self._unfinished(self._open)
+            raise self._repeated(param) if self._inner.here() else self._unfinished(self._open)
         if self._open is None and self._looked_at is not self.latest:
             self._look_at_kept()
-        if order in self._landing.unknown:
-            pending.land(member.parameter)  # what is added to must be known
-        self._landing.make_room(member)
+        if order in self._in_flight.unknown:
+            pending.wait_for(param.parameter)  # what is added to must be known
+        self._in_flight.wait_writable(param)
         with pending.DisableGuard():
-            gradient = member.parameter.grad
+            gradient = param.parameter.grad
             self._fresh[order] = gradient is None
-            if gradient is not None and gradient is not member.grad:
-                self._gradients.check_own(member, gradient)
+            if gradient is not None and gradient is not param.grad:
+                self._gradients.check_own(param, gradient)
 
     def _look_at_kept(self) -> None:
         """A pass begins, before anything is written to the buffers."""
         self._looked_at = latest = self.latest
         if latest is not None and latest.step is None and not latest.whole:
-            self._landing.complete_kept()
+            self._in_flight.complete_kept()
 
     def _after(self, order: int, *_: Any) -> None:
         """A gradient has been written to ``parameter.grad``."""
-        member = self._members[order]
-        sweep = self._sweep_of_this_pass()
-        # No gradient: the graph led here, but with an undefined one.
-        if sweep is None or member.parameter.grad is None:
+        param = self._params[order]
+        pass_state = self._pass_state()
+        if param.parameter.grad is None:  # the graph led here, but with an undefined one
             return
-        if not self._inner.must_wait(member.parameter):
-            self._contribute(sweep, member, fresh=bool(self._fresh[order]))
+        if pass_state is None:
+            self._accumulated.add(id(param.parameter))
+            return
+        if not self._inner.must_wait(param.parameter):
+            self._contribute(pass_state, param, fresh=bool(self._fresh[order]))
 
     def _newcomer(self, *_: Any) -> None:
         """A parameter has a gradient that is not a member yet: the end of this pass shows it."""
-        self._sweep_of_this_pass()
+        self._pass_state()
 
-    def _sweep_of_this_pass(self) -> Sweep | None:
+    def _pass_state(self) -> PassState | None:
         """What combines the gradients of this pass, if they are to be."""
         if not self.synchronizing:
             return None
@@ -223,7 +226,7 @@ class Backward:
                 torch.autograd.Variable._execution_engine.queue_callback(self._ends)
         return self._open
 
-    def _begin(self, *, active: bool = True) -> Sweep:
+    def _begin(self, *, active: bool = True) -> PassState:
         """The first gradient of a pass that is to be combined.
 
         Args:
@@ -231,85 +234,87 @@ class Backward:
         """
         self._lane.check()
         self.everyone = self.uneven is None or (active and self.uneven.all_are_active())
-        sweep = Sweep(self.passes, self._program, self._profiler.backward_begins())
+        pass_state = PassState(self.passes, self._bound_plan, self._profiler.backward_begins())
         self.passes += 1
-        self._open = self.latest = sweep
-        self._landing.flying = True
-        self._lane.begin(sweep)
+        self._open = self.latest = pass_state
+        self._in_flight.flying = True
+        self._lane.begin(pass_state)
         if self.lateness is not None:
             self.lateness.begins()
         for sibling in self.siblings:
             if sibling._open is None:
                 sibling._begin()
-        return sweep
+        return pass_state
 
-    def _contribute(self, sweep: Sweep, member: Member, *, fresh: bool = False) -> None:
-        copy = self._gradients.take(member, fresh=fresh)
+    def _contribute(self, pass_state: PassState, param: FlatParam, *, fresh: bool = False) -> None:
+        copy = self._gradients.take(param, fresh=fresh)
         if copy is None:
-            self._landing.hold_gradient(member, member.grad)
+            self._in_flight.hold_gradient(param, param.grad)
         else:
             if not fresh and has_alias(copy):
-                self._aliased.append(member)
-            self._landing.hold_copy(member, copy)
-        self._arrived(sweep, member)
+                self._aliased.append(param)
+            self._in_flight.hold_copy(param, copy)
+        self._arrived(pass_state, param)
 
-    def _lack(self, sweep: Sweep, member: Member) -> None:
+    def _lack(self, pass_state: PassState, param: FlatParam) -> None:
         """Contributes zeros in the place of a gradient."""
-        member.raw_grad.zero_()
-        sweep.unused.add(member.order)
-        self._landing.hold_gradient(member, member.grad)
-        self._arrived(sweep, member)
+        param.raw_grad.zero_()
+        pass_state.unused.add(param.order)
+        self._in_flight.hold_gradient(param, param.grad)
+        self._arrived(pass_state, param)
 
-    def _arrived(self, sweep: Sweep, member: Member) -> None:
-        member.sweep = sweep
-        sweep.record.ready[member.order] = sweep.record.now()
-        buckets = self._program.buckets_of[member.order]
-        self._lane.ready(sweep, buckets)
-        if sweep.arrived(buckets):
+    def _arrived(self, pass_state: PassState, param: FlatParam) -> None:
+        param.pass_state = pass_state
+        pass_state.record.ready[param.order] = pass_state.record.now()
+        buckets = self._bound_plan.buckets_of[param.order]
+        self._lane.ready(pass_state, buckets)
+        if pass_state.arrived(buckets):
             self._lane.advance()
 
-    def _close(self, sweep: Sweep) -> None:
+    def _close(self, pass_state: PassState) -> None:
         """The pass is over: who got no gradient contributes what it has, or zeros."""
-        ready, waited = sweep.record.ready, self._inner.end()
-        late = [member for member in self._members if math.isnan(ready[member.order])]
-        for member in late:
-            self._landing.make_room(member)
-            if id(member.parameter) in waited:
-                self._contribute(sweep, member)
+        ready, waited = pass_state.record.ready, self._inner.end()
+        late = [param for param in self._params if math.isnan(ready[param.order])]
+        for param in late:
+            self._in_flight.wait_writable(param)
+            if id(param.parameter) in waited:
+                self._contribute(pass_state, param)
                 continue
-            if member.parameter.grad is not None:
-                sweep.kept.add(member.order)
-                self._contribute(sweep, member)
+            if (gradient := param.parameter.grad) is not None:
+                if id(param.parameter) not in self._accumulated:
+                    pass_state.kept[param.order] = gradient.detach().clone()
+                self._contribute(pass_state, param)
                 continue
-            self._landing.unknown.add(member.order)
-            self._lack(sweep, member)
-            self._landing.hold(member)
-        self._closed(sweep)
-        self._ended([member for member in late if id(member.parameter) not in waited])
+            self._in_flight.unknown.add(param.order)
+            self._lack(pass_state, param)
+            self._in_flight.hold(param)
+        self._closed(pass_state)
+        self._ended([param for param in late if id(param.parameter) not in waited])
 
-    def _closed(self, sweep: Sweep) -> None:
-        sweep.record.backward_ended = sweep.record.now()
-        sweep.closed = True
+    def _closed(self, pass_state: PassState) -> None:
+        pass_state.record.backward_ended = pass_state.record.now()
+        pass_state.closed = True
         self._open = None
+        self._accumulated.clear()
         self._lane.advance()
-        if sweep.program.state is not None:
-            sweep.program.state.count_users(sweep)
+        if pass_state.bound_plan.state is not None:
+            pass_state.bound_plan.state.count_users(pass_state)
         if self.lateness is not None:
             self.lateness.ends()
         aliased, self._aliased = self._aliased, []
-        for member in aliased:  # nobody can make those wait that lie over the same memory
-            self._landing.settle(member)
+        for param in aliased:  # nobody can make those wait that lie over the same memory
+            self._in_flight.wait_grad(param)
 
     def contribute_nothing(self) -> None:
         """Takes part in a pass that only others have: no gradient changes here."""
-        sweep = self._begin(active=False)
-        for member in self._members:
-            pending.land(member.parameter)
-            self._landing.make_room(member)
-            if member.parameter.grad is member.grad:
-                self._landing.give_away(member)
-            self._lack(sweep, member)
-        self._closed(sweep)
+        pass_state = self._begin(active=False)
+        for param in self._params:
+            pending.wait_for(param.parameter)
+            self._in_flight.wait_writable(param)
+            if param.parameter.grad is param.grad:
+                self._in_flight.give_away(param)
+            self._lack(pass_state, param)
+        self._closed(pass_state)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

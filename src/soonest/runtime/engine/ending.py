@@ -66,9 +66,9 @@ def _send_the_rest(engine: Engine, error: BaseException | None) -> bool:
 
 def _say_goodbye(engine: Engine, error: BaseException | None) -> None:
     if error is not None and engine.lane.error is None:
-        engine.peers.tell(said(error))
-    if engine.peers.hosts_store and (error is not None or engine.lane.error is not None):
-        engine.peers.wait_for_notes()
+        engine.failures.tell(said(error))
+    if engine.failures.hosts_store and (error is not None or engine.lane.error is not None):
+        engine.failures.wait_for_notes()
 
 
 def _end_threads() -> None:

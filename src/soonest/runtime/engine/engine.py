@@ -13,21 +13,21 @@ from torch.optim import Optimizer
 from soonest.core.plan import Plan
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime.comm import Ranks, Wire
-from soonest.runtime.comm.failures import Peers
+from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.engine.backward import Backward
-from soonest.runtime.engine.in_flight import Landing
+from soonest.runtime.engine.in_flight import InFlight
 from soonest.runtime.engine.module_buffers import Buffers
 from soonest.runtime.engine.new_params import Newcomers
 from soonest.runtime.engine.structure import Structure
 from soonest.runtime.engine.undone import undone
-from soonest.runtime.execute.bound_plan import Program
+from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import Lane
-from soonest.runtime.execute.pass_state import Sweep
-from soonest.runtime.flat.buffers import Layout, Member
+from soonest.runtime.execute.pass_state import PassState
+from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
 from soonest.runtime.flat.bystanders import Aliases
 from soonest.runtime.flat.gradients import Gradients
 from soonest.runtime.guard import compiled, modes, pending
-from soonest.runtime.guard.hooks import Calling, nobody
+from soonest.runtime.guard.hooks import Calling, noop
 from soonest.runtime.optim import patch
 from soonest.runtime.optim.bucket_update import Updater, raw_step
 from soonest.runtime.optim.state import OptimizerState
@@ -48,7 +48,7 @@ class Engine:
         lane: what executes the plan.
         sharing: over which to share out the optimizer's state, if the plan shards.
         wire: how things are sent.
-        peers: who the ranks are.
+        failures: who the ranks are.
         after_step: called at the end of each ``step()`` that used combined gradients; on every
             rank after the same steps.
         buffers: to be sent around after each backward pass, if there are any.
@@ -71,13 +71,13 @@ class Engine:
         optimizer: Optimizer,
         *,
         separable: bool,
-        layout: Layout,
+        layout: FlatBuffers,
         plan: Plan,
         ranks: Ranks,
         lane: Lane,
         sharing: Ranks | None,
         wire: Wire,
-        peers: Peers,
+        failures: FailureReporter,
         after_step: Callable[[Engine], None],
         buffers: Buffers | None = None,
         newcomers: Newcomers | None = None,
@@ -88,17 +88,17 @@ class Engine:
         self.ranks = ranks
         self.lane = lane
         self._wire = wire
-        self._peers = peers
+        self._failures = failures
         self._separable = separable
         self._cls = type(optimizer)
-        self.state = OptimizerState(optimizer, self._cls, sharing, wire, peers)
+        self.state = OptimizerState(optimizer, self._cls, sharing, wire, failures)
         self._after_step = after_step
         self._buffers = buffers
         self._newcomers = newcomers
         self._anew = anew
-        self.profiler = Profiler(type(model).__name__, len(layout.members), lane.clock)
-        self.backward = Backward(lane, peers, self.profiler, self._backward_ended)
-        self.after_backward: Callable[[Engine, Sequence[Member]], None] = nobody
+        self.profiler = Profiler(type(model).__name__, len(layout.params), lane.clock)
+        self.backward = Backward(lane, failures, self.profiler, self._backward_ended)
+        self.after_backward: Callable[[Engine, Sequence[FlatParam]], None] = noop
         self._structure = Structure(model)
         self._entries = compiled.Entries(model)
         self._module_hooks = pending.ModuleHooks(self._entries.outside())
@@ -113,31 +113,31 @@ class Engine:
             model.register_forward_hook(Calling(self.forward_ends)),
         ]
 
-    def bind(self, layout: Layout, plan: Plan) -> None:
+    def bind(self, layout: FlatBuffers, plan: Plan) -> None:
         """From now on, run this plan on these buffers. Nothing may be in flight."""
-        parts = self._landing.give_up()
-        self.program.unfinished.clear()
+        parts = self._in_flight.give_up()
+        self.bound_plan.unfinished.clear()
         self._bind(layout, plan)
-        self._landing.hold_parts(parts)
+        self._in_flight.hold_parts(parts)
 
-    def _bind(self, layout: Layout, plan: Plan) -> None:
+    def _bind(self, layout: FlatBuffers, plan: Plan) -> None:
         self.layout = layout
-        self._updater = Updater(self.optimizer, self._cls, layout.members)
+        self._updater = Updater(self.optimizer, self._cls, layout.params)
         self.state.bind(layout, plan)
-        self.program = Program(
+        self.bound_plan = BoundPlan(
             plan, layout, self.ranks, self._updater, state=self.state.parts, wire=self._wire
         )
-        self.profiler.bind(plan, layout.members)
-        self.gradients = Gradients(layout, self.ranks.group.size(), self._peers)
+        self.profiler.bind(plan, layout.params)
+        self.gradients = Gradients(layout, self.ranks.group.size(), self._failures)
         layout.note_memory()
-        self._landing = Landing(self.program, self.lane, self._module_hooks, self.profiler)
-        newcomers = self._newcomers.look(layout.members) if self._newcomers is not None else ()
-        self.backward.bind(self.program, self._landing, self.gradients, newcomers)
-        self._landing.watch()
+        self._in_flight = InFlight(self.bound_plan, self.lane, self._module_hooks, self.profiler)
+        newcomers = self._newcomers.look(layout.params) if self._newcomers is not None else ()
+        self.backward.bind(self.bound_plan, self._in_flight, self.gradients, newcomers)
+        self._in_flight.watch()
 
     def watch(self) -> None:
         """Takes note of when each parameter is needed, though nothing is in flight."""
-        self._landing.watch()
+        self._in_flight.watch()
 
     # In the forward pass
 
@@ -146,7 +146,7 @@ class Engine:
         try:
             wrappers.check_caller()
         except ValueError as error:
-            raise self._peers.at_fault(error) from None
+            raise self._failures.at_fault(error) from None
         self.backward.forward_begins()
         self._follow()
         if self._structure.has_changed():
@@ -156,7 +156,7 @@ class Engine:
         if self.profiler.observing:  # what was read before it does not show the order of use
             self.inputs = [f"{tuple(x.shape)} {x.dtype}" for x in pending.tensors_in(inputs)]
             self.profiler.record = self.profiler.new_record()
-            self._landing.watch()
+            self._in_flight.watch()
         if self._entries.outdated():
             self._look_at_modules()
         if self._entries.whole or modes.is_compiling():
@@ -173,7 +173,7 @@ class Engine:
     def _follow(self) -> None:
         """Parameters that the user has given other memory are updated there from now on."""
         with pending.DisableGuard():
-            moved = [member for member in self.layout.members if member.has_moved]
+            moved = [param for param in self.layout.params if param.has_moved]
             if not moved:
                 return
             try:
@@ -183,9 +183,9 @@ class Engine:
                         raise SoonestError(checks.OVERLAP)
                     self.state.parts.follow(moved)
             except SoonestError as error:
-                raise self._peers.at_fault(error) from None
-        for member in moved:
-            self.backward.renew_hooks(member)
+                raise self._failures.at_fault(error) from None
+        for param in moved:
+            self.backward.renew_hooks(param)
 
     def _look_at_modules(self) -> None:
         """The model has come to have other modules, or compiled ones."""
@@ -207,11 +207,11 @@ class Engine:
             wrappers.check_outside(self.model)
             checks.check_model(self.model, self.layout.without)
         except ValueError as error:
-            raise self._peers.at_fault(error) from None
-        self._newcomers.look(self.layout.members)
+            raise self._failures.at_fault(error) from None
+        self._newcomers.look(self.layout.params)
         present = {id(parameter) for parameter in self.model.parameters()}
         come = self._newcomers.come()
-        if come or any(id(member.parameter) not in present for member in self.layout.members):
+        if come or any(id(param.parameter) not in present for param in self.layout.params):
             self._take_in(come)
         if self._buffers is not None:
             self._buffers.anew()
@@ -220,11 +220,11 @@ class Engine:
         """Also what has arrived and is only watched."""
         self.flush()
         if not self.backward.under_way:
-            self._landing.all()
+            self._in_flight.all()
 
     # After the backward pass
 
-    def _backward_ended(self, late: Sequence[Member]) -> None:
+    def _backward_ended(self, late: Sequence[FlatParam]) -> None:
         self._share_buffers(active=True)
         if self._structure.has_changed():  # since the forward pass, or without one of the model
             self._restructure()
@@ -258,7 +258,7 @@ class Engine:
     def step(self, closure: Callable[[], Any] | None) -> Any:
         """What the user's ``optimizer.step(closure)`` does."""
         if modes.is_compiling() and self._updater.owned:
-            raise self._peers.at_fault(
+            raise self._failures.at_fault(
                 ValueError(
                     "optimizer.step() is called from code that torch.compile compiles, and soonest "
                     "would round updates otherwise than that: call it outside, and leave out "
@@ -270,13 +270,13 @@ class Engine:
         if self._updater.outdated():
             self.groups_changed()
         self._follow()
-        blocking = self.program.plan.blocking
+        blocking = self.bound_plan.plan.blocking
         others = self._updater.trains_others()
         if others and self._newcomers is not None and (come := self._newcomers.come()):
             self._take_in(come)  # the backward pass was none of the model's parameters so far
             others = self._updater.trains_others()
         if others and self.state.parts is not None:
-            raise self._peers.at_fault(
+            raise self._failures.at_fault(
                 SoonestError(
                     "the optimizer has a gradient of a parameter that is frozen or no longer in "
                     "the model, and under shard_optimizer=True that is nobody's to update: set its "
@@ -288,7 +288,7 @@ class Engine:
             loss = self._step_by_bucket(closure)
             if blocking:
                 self.flush()
-                self._landing.watch()
+                self._in_flight.watch()
         else:
             loss = self._step_at_once(closure)
         latest = self.backward.latest
@@ -303,11 +303,11 @@ class Engine:
             loss = raw_step(self._cls)(self.optimizer, *(() if closure is None else (closure,)))
         except Exception as error:
             if not isinstance(error, SoonestError):
-                self._peers.tell(f"optimizer.step() raised {error!r}")
+                self._failures.tell(f"optimizer.step() raised {error!r}")
             raise
         if self.backward.latest is not None:
             self.profiler.record = self.backward.latest.record
-        self._landing.watch()
+        self._in_flight.watch()
         return loss
 
     def _step_by_bucket(self, closure: Callable[[], Any] | None) -> Any:
@@ -315,29 +315,32 @@ class Engine:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sweep = self.backward.latest
-        if sweep is None or sweep.step is not None:  # no backward pass was combined since
+        pass_state = self.backward.latest
+        if pass_state is None or pass_state.step is not None:  # no backward pass was combined since
             record = self.profiler.new_record()
-            before, sweep = sweep, Sweep(self.backward.passes, self.program, record, local=True)
+            before, pass_state = (
+                pass_state,
+                PassState(self.backward.passes, self.bound_plan, record, local=True),
+            )
             if before is not None:
-                sweep.unused |= before.unused
-                sweep.users = before.users
-            self.lane.begin(sweep)
+                pass_state.unused |= before.unused
+                pass_state.users = before.users
+            self.lane.begin(pass_state)
         scaled = self.optimizer.__dict__.get("grad_scale") is not None
         gradients = self.gradients.of(
-            self._updater.owned, self._landing.unknown, self._landing.copies, scaled=scaled
+            self._updater.owned, self._in_flight.unknown, self._in_flight.copies, scaled=scaled
         )
         call = self._updater.call(gradients)
-        aliased = self._aliases.of(self.layout.members[order] for order in gradients)
+        aliased = self._aliases.of(self.layout.params[order] for order in gradients)
         state_is_kept = self.state.is_kept(names=self._updater.seen_state is not None)
-        self._landing.expect(sweep, gradients)
-        self.profiler.record = sweep.record
-        sweep.step = call
-        if scaled and sweep.plan.sharded:  # each rank divides its parts, where it updates them
-            sweep.whole = False
+        self._in_flight.expect(pass_state, gradients)
+        self.profiler.record = pass_state.record
+        pass_state.step = call
+        if scaled and pass_state.plan.sharded:  # each rank divides its parts, where it updates them
+            pass_state.whole = False
         self.lane.advance()
-        for member in aliased:
-            pending.land(member.parameter)
+        for param in aliased:
+            pending.wait_for(param.parameter)
         if state_is_kept:
             self.flush()
         return loss
@@ -352,21 +355,21 @@ class Engine:
         self.flush()
         self._updater.regroup()
         if self._newcomers is not None:
-            self._newcomers.look(self.layout.members)
+            self._newcomers.look(self.layout.params)
             if parameters := self._newcomers.come():
                 self._take_in(parameters)
 
     def clear_gradients(self) -> None:
         """What ``optimizer.zero_grad()`` does: those in flight go on without their names."""
-        self._landing.unknown.clear()
+        self._in_flight.unknown.clear()
         patch.clear(self.optimizer)
 
     # The handle
 
     @property
-    def peers(self) -> Peers:
+    def failures(self) -> FailureReporter:
         """Who the ranks are."""
-        return self._peers
+        return self._failures
 
     @property
     def late(self) -> str | None:
@@ -383,11 +386,11 @@ class Engine:
     def flush(self) -> None:
         """Waits until nothing is in flight: every parameter and gradient has its value."""
         self.lane.check()
-        if self._landing.flying:
+        if self._in_flight.flying:
             self.lane.wait_all()
             self.lane.check()  # what has failed meanwhile is no longer waited for
             if not self.backward.under_way:
-                self._landing.all()
+                self._in_flight.all()
 
     def finish(self, limit_s: float) -> str | None:
         """Waits until nothing is under way that other ranks need, or for so long.
@@ -398,10 +401,10 @@ class Engine:
         if (what := self.lane.waits_for(limit_s)) is not None:
             return what
         if self._buffers is not None:
-            self._buffers.land()
+            self._buffers.wait_sent()
         latest = self.backward.latest
         if latest is not None and latest.users is not None:
-            with self._peers.together("ending"):
+            with self._failures.together("ending"):
                 if not latest.users.are_known(limit_s):
                     return f"step {latest.number}: which parameters each rank has used"
         return None
@@ -411,22 +414,22 @@ class Engine:
         self.lane.wait_all()
         latest = self.backward.latest
         if latest is not None and not latest.whole:
-            self.program.gather_gradients(latest)
-            self._landing.all()
+            self.bound_plan.gather_gradients(latest)
+            self._in_flight.all()
         self.flush()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error: bool) -> Tensor:
         """Clips this rank's parts of the gradients by the norm of all; a collective call."""
         assert self.state.parts is not None
         self.lane.wait_all()
-        sweep = self.backward.latest
-        if sweep is None or sweep.step is not None:
+        pass_state = self.backward.latest
+        if pass_state is None or pass_state.step is not None:
             raise SoonestError(
                 "there are no gradients to clip: call clip_grad_norm_ between backward() and step()"
             )
         with pending.DisableGuard():
             return self.state.parts.clip(
-                self.program.parts_with_gradient(sweep), max_norm, norm_type, error
+                self.bound_plan.parts_with_gradient(pass_state), max_norm, norm_type, error
             )
 
     def detach(self) -> None:
@@ -441,7 +444,7 @@ class Engine:
             if known is None:
                 self.flush()
                 if self.state.parts is not None:
-                    self._landing.complete_all()
+                    self._in_flight.complete_all()
                 self.state.hand_back()
         except SoonestError as error:
             found = error
@@ -457,7 +460,7 @@ class Engine:
 
     def _missing(self) -> str:
         """What is not as it would be had nothing failed, in words."""
-        missing = undone(self.program)
+        missing = undone(self.bound_plan)
         if self.state.parts is not None:
             missing += "; " * bool(missing) + (
                 "the optimizer's state is shared out over the ranks, and this one has only its "
@@ -472,6 +475,6 @@ class Engine:
             hook.remove()
         if self._buffers is not None:
             self._buffers.drop()
-        self._landing.drop()
+        self._in_flight.drop()
         patch.hand_back(self.optimizer)
         self.layout.move_out()

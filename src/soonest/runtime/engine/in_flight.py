@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from soonest.errors import SoonestError
-from soonest.runtime.execute.bound_plan import Program
+from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import Lane
-from soonest.runtime.execute.pass_state import Sweep
-from soonest.runtime.flat.buffers import Member
+from soonest.runtime.execute.pass_state import PassState
+from soonest.runtime.flat.buffers import FlatParam
 from soonest.runtime.guard import pending, transforms
 from soonest.runtime.timing.profiler import Profiler
 
@@ -23,23 +23,23 @@ class _Part(NamedTuple):
     """A gradient of which ranks may have only their parts.
 
     Args:
-        member: whose.
-        sweep: has combined it.
+        param: whose.
+        pass_state: has combined it.
         held: this rank has only its part, which nobody may read.
         copy: the user's own tensor that is still to be given the whole, if it is not the buffer's.
     """
 
-    member: Member
-    sweep: Sweep
+    param: FlatParam
+    pass_state: PassState
     held: bool
     copy: Tensor | None
 
 
-class Landing:
+class InFlight:
     """Holds the parameters and gradients of one program's members until they have their values.
 
     Args:
-        program: whose members.
+        bound_plan: whose members.
         lane: what brings them.
         hooks: needed while parameters are held.
         profiler: notes when each parameter is needed and when it is there.
@@ -53,20 +53,22 @@ class Landing:
     """
 
     def __init__(
-        self, program: Program, lane: Lane, hooks: pending.ModuleHooks, profiler: Profiler
+        self, bound_plan: BoundPlan, lane: Lane, hooks: pending.ModuleHooks, profiler: Profiler
     ) -> None:
-        transforms.land_first()
-        self._program = program
+        transforms.wait_first()
+        self._bound_plan = bound_plan
         self._lane = lane
         self._hooks = hooks
         self._profiler = profiler
-        self._members = program.layout.members
+        self._params = bound_plan.layout.params
         self._parameters = [
-            pending.Hold(m.parameter, partial(self.land, m), set_grad=partial(self._know, m))
-            for m in self._members
+            pending.PendingTensor(
+                m.parameter, partial(self.wait_param, m), set_grad=partial(self._know, m)
+            )
+            for m in self._params
         ]
-        self._gradients = [self._hold_of(m) for m in self._members]
-        self._held: list[pending.Hold | None] = [None] * len(self._members)
+        self._gradients = [self._hold_of(m) for m in self._params]
+        self._held: list[pending.PendingTensor | None] = [None] * len(self._params)
         self.copies: dict[int, Tensor] = {}  # by order of the member
         self._awaited: set[int] = set()  # buckets
         self._zeroing: dict[int, Callable[[], None]] = {}  # by order of the member
@@ -83,183 +85,185 @@ class Landing:
             ranks have to agree on what there is to complete.
         """
         parts: list[_Part] = []
-        for member, held in zip(self._members, self._held, strict=True):
-            self._parameters[member.order].release()
-            sweep, member.sweep = member.sweep, None  # it leads back to this one
-            if sweep is None or sweep.whole:
-                self._release_gradient(member)
+        for param, held in zip(self._params, self._held, strict=True):
+            self._parameters[param.order].release()
+            pass_state, param.pass_state = param.pass_state, None  # it leads back to this one
+            if pass_state is None or pass_state.whole:
+                self._release_gradient(param)
                 continue
             if held is not None:
                 held.release()
-            copy = self.copies.get(member.order)
-            parts.append(_Part(member, sweep, held is not None, copy))
+            copy = self.copies.get(param.order)
+            parts.append(_Part(param, pass_state, held is not None, copy))
         self._parameters, self._gradients, self._held = [], [], []
         self.copies = {}
         return parts
 
     def hold_parts(self, parts: Sequence[_Part]) -> None:
         """Holds what another one has given up."""
-        here = {id(member.parameter): member for member in self._members}
-        for before, sweep, held, copy in parts:
-            member = here.get(id(before.parameter))
-            if member is None:
+        here = {id(param.parameter): param for param in self._params}
+        for before, pass_state, held, copy in parts:
+            param = here.get(id(before.parameter))
+            if param is None:
                 continue
             if copy is not None:
-                self.hold_copy(member, copy)
-            elif held and member.grad is before.grad:
-                self.hold_gradient(member, member.grad)
-            member.sweep = sweep
+                self.hold_copy(param, copy)
+            elif held and param.grad is before.grad:
+                self.hold_gradient(param, param.grad)
+            param.pass_state = pass_state
 
     def watch(self) -> None:
         """Nothing is in flight, but note when each parameter is needed."""
         if self._profiler.record.closely:
-            for member in self._members:
-                self.hold(member)
+            for param in self._params:
+                self.hold(param)
 
-    def hold(self, member: Member) -> None:
-        """The parameter is to change; ``member.sweep`` is what will change it."""
+    def hold(self, param: FlatParam) -> None:
+        """The parameter is to change; ``param.pass_state`` is what will change it."""
         self._hooks.put()
-        self._awaited.add(self._program.last_of[member.order])
-        hold = self._parameters[member.order]
-        hold.hides_grad = member.order in self.unknown
-        hold.take_off()
+        self._awaited.add(self._bound_plan.last_of[param.order])
+        hold = self._parameters[param.order]
+        hold.hides_grad = param.order in self.unknown
+        hold.mark_pending()
 
-    def _hold_of(self, member: Member) -> pending.Hold:
-        return pending.Hold(member.grad, *self._ways(member, self._zero))
+    def _hold_of(self, param: FlatParam) -> pending.PendingTensor:
+        return pending.PendingTensor(param.grad, *self._ways(param, self._zero))
 
-    def _ways(self, member: Member, zero: Callable[[Member], None]) -> tuple[partial[None], ...]:
-        return partial(self.settle, member), partial(zero, member)
+    def _ways(
+        self, param: FlatParam, zero: Callable[[FlatParam], None]
+    ) -> tuple[partial[None], ...]:
+        return partial(self.wait_grad, param), partial(zero, param)
 
-    def _know(self, member: Member) -> None:
+    def _know(self, param: FlatParam) -> None:
         """The user says what its gradient is, whatever other ranks have."""
-        self.unknown.discard(member.order)
+        self.unknown.discard(param.order)
 
-    def hold_copy(self, member: Member, gradient: Tensor) -> None:
+    def hold_copy(self, param: FlatParam, gradient: Tensor) -> None:
         """The user's own gradient gets the combined values once they are there."""
-        self._hold(member, pending.Hold(gradient, *self._ways(member, self._forget_copy)))
-        self.copies[member.order] = gradient
+        self._hold(param, pending.PendingTensor(gradient, *self._ways(param, self._forget_copy)))
+        self.copies[param.order] = gradient
 
-    def _forget_copy(self, member: Member) -> None:
+    def _forget_copy(self, param: FlatParam) -> None:
         """The user zeroes a gradient that is still to get its value: it needs none."""
-        gradient = self.copies.pop(member.order)
-        self.hold_gradient(member, member.grad)  # what is sent is still under way
+        gradient = self.copies.pop(param.order)
+        self.hold_gradient(param, param.grad)  # what is sent is still under way
         with torch.no_grad(), pending.DisableGuard():
             gradient.zero_()
 
-    def hold_gradient(self, member: Member, gradient: Tensor) -> None:
+    def hold_gradient(self, param: FlatParam, gradient: Tensor) -> None:
         """This gradient of the member is to change or still to be read."""
-        before = self._held[member.order]
+        before = self._held[param.order]
         if before is not None and before.tensor is gradient:
             return
-        if gradient is member.grad:
-            self._hold(member, self._gradients[member.order])
+        if gradient is param.grad:
+            self._hold(param, self._gradients[param.order])
         else:
-            self._hold(member, pending.Hold(gradient, partial(self.settle, member)))
+            self._hold(param, pending.PendingTensor(gradient, partial(self.wait_grad, param)))
 
-    def _hold(self, member: Member, hold: pending.Hold) -> None:
-        before = self._held[member.order]
+    def _hold(self, param: FlatParam, hold: pending.PendingTensor) -> None:
+        before = self._held[param.order]
         if before is not None:
             before.release()
-        self._held[member.order] = hold
-        hold.take_off()
+        self._held[param.order] = hold
+        hold.mark_pending()
 
-    def expect(self, sweep: Sweep, gradients: Mapping[int, Tensor | None]) -> None:
+    def expect(self, pass_state: PassState, gradients: Mapping[int, Tensor | None]) -> None:
         """A step is to change parameters.
 
         Args:
-            sweep: will do it.
+            pass_state: will do it.
             gradients: that it uses, by order of the member.
         """
         for order, gradient in gradients.items():
-            member = self._members[order]
+            param = self._params[order]
             if gradient is not None and order in self.copies:
-                self.settle(member)
-            member.sweep = sweep
-            self.hold(member)
+                self.wait_grad(param)
+            param.pass_state = pass_state
+            self.hold(param)
             if order not in self.copies:
-                self.hold_gradient(member, member.grad if gradient is None else gradient)
-        if sweep.plan.sharded:  # gathering writes to all parameters, if only what is there
-            for member in self._members:
-                if member.order not in gradients:
-                    member.sweep = sweep
-                    self.hold(member)
+                self.hold_gradient(param, param.grad if gradient is None else gradient)
+        if pass_state.plan.sharded:  # gathering writes to all parameters, if only what is there
+            for param in self._params:
+                if param.order not in gradients:
+                    param.pass_state = pass_state
+                    self.hold(param)
         self.flying = True
 
-    def _release_gradient(self, member: Member) -> None:
-        held = self._held[member.order]
+    def _release_gradient(self, param: FlatParam) -> None:
+        held = self._held[param.order]
         if held is not None:
             held.release()
-            self._held[member.order] = None
-        copy = self.copies.pop(member.order, None)
+            self._held[param.order] = None
+        copy = self.copies.pop(param.order, None)
         if copy is not None:
             with torch.no_grad(), pending.DisableGuard():
-                copy.copy_(member.raw_grad)
+                copy.copy_(param.raw_grad)
 
-    def settle(self, member: Member) -> None:
+    def wait_grad(self, param: FlatParam) -> None:
         """Waits until the member's gradient has its value, and nothing still reads it."""
-        if self._held[member.order] is not None:
-            self._wait_for_gradient(member)
-            if self._partial(member):
-                self._complete(member)
-            self._release_gradient(member)
+        if self._held[param.order] is not None:
+            self._wait_for_gradient(param)
+            if self._partial(param):
+                self._complete(param)
+            self._release_gradient(param)
 
-    def free(self, member: Member) -> None:
+    def free(self, param: FlatParam) -> None:
         """Waits until nothing writes to, or still reads, the member's gradient."""
-        if self._held[member.order] is not None:
-            self._wait_for_gradient(member)
-            self._release_gradient(member)
+        if self._held[param.order] is not None:
+            self._wait_for_gradient(param)
+            self._release_gradient(param)
 
     def complete_kept(self) -> None:
-        """Completes gradients that a backward pass will add to, before it overwrites others.
+        """Completes gradients that are still somebody's, before a backward pass overwrites others.
 
         It is a collective call if there are any.
         """
-        for member in self._members:
-            if member.order in self.unknown:
-                pending.land(member.parameter)
+        for param in self._params:
+            if param.order in self.unknown:
+                pending.wait_for(param.parameter)
             with pending.DisableGuard():
-                kept = member.parameter.grad is member.grad
-            if kept and self._partial(member):
-                self.settle(member)
+                kept = param.parameter.grad is param.grad
+            if (kept or param.order in self.copies) and self._partial(param):
+                self.wait_grad(param)
 
-    def make_room(self, member: Member) -> None:
+    def wait_writable(self, param: FlatParam) -> None:
         """Waits until the member's gradient can be written, or added to if it is still there."""
         with pending.DisableGuard():
-            added_to = member.parameter.grad is member.grad
-            if self._held[member.order] is not None:
-                (self.settle if added_to or member.order in self.copies else self.free)(member)
-            if added_to or not member.gradient_is_kept:
+            added_to = param.parameter.grad is param.grad
+            if self._held[param.order] is not None:
+                (self.wait_grad if added_to or param.order in self.copies else self.free)(param)
+            if added_to or not param.gradient_is_kept:
                 return
-        self.give_away(member)
+        self.give_away(param)
 
-    def give_away(self, member: Member) -> None:
+    def give_away(self, param: FlatParam) -> None:
         """The gradient in the buffer becomes the user's own; it has its value."""
-        self._release_gradient(member)
-        self._program.layout.give_away(member)
-        self._gradients[member.order] = self._hold_of(member)
+        self._release_gradient(param)
+        self._bound_plan.layout.give_away(param)
+        self._gradients[param.order] = self._hold_of(param)
 
-    def _partial(self, member: Member) -> bool:
+    def _partial(self, param: FlatParam) -> bool:
         """Whether this rank has only its part of the member's gradient."""
-        held, sweep = self._held[member.order], member.sweep
-        if sweep is None or sweep.whole:
+        held, pass_state = self._held[param.order], param.pass_state
+        if pass_state is None or pass_state.whole:
             return False
-        if sweep.step is not None and member.order in sweep.step.zeroed:
+        if pass_state.step is not None and param.order in pass_state.step.zeroed:
             return False
-        return held is not None and (held.tensor is member.grad or member.order in self.copies)
+        return held is not None and (held.tensor is param.grad or param.order in self.copies)
 
-    def _complete(self, member: Member) -> None:
+    def _complete(self, param: FlatParam) -> None:
         """A gradient of which this rank has but a part is to be read."""
-        sweep = member.sweep
-        assert sweep is not None
-        if sweep.step is not None:
+        pass_state = param.pass_state
+        assert pass_state is not None
+        if pass_state.step is not None:
             raise SoonestError(
-                f"the gradient of {member.name!r} was read after optimizer.step(), but each rank "
+                f"the gradient of {param.name!r} was read after optimizer.step(), but each rank "
                 "has only its part of it, as shard_optimizer=True: read it before step(), on every "
                 "rank, or clear gradients before the next backward pass"
             )
-        for bucket in range(len(sweep.plan.buckets)):
-            self._lane.wait(sweep, bucket, updated=False)
-        sweep.program.gather_gradients(sweep)
+        for bucket in range(len(pass_state.plan.buckets)):
+            self._lane.wait(pass_state, bucket, updated=False)
+        pass_state.bound_plan.gather_gradients(pass_state)
         self._lane.spread()
 
     def complete_all(self) -> None:
@@ -267,87 +271,95 @@ class Landing:
 
         Nothing may be in flight.
         """
-        parted = {m.sweep for m in self._members if m.sweep is not None and not m.sweep.whole}
-        for sweep in sorted(parted, key=lambda sweep: sweep.number):
+        parted = {
+            m.pass_state
+            for m in self._params
+            if m.pass_state is not None and not m.pass_state.whole
+        }
+        for pass_state in sorted(parted, key=lambda pass_state: pass_state.number):
             with pending.DisableGuard(), torch.no_grad():
-                here = [m for m in self._members if m.parameter.grad is m.grad]
+                here = [m for m in self._params if m.parameter.grad is m.grad]
                 own = [(m, m.raw_grad.clone()) for m in here if not self._partial(m)]
-                sweep.program.gather_gradients(sweep)
-                for member, gradient in own:  # others may have only their parts of these
-                    member.raw_grad.copy_(gradient)
+                pass_state.bound_plan.gather_gradients(pass_state)
+                for param, gradient in own:  # others may have only their parts of these
+                    param.raw_grad.copy_(gradient)
         self._lane.spread()
 
-    def land(self, member: Member) -> None:
+    def wait_param(self, param: FlatParam) -> None:
         """Waits until the parameter has the value that the last ``step()`` gave it."""
-        record, sweep = self._profiler.record, member.sweep
+        record, pass_state = self._profiler.record, param.pass_state
         needed = record.now()
         if self.flying:
-            self._wait(member)
-        if record.closely or sweep is None or sweep.step is None:
-            self._landed(member)
+            self._wait(param)
+        if record.closely or pass_state is None or pass_state.step is None:
+            self._landed(param)
         else:
-            self._land_bucket(sweep, self._program.last_of[member.order])
-        if math.isnan(record.needed[member.order]):
-            record.needed[member.order] = needed
-            record.landed[member.order] = record.now()
+            self._land_bucket(pass_state, self._bound_plan.last_of[param.order])
+        if math.isnan(record.needed[param.order]):
+            record.needed[param.order] = needed
+            record.landed[param.order] = record.now()
 
-    def _land_bucket(self, sweep: Sweep, bucket: int) -> None:
+    def _land_bucket(self, pass_state: PassState, bucket: int) -> None:
         """What was updated together lands together: one look at a time costs more."""
-        for member in self._program.awaiting[bucket]:
-            if member.sweep is sweep:
-                self._landed(member)
-                self._parameters[member.order].release()
+        for param in self._bound_plan.awaiting[bucket]:
+            if param.pass_state is pass_state:
+                self._landed(param)
+                self._parameters[param.order].release()
         self._awaited.discard(bucket)
         if not self._awaited:
             self._hooks.remove()
 
-    def _landed(self, member: Member) -> None:
-        if member.order in self.unknown:
-            self._resolve(member)
-        stepped = member.sweep is None or member.sweep.step is not None
-        if stepped and member.order not in self._zeroing and not self._partial(member):
-            self._release_gradient(member)
+    def _landed(self, param: FlatParam) -> None:
+        if param.order in self.unknown:
+            self._resolve(param)
+        stepped = param.pass_state is None or param.pass_state.step is not None
+        if stepped and param.order not in self._zeroing and not self._partial(param):
+            self._release_gradient(param)
 
-    def _wait(self, member: Member) -> None:
-        sweep = member.sweep
-        if sweep is None or sweep.program is not self._program:  # that of another one is over
+    def _wait(self, param: FlatParam) -> None:
+        pass_state = param.pass_state
+        if (
+            pass_state is None or pass_state.bound_plan is not self._bound_plan
+        ):  # that of another one is over
             return
-        if sweep.step is None and sweep.plan.sharded:  # ``last_of`` is the last to be shared
-            for bucket in self._program.buckets_of[member.order]:
-                self._lane.wait(sweep, bucket, updated=False)
+        if (
+            pass_state.step is None and pass_state.plan.sharded
+        ):  # ``last_of`` is the last to be shared
+            for bucket in self._bound_plan.buckets_of[param.order]:
+                self._lane.wait(pass_state, bucket, updated=False)
             return
-        last = self._program.last_of[member.order]
-        self._lane.wait(sweep, last, updated=sweep.step is not None)
+        last = self._bound_plan.last_of[param.order]
+        self._lane.wait(pass_state, last, updated=pass_state.step is not None)
 
-    def _wait_for_gradient(self, member: Member) -> None:
-        self._wait(member)
-        zeroed = self._zeroing.pop(member.order, None)
+    def _wait_for_gradient(self, param: FlatParam) -> None:
+        self._wait(param)
+        zeroed = self._zeroing.pop(param.order, None)
         if zeroed is not None:
             zeroed()
 
-    def _resolve(self, member: Member) -> None:
+    def _resolve(self, param: FlatParam) -> None:
         """Its gradient is combined: now it shows whether any rank had one."""
-        self.unknown.discard(member.order)
+        self.unknown.discard(param.order)
         with pending.DisableGuard():
-            if member.parameter.grad is None and self._program.used_anywhere(member):
-                member.parameter.grad = member.grad
+            if param.parameter.grad is None and self._bound_plan.used_anywhere(param):
+                param.parameter.grad = param.grad
 
-    def _zero(self, member: Member) -> None:
+    def _zero(self, param: FlatParam) -> None:
         """The user zeroes a gradient in flight: that happens when nobody needs it any more."""
-        sweep = member.sweep
-        assert sweep is not None
-        zeroed = self._lane.zero(sweep, member)
+        pass_state = param.pass_state
+        assert pass_state is not None
+        zeroed = self._lane.zero(pass_state, param)
         if zeroed is None:
-            self.free(member)
-            member.raw_grad.zero_()
+            self.free(param)
+            param.raw_grad.zero_()
         else:
-            self._zeroing[member.order] = zeroed
+            self._zeroing[param.order] = zeroed
 
     def all(self) -> None:
         """Everything has arrived: releases it all."""
-        for member in self._members:
-            if member.order in self.unknown:
-                self._resolve(member)
+        for param in self._params:
+            if param.order in self.unknown:
+                self._resolve(param)
         self.drop(parts=False)
         self.flying = False
 
@@ -357,10 +369,10 @@ class Landing:
         Args:
             parts: also gradients of which this rank has only its part.
         """
-        for member in self._members:
-            self._parameters[member.order].release()
-            if parts or not self._partial(member):
-                self._release_gradient(member)
+        for param in self._params:
+            self._parameters[param.order].release()
+            if parts or not self._partial(param):
+                self._release_gradient(param)
         self._awaited.clear()
         self._zeroing.clear()
         self._hooks.remove()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from soonest.errors import SoonestError
 from soonest.runtime import comm
 from soonest.runtime.comm import Group, Sent, ended, waiting
-from soonest.runtime.comm.failures import Peers
+from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.execute.lane import Lane
 from soonest.runtime.guard import modes
 from soonest.runtime.guard.pending import DisableGuard
@@ -37,7 +37,7 @@ class Buffers:
         model: whose.
         group: makes one of all ranks, for nothing else; a collective call.
         lane: knows if something else has failed, and who is to see them.
-        peers: who the ranks are.
+        failures: who the ranks are.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class Buffers:
         model: nn.Module,
         group: Callable[[], Group],
         lane: Lane,
-        peers: Peers,
+        failures: FailureReporter,
     ) -> None:
         self._model = model
         self._make_group = group
         self._group: Group | None = None
         self._lane = lane
-        self._peers = peers
+        self._failures = failures
         self._sent: _Sending | None = None
         self._needed = True
         self._model_is_called = False
@@ -72,12 +72,12 @@ class Buffers:
             try:
                 self._now = _Set(buffers)
             except ValueError as error:
-                raise self._peers.at_fault(error) from None
+                raise self._failures.at_fault(error) from None
         return self._now
 
     def anew(self) -> None:
         """Gives all ranks the first one's, in a model that has changed; a collective call."""
-        self.land()
+        self.wait_sent()
         self._sent = None
         now = self._present()
         if now.buffers and self._group is None:
@@ -95,7 +95,7 @@ class Buffers:
         """
         if self._group is None or not self._agreed.buffers:
             return
-        self.land()
+        self.wait_sent()
         now = self._present()
         with self._carefully():
             source = 0 if active is None else comm.last_of(self._group, mine=active)
@@ -146,9 +146,12 @@ class Buffers:
     def _compare(self, sent: _Sending, when: int) -> None:
         """Raises SoonestError if this rank's buffers, or the moment, are others than sent."""
         if sent.when != when:
-            there, here = self._peers.names[sent.source], self._peers.names[self._peers.rank]
+            there, here = (
+                self._failures.names[sent.source],
+                self._failures.names[self._failures.rank],
+            )
             odd, other = (here, there) if when == _BEFORE_FORWARD else (there, here)
-            raise self._peers.at_fault(
+            raise self._failures.at_fault(
                 SoonestError(
                     f"{odd} has changed its buffers between two steps, perhaps by a forward pass "
                     f"without a backward pass, and {other} has not, so they cannot be sent: do the "
@@ -156,7 +159,7 @@ class Buffers:
                 )
             )
         if sent.signature != sent.now.signature:
-            raise self._peers.at_fault(
+            raise self._failures.at_fault(
                 SoonestError(
                     "the first rank has other buffers than this one: "
                     f"{sent.now.difference(self._agreed)}. Give every rank the same, or leave them "
@@ -171,7 +174,7 @@ class Buffers:
                 part.unpack()
             self._lane.spread(part.memory for part in values)
 
-    def land(self) -> None:
+    def wait_sent(self) -> None:
         """Waits until nothing is under way that other ranks need."""
         if self._sent is not None:
             self._wait(self._sent)
@@ -190,7 +193,7 @@ class Buffers:
     def _carefully(self) -> Iterator[None]:
         """Says who is missing if a rank does not take part; or what else has failed before."""
         with (
-            self._peers.together("sharing the first rank's buffers"),
+            self._failures.together("sharing the first rank's buffers"),
             torch.no_grad(),
             DisableGuard(),
             modes.usual(),

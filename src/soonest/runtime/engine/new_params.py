@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from soonest.runtime import comm
 from soonest.runtime.comm import Ranks
-from soonest.runtime.flat.buffers import Member
+from soonest.runtime.flat.buffers import FlatParam
 
 
 class Newcomers:
@@ -34,9 +34,9 @@ class Newcomers:
         self._ours = ours
         self._waiting: list[nn.Parameter] = []
 
-    def look(self, members: Iterable[Member]) -> list[nn.Parameter]:
+    def look(self, params: Iterable[FlatParam]) -> list[nn.Parameter]:
         """Those that may come: all of the model as it is now, but these members."""
-        known = {id(member.parameter) for member in members}
+        known = {id(param.parameter) for param in params}
         self._waiting = [
             parameter
             for name, parameter in self._model.named_parameters()

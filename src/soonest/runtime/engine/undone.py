@@ -4,60 +4,70 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from soonest.runtime.execute.bound_plan import Program
-from soonest.runtime.execute.pass_state import Sweep
-from soonest.runtime.flat.buffers import Member
+from soonest.runtime.execute.bound_plan import BoundPlan
+from soonest.runtime.execute.pass_state import PassState
+from soonest.runtime.flat.buffers import FlatParam
 
 _NAMED = 3
 
 
-def undone(program: Program) -> str:
+def undone(bound_plan: BoundPlan) -> str:
     """Which parameters lack what of a step, in words; nothing if none do."""
-    stepped = [sweep for sweep in program.unfinished if sweep.step is not None]
+    stepped = [pass_state for pass_state in bound_plan.unfinished if pass_state.step is not None]
     parts: list[str] = []
-    for sweep in sorted(stepped, key=lambda sweep: sweep.number):
-        torn = [member for member in _owned(program, sweep) if _is_torn(program, sweep, member)]
-        stale = [member for member in _owned(program, sweep) if _is_stale(program, sweep, member)]
+    for pass_state in sorted(stepped, key=lambda pass_state: pass_state.number):
+        torn = [
+            param
+            for param in _owned(bound_plan, pass_state)
+            if _is_torn(bound_plan, pass_state, param)
+        ]
+        stale = [
+            param
+            for param in _owned(bound_plan, pass_state)
+            if _is_stale(bound_plan, pass_state, param)
+        ]
         if torn:
-            parts.append(f"{_names(torn)} in part {_have(torn)} the values of step {sweep.number}")
+            parts.append(
+                f"{_names(torn)} in part {_have(torn)} the values of step {pass_state.number}"
+            )
         if stale:
-            parts.append(f"{_names(stale)} {_lack(stale)} the update of step {sweep.number}")
+            parts.append(f"{_names(stale)} {_lack(stale)} the update of step {pass_state.number}")
     return " and ".join(parts)
 
 
-def _owned(program: Program, sweep: Sweep) -> Iterator[Member]:
-    return (m for m in program.layout.members if m.order in sweep.step.gradients)
+def _owned(bound_plan: BoundPlan, pass_state: PassState) -> Iterator[FlatParam]:
+    return (m for m in bound_plan.layout.params if m.order in pass_state.step.gradients)
 
 
-def _touched(sweep: Sweep, bucket: int) -> bool:
-    return bool(sweep.updated[bucket] or sweep.shared[bucket])
+def _touched(pass_state: PassState, bucket: int) -> bool:
+    return bool(pass_state.updated[bucket] or pass_state.shared[bucket])
 
 
-def _is_torn(program: Program, sweep: Sweep, member: Member) -> bool:
+def _is_torn(bound_plan: BoundPlan, pass_state: PassState, param: FlatParam) -> bool:
     """Whether elements of it are of this step, and others of the one before."""
-    if not sweep.plan.sharded:  # then it is updated as a whole
+    if not pass_state.plan.sharded:  # then it is updated as a whole
         return False
-    buckets = program.buckets_of[member.order]
-    whole = all(sweep.updated[bucket] for bucket in buckets)
-    return not whole and any(_touched(sweep, bucket) for bucket in buckets)
+    buckets = bound_plan.buckets_of[param.order]
+    whole = all(pass_state.updated[bucket] for bucket in buckets)
+    return not whole and any(_touched(pass_state, bucket) for bucket in buckets)
 
 
-def _is_stale(program: Program, sweep: Sweep, member: Member) -> bool:
+def _is_stale(bound_plan: BoundPlan, pass_state: PassState, param: FlatParam) -> bool:
     """Whether it is as the step before has left it."""
-    if not sweep.plan.sharded:
-        return not sweep.updated[program.last_of[member.order]]
-    return not any(_touched(sweep, bucket) for bucket in program.buckets_of[member.order])
+    if not pass_state.plan.sharded:
+        return not pass_state.updated[bound_plan.last_of[param.order]]
+    return not any(_touched(pass_state, bucket) for bucket in bound_plan.buckets_of[param.order])
 
 
-def _names(members: Sequence[Member]) -> str:
-    names = ", ".join(repr(member.name) for member in members[:_NAMED])
-    more = len(members) - _NAMED
+def _names(params: Sequence[FlatParam]) -> str:
+    names = ", ".join(repr(param.name) for param in params[:_NAMED])
+    more = len(params) - _NAMED
     return names + (f" and {more} more" if more > 0 else "")
 
 
-def _have(members: Sequence[Member]) -> str:
-    return "has" if len(members) == 1 else "have"
+def _have(params: Sequence[FlatParam]) -> str:
+    return "has" if len(params) == 1 else "have"
 
 
-def _lack(members: Sequence[Member]) -> str:
-    return "lacks" if len(members) == 1 else "lack"
+def _lack(params: Sequence[FlatParam]) -> str:
+    return "lacks" if len(params) == 1 else "lack"

@@ -6,26 +6,26 @@ import torch
 import torch.distributed as dist
 
 from soonest.runtime.comm import Group, groups
-from soonest.runtime.comm.failures import Peers
+from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.device.streams import DeviceStreams
 from soonest.runtime.execute.lane import Lane
 from soonest.runtime.execute.stream_lane import StreamLane
 from soonest.runtime.execute.thread_lane import ThreadLane
 
 
-def lane_for(group: Group, device: torch.device, peers: Peers) -> Lane:
+def lane_for(group: Group, device: torch.device, failures: FailureReporter) -> Lane:
     """The lane for a model on this device.
 
     Args:
         group: over which to combine.
         device: of all buffers.
-        peers: the other ranks.
+        failures: the other ranks.
     """
     timeout_s = groups.timeout_of(group)
     if device.type == "cpu":
-        return ThreadLane(timeout_s=timeout_s, peers=peers)
+        return ThreadLane(timeout_s=timeout_s, failures=failures)
     broken = groups.failure_of(group, device)
-    return StreamLane(DeviceStreams(device), timeout_s=timeout_s, peers=peers, broken=broken)
+    return StreamLane(DeviceStreams(device), timeout_s=timeout_s, failures=failures, broken=broken)
 
 
 def has_lane(device: torch.device) -> bool:

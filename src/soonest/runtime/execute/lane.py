@@ -9,10 +9,10 @@ from torch import Tensor
 
 from soonest.errors import ReadTooEarlyError, SoonestError
 from soonest.runtime.device.clock import DeviceClock
-from soonest.runtime.execute.pass_state import Sweep
+from soonest.runtime.execute.pass_state import PassState
 
 if TYPE_CHECKING:
-    from soonest.runtime.flat.buffers import Member
+    from soonest.runtime.flat.buffers import FlatParam
 
 
 class Lane(Protocol):
@@ -23,7 +23,7 @@ class Lane(Protocol):
         """Of the device that it lets work; None if that is the host."""
         ...
 
-    def begin(self, sweep: Sweep) -> None:
+    def begin(self, pass_state: PassState) -> None:
         """A backward pass has begun; its ops follow those of all sweeps begun before."""
         ...
 
@@ -35,7 +35,7 @@ class Lane(Protocol):
         """
         ...
 
-    def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None:
+    def ready(self, pass_state: PassState, buckets: Sequence[int]) -> None:
         """A gradient that these buckets carry has just been written."""
         ...
 
@@ -43,7 +43,7 @@ class Lane(Protocol):
         """The state of a sweep has changed: there may be something to do."""
         ...
 
-    def zero(self, sweep: Sweep, member: Member) -> Callable[[], None] | None:
+    def zero(self, pass_state: PassState, param: FlatParam) -> Callable[[], None] | None:
         """Zeroes a gradient as soon as the update that is under way needs it no more.
 
         Returns:
@@ -51,7 +51,7 @@ class Lane(Protocol):
         """
         ...
 
-    def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
+    def wait(self, pass_state: PassState, bucket: int, *, updated: bool) -> None:
         """Returns when a bucket is combined or, with ``updated``, its parameters are updated.
 
         Raises:
@@ -97,9 +97,9 @@ class Lane(Protocol):
         ...
 
 
-def read_too_early(sweep: Sweep, bucket: int) -> ReadTooEarlyError:
+def read_too_early(pass_state: PassState, bucket: int) -> ReadTooEarlyError:
     """What is wrong with waiting for a bucket of a backward pass that still goes on."""
     return ReadTooEarlyError(
-        f"a gradient in {sweep.plan.describe(bucket)} was read inside the backward pass, "
+        f"a gradient in {pass_state.plan.describe(bucket)} was read inside the backward pass, "
         "where it is not combined over the ranks yet: read it after backward() has returned"
     )

@@ -13,24 +13,27 @@ from typing import TYPE_CHECKING, Any
 from soonest.core.plan import SHARED_PARAMETERS, Plan
 
 if TYPE_CHECKING:
-    from soonest.runtime.execute.bound_plan import Program
+    from torch import Tensor
+
+    from soonest.runtime.execute.bound_plan import BoundPlan
     from soonest.runtime.optim.usage import Users
     from soonest.runtime.timing.step_record import Record
 
 
-class Sweep:
+class PassState:
     """The state of one sweep.
 
     Args:
         number: counts the sweeps of a training run, from 0.
-        program: what the lane executes.
+        bound_plan: what the lane executes.
         record: where the lane and the engine note what happened when.
         local: no gradients are sent; the sweep only updates.
 
     Attributes:
         missing: per bucket, how many of its parameters have no gradient yet.
         unused: the members that have no gradient on this rank.
-        kept: those that have only an earlier one, to which this backward pass added nothing.
+        kept: by order of the parameter, a copy of the earlier gradient of those to which this
+            backward pass added nothing on this rank.
         issued: how many ops of the plan have been issued.
         combined: how many ops of the plan have been completed, in plan order.
         closed: the backward pass is over.
@@ -43,16 +46,16 @@ class Sweep:
     """
 
     def __init__(
-        self, number: int, program: Program, record: Record, *, local: bool = False
+        self, number: int, bound_plan: BoundPlan, record: Record, *, local: bool = False
     ) -> None:
-        plan = program.plan
+        plan = bound_plan.plan
         self.number = number
-        self.program = program
+        self.bound_plan = bound_plan
         self.record = record
         self.local = local
         self.missing = [0 if local else len(slots) for slots in plan.slots_of]
         self.unused: set[int] = set()
-        self.kept: set[int] = set()
+        self.kept: dict[int, Tensor] = {}
         self.issued = self.combined = plan.combining if local else 0
         self.closed = local
         self.step: Any = None
@@ -65,7 +68,7 @@ class Sweep:
 
     @property
     def plan(self) -> Plan:
-        return self.program.plan
+        return self.bound_plan.plan
 
     @property
     def in_flight(self) -> int:
@@ -115,7 +118,7 @@ class Sweep:
         """The oldest op in flight is done."""
         op = self.plan.ops[self.combined]
         if op.kind == SHARED_PARAMETERS:
-            self.program.zero(self, op.bucket)
+            self.bound_plan.zero(self, op.bucket)
             self.updated[op.bucket] = True
         elif self.combined in self.plan.reduces:
             self.reduced[op.bucket] = True
@@ -126,7 +129,7 @@ class Sweep:
         if self.plan.sharded:
             self.shared[bucket] = True
         else:
-            self.program.zero(self, bucket)
+            self.bound_plan.zero(self, bucket)
             self.updated[bucket] = True
 
     def next_update(self) -> int | None:
@@ -136,7 +139,7 @@ class Sweep:
         return next(self._updatable(), None)
 
     def _updatable(self) -> Iterator[int]:
-        for bucket in self.program.by_need:
+        for bucket in self.bound_plan.by_need:
             if self.reduced[bucket] and not self.updated[bucket] and not self.shared[bucket]:
                 yield bucket
 
@@ -154,7 +157,7 @@ class Sweep:
         return self.superseded if self.step is None else all(self.updated)
 
 
-class Sweeps:
+class PassStates:
     """Those that are not finished, in order.
 
     What others wait for is kept alive here. Apart from that, updates matter to nobody but those who
@@ -162,30 +165,30 @@ class Sweeps:
     """
 
     def __init__(self) -> None:
-        self._known: tuple[weakref.ref[Sweep], ...] = ()  # replaced, never changed
-        self._owing: tuple[Sweep, ...] = ()
+        self._known: tuple[weakref.ref[PassState], ...] = ()  # replaced, never changed
+        self._owing: tuple[PassState, ...] = ()
 
-    def __iter__(self) -> Iterator[Sweep]:
-        return (sweep for known in self._known if (sweep := known()) is not None)
+    def __iter__(self) -> Iterator[PassState]:
+        return (pass_state for known in self._known if (pass_state := known()) is not None)
 
-    def add(self, sweep: Sweep) -> None:
+    def add(self, pass_state: PassState) -> None:
         for earlier in self:
             earlier.superseded = True
-        self._known = (*self._known, weakref.ref(sweep))
-        sweep.program.unfinished.add(sweep)
+        self._known = (*self._known, weakref.ref(pass_state))
+        pass_state.bound_plan.unfinished.add(pass_state)
 
-    def first(self) -> Sweep | None:
+    def first(self) -> PassState | None:
         """The first that is not finished."""
-        for sweep in self:
-            if not sweep.finished:
-                return sweep
-            sweep.program.unfinished.discard(sweep)
-            self._known = tuple(known for known in self._known if known() not in (None, sweep))
+        for pass_state in self:
+            if not pass_state.finished:
+                return pass_state
+            pass_state.bound_plan.unfinished.discard(pass_state)
+            self._known = tuple(known for known in self._known if known() not in (None, pass_state))
         return None
 
     def note_owing(self) -> None:
         """To be called whenever one may have begun or ceased to owe others something."""
-        self._owing = tuple(sweep for sweep in self if sweep.owes)
+        self._owing = tuple(pass_state for pass_state in self if pass_state.owes)
 
     def clear(self) -> None:
         self._known = self._owing = ()

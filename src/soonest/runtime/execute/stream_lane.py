@@ -33,15 +33,15 @@ from torch import Tensor
 
 from soonest.core.plan import SHARED_PARAMETERS, Plan
 from soonest.errors import SoonestError
-from soonest.runtime.comm.failures import Peers
+from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.comm.signals import is_from_handler
 from soonest.runtime.device.clock import DeviceClock
 from soonest.runtime.device.streams import Event, Stream, Streams
-from soonest.runtime.execute.bound_plan import Program
+from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import read_too_early
-from soonest.runtime.execute.pass_state import Sweep
+from soonest.runtime.execute.pass_state import PassState
 from soonest.runtime.execute.watchdog import Enqueued
-from soonest.runtime.flat.buffers import Member
+from soonest.runtime.flat.buffers import FlatParam
 from soonest.runtime.guard import modes, pending
 
 
@@ -86,7 +86,7 @@ class StreamLane:
     Args:
         streams: of the device.
         timeout_s: how long nothing may come to an end that has been enqueued.
-        peers: the other ranks.
+        failures: the other ranks.
         broken: says what the backend knows to have failed; None if nothing has.
     """
 
@@ -95,12 +95,12 @@ class StreamLane:
         streams: Streams,
         *,
         timeout_s: float,
-        peers: Peers,
+        failures: FailureReporter,
         broken: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._streams = streams
         self.clock = DeviceClock(streams)
-        self._enqueued = Enqueued(timeout_s=timeout_s, peers=peers, broken=broken)
+        self._enqueued = Enqueued(timeout_s=timeout_s, failures=failures, broken=broken)
         self._ops, self._updates = streams.make(), streams.make()
         self._last: dict[Stream, _Mark] = {}
         # By stream that waits and stream of the lane: up to which mark it has waited.
@@ -108,74 +108,78 @@ class StreamLane:
         self._users: tuple[Stream, ...] = ()  # replaced, never changed: any thread may read
         # Neither keeps alive a training that nobody refers to any more; only its memory, while the
         # device may still use that.
-        self._sweep: weakref.ref[Sweep] | None = None
-        self._program: weakref.ref[Program] | None = None
+        self._pass_state: weakref.ref[PassState] | None = None
+        self._bound_plan: weakref.ref[BoundPlan] | None = None
         self._memory: list[Tensor] = []
-        self._flights: weakref.WeakKeyDictionary[Sweep, _Flight] = weakref.WeakKeyDictionary()
+        self._flights: weakref.WeakKeyDictionary[PassState, _Flight] = weakref.WeakKeyDictionary()
 
     @property
     def error(self) -> SoonestError | None:
         return self._enqueued.error
 
-    def begin(self, sweep: Sweep) -> None:
+    def begin(self, pass_state: PassState) -> None:
         self._see_user()
-        if self._sweep is not None and (earlier := self._sweep()) is not None:
+        if self._pass_state is not None and (earlier := self._pass_state()) is not None:
             earlier.superseded = True
-        if self._program is None or self._program() is not sweep.program:
+        if self._bound_plan is None or self._bound_plan() is not pass_state.bound_plan:
             self._drain()
-            self._program = weakref.ref(sweep.program)
-            self._memory = sweep.program.memory()
-        self._sweep = weakref.ref(sweep)
-        self._flights[sweep] = _Flight(len(sweep.plan.buckets))
+            self._bound_plan = weakref.ref(pass_state.bound_plan)
+            self._memory = pass_state.bound_plan.memory()
+        self._pass_state = weakref.ref(pass_state)
+        self._flights[pass_state] = _Flight(len(pass_state.plan.buckets))
 
     def enter(self) -> None:
         self._refuse_graphs()
 
-    def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None:
+    def ready(self, pass_state: PassState, buckets: Sequence[int]) -> None:
         producer = self._see_user()
-        flight = self._flights[sweep]
+        flight = self._flights[pass_state]
         for bucket in buckets:
             flight.producers[bucket][producer] = None
 
     def advance(self) -> None:
-        sweep = self._sweep() if self._sweep is not None else None
-        if sweep is None or self.error is not None:
+        pass_state = self._pass_state() if self._pass_state is not None else None
+        if pass_state is None or self.error is not None:
             return
         # Held tensors belong to the user; what passes here is always taken as it is.
         with torch._C.DisableTorchFunctionSubclass():
-            flight = self._flights[sweep]
-            self._enqueue_ops(sweep, flight)
-            if sweep.step is not None and not flight.stepped:
+            flight = self._flights[pass_state]
+            self._enqueue_ops(pass_state, flight)
+            if pass_state.step is not None and not flight.stepped:
                 flight.stepped = True
-                self._enqueue_updates(sweep, flight)
-                self._enqueue_ops(sweep, flight)
+                self._enqueue_updates(pass_state, flight)
+                self._enqueue_ops(pass_state, flight)
 
     # Ops
 
-    def _enqueue_ops(self, sweep: Sweep, flight: _Flight) -> None:
+    def _enqueue_ops(self, pass_state: PassState, flight: _Flight) -> None:
         # A bucket may be made of what several streams produced, and a stream have several ready.
         produced: dict[Stream, Event] = {}
-        while (op := sweep.next_op()) is not None:
-            bucket = sweep.plan.ops[op].bucket
-            if sweep.plan.before[op] < 0:
+        while (op := pass_state.next_op()) is not None:
+            bucket = pass_state.plan.ops[op].bucket
+            if pass_state.plan.before[op] < 0:
                 for stream in flight.producers[bucket]:
                     if stream not in produced:
                         produced[stream] = self._streams.record(stream)
                         self._streams.wait(self._ops, produced[stream])
             if (updated := flight.shared[bucket]) is not None:
                 self._follow(self._ops, updated)
-            mark = self._run_op(sweep, op)
-            if sweep.plan.ops[op].kind == SHARED_PARAMETERS:
+            mark = self._run_op(pass_state, op)
+            if pass_state.plan.ops[op].kind == SHARED_PARAMETERS:
                 flight.updated[bucket] = mark
-            elif op in sweep.plan.reduces:
+            elif op in pass_state.plan.reduces:
                 flight.reduced[bucket] = mark
 
-    def _run_op(self, sweep: Sweep, op: int) -> _Mark:
-        what = partial(_described, sweep.number, sweep.plan, sweep.plan.ops[op].bucket)
+    def _run_op(self, pass_state: PassState, op: int) -> _Mark:
+        what = partial(
+            _described, pass_state.number, pass_state.plan, pass_state.plan.ops[op].bucket
+        )
         with self._streams.use(self._ops):
-            sweep.record.op_started(op)
+            pass_state.record.op_started(op)
+            for own in pass_state.bound_plan.kept_in(pass_state, pass_state.plan.ops[op].bucket):
+                self._streams.keep(own, self._ops)
             try:
-                running = sweep.program.issue(sweep, op)
+                running = pass_state.bound_plan.issue(pass_state, op)
                 while running.work is not None:
                     running.work.wait()
                     running.go_on()
@@ -188,36 +192,36 @@ class StreamLane:
                     self._enqueued.fail(SoonestError(f"{what()} was interrupted: {error}"))
                     raise
                 raise self._enqueued.stopped(what(), error) from error
-            sweep.record.op_ended(op)
-            sweep.issued += 1
-            sweep.complete_op()
+            pass_state.record.op_ended(op)
+            pass_state.issued += 1
+            pass_state.complete_op()
         mark = self._mark(self._ops)
         self._enqueued.add(mark.event, what)
         return mark
 
     # Updates
 
-    def _enqueue_updates(self, sweep: Sweep, flight: _Flight) -> None:
+    def _enqueue_updates(self, pass_state: PassState, flight: _Flight) -> None:
         """What is needed first comes first: in the plan's order that would often be the last."""
         self._wait_for_now(self._updates)
-        self._keep(sweep)
-        marks = flight.shared if sweep.plan.sharded else flight.updated
+        self._keep(pass_state)
+        marks = flight.shared if pass_state.plan.sharded else flight.updated
         with self._streams.use(self._updates), modes.usual():
-            for bucket in sweep.program.by_need:
+            for bucket in pass_state.bound_plan.by_need:
                 if (reduced := flight.reduced[bucket]) is not None:
                     self._follow(self._updates, reduced)
-                sweep.record.update_started(bucket)
+                pass_state.record.update_started(bucket)
                 try:
-                    sweep.program.update(sweep, bucket)
+                    pass_state.bound_plan.update(pass_state, bucket)
                 except Exception as error:
                     raise self._enqueued.fail(error) from error
-                sweep.record.update_ended(bucket)
-                sweep.complete_update(bucket)
+                pass_state.record.update_ended(bucket)
+                pass_state.complete_update(bucket)
                 marks[bucket] = self._mark(self._updates)
 
-    def _keep(self, sweep: Sweep) -> None:
+    def _keep(self, pass_state: PassState) -> None:
         """Protects the memory of what the updates are given from outside."""
-        call, updater = sweep.step, sweep.program.updater
+        call, updater = pass_state.step, pass_state.bound_plan.updater
         given = [call.attributes, call.groups, list(call.gradients.values())]
         if updater.state is not updater.seen_state:  # the user has loaded another
             updater.seen_state = updater.state
@@ -225,26 +229,29 @@ class StreamLane:
         for tensor in pending.tensors_in(given):
             self._streams.keep(tensor, self._updates)
 
-    def zero(self, sweep: Sweep, member: Member) -> Callable[[], None] | None:
-        if sweep.step is None or not sweep.updated[sweep.program.last_of[member.order]]:
+    def zero(self, pass_state: PassState, param: FlatParam) -> Callable[[], None] | None:
+        if (
+            pass_state.step is None
+            or not pass_state.updated[pass_state.bound_plan.last_of[param.order]]
+        ):
             return None
-        sweep.step.zeroed.add(member.order)
+        pass_state.step.zeroed.add(param.order)
         with self._streams.use(self._updates):
-            member.raw_grad.zero_()
+            param.raw_grad.zero_()
         return partial(self._land, self._mark(self._updates))
 
     # Landing
 
-    def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
-        if not (sweep.updated if updated else sweep.reduced)[bucket]:
-            if not sweep.closed:
-                raise read_too_early(sweep, bucket)
+    def wait(self, pass_state: PassState, bucket: int, *, updated: bool) -> None:
+        if not (pass_state.updated if updated else pass_state.reduced)[bucket]:
+            if not pass_state.closed:
+                raise read_too_early(pass_state, bucket)
             self.check()
             raise SoonestError(
-                f"step {sweep.number}: {sweep.plan.describe(bucket)} was read, but has not been "
-                "sent: restart from a checkpoint"
+                f"step {pass_state.number}: {pass_state.plan.describe(bucket)} was read, but has "
+                "not been sent: restart from a checkpoint"
             )
-        flight = self._flights[sweep]
+        flight = self._flights[pass_state]
         mark = (flight.updated if updated else flight.reduced)[bucket]
         if mark is not None:
             self._land(mark)
@@ -333,7 +340,7 @@ class StreamLane:
         # Whoever uses this lane again is told what was wrong.
         with suppress(SoonestError):
             self._drain()
-        self._sweep = self._program = None
+        self._pass_state = self._bound_plan = None
         self._memory = []
 
 

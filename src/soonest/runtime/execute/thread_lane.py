@@ -16,14 +16,14 @@ from torch import Tensor
 
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime.comm import LOOK_S, Running, ended, waiting
-from soonest.runtime.comm.failures import Peers
+from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.device.threads import PROCESS_ENDS, Helper
 from soonest.runtime.execute.lane import read_too_early
-from soonest.runtime.execute.pass_state import Sweep, Sweeps
+from soonest.runtime.execute.pass_state import PassState, PassStates
 from soonest.runtime.guard import modes
 
 if TYPE_CHECKING:
-    from soonest.runtime.flat.buffers import Member
+    from soonest.runtime.flat.buffers import FlatParam
 
 
 class ThreadLane:
@@ -34,15 +34,15 @@ class ThreadLane:
 
     Args:
         timeout_s: how long to wait without any progress; an op's own timeout comes before.
-        peers: the other ranks.
+        failures: the other ranks.
     """
 
     clock = None
 
-    def __init__(self, *, timeout_s: float, peers: Peers) -> None:
+    def __init__(self, *, timeout_s: float, failures: FailureReporter) -> None:
         self._timeout_s = timeout_s
-        self._peers = peers
-        self._sweeps = Sweeps()
+        self._failures = failures
+        self._sweeps = PassStates()
         self._news: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: no more
         # In the order in which they were started.
         self._running: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
@@ -50,7 +50,7 @@ class ThreadLane:
         self._issuing = threading.Lock()
         self._updating = threading.Lock()
         self._delegated = 0
-        self._latest: weakref.ref[Sweep] | None = None
+        self._latest: weakref.ref[PassState] | None = None
         self._progressed_at = time.monotonic()
         self._over = threading.Event()
         self._blaming = False
@@ -64,33 +64,36 @@ class ThreadLane:
     def error(self) -> SoonestError | None:
         return self._error
 
-    def begin(self, sweep: Sweep) -> None:
+    def begin(self, pass_state: PassState) -> None:
         with self._changed:
-            self._sweeps.add(sweep)
-            self._latest = weakref.ref(sweep)
+            self._sweeps.add(pass_state)
+            self._latest = weakref.ref(pass_state)
 
     def enter(self) -> None: ...
 
-    def ready(self, sweep: Sweep, buckets: Sequence[int]) -> None: ...
+    def ready(self, pass_state: PassState, buckets: Sequence[int]) -> None: ...
 
     def advance(self) -> None:
         with self._changed:
             self._sweeps.note_owing()
         self._news.put(True)
 
-    def zero(self, sweep: Sweep, member: Member) -> Callable[[], None] | None:
+    def zero(self, pass_state: PassState, param: FlatParam) -> Callable[[], None] | None:
         with self._changed:
-            if sweep.step is None or sweep.updated[sweep.program.last_of[member.order]]:
+            if (
+                pass_state.step is None
+                or pass_state.updated[pass_state.bound_plan.last_of[param.order]]
+            ):
                 return None
-            sweep.step.zeroed.add(member.order)
+            pass_state.step.zeroed.add(param.order)
             return _nothing
 
-    def wait(self, sweep: Sweep, bucket: int, *, updated: bool) -> None:
-        done = sweep.updated if updated else sweep.reduced
+    def wait(self, pass_state: PassState, bucket: int, *, updated: bool) -> None:
+        done = pass_state.updated if updated else pass_state.reduced
         if done[bucket]:
             return
-        if not sweep.closed:
-            raise read_too_early(sweep, bucket)
+        if not pass_state.closed:
+            raise read_too_early(pass_state, bucket)
         began_at = time.monotonic()
         with self._updates_here() as here:
             here = here and updated
@@ -98,7 +101,7 @@ class ThreadLane:
                 self.check()
                 if not (here and self._update()):
                     self._wait_for_news_until(lambda: bool(done[bucket]), here=here)
-                self._give_up_in_time(began_at, sweep, bucket)
+                self._give_up_in_time(began_at, pass_state, bucket)
 
     def spread(self, used: Iterable[Tensor] = ()) -> None: ...
 
@@ -115,8 +118,8 @@ class ThreadLane:
         over_at = time.monotonic() + limit_s
         if self._wait_all(over_at):
             return None
-        sweep = next((r for r in self._sweeps if not self._settled(r)), None)
-        return self._place(sweep) if sweep else "what is in flight"
+        pass_state = next((r for r in self._sweeps if not self._settled(r)), None)
+        return self._place(pass_state) if pass_state else "what is in flight"
 
     def _wait_all(self, over_at: float | None) -> bool:
         """Whether all is done, by a point in time if there is one."""
@@ -128,21 +131,25 @@ class ThreadLane:
                     self._wait_for_news_until(self._all_settled, here=here)
                 if over_at is not None and time.monotonic() > over_at:
                     return self._all_settled()
-                if (sweep := next((r for r in self._sweeps if not self._settled(r)), None)) is None:
+                if (
+                    pass_state := next((r for r in self._sweeps if not self._settled(r)), None)
+                ) is None:
                     continue
-                self._give_up_in_time(began_at, sweep)
+                self._give_up_in_time(began_at, pass_state)
         if self._error is not None:  # then there is nothing left to wait for
             self.check()
         return True
 
-    def _give_up_in_time(self, began_at: float, sweep: Sweep, bucket: int | None = None) -> None:
+    def _give_up_in_time(
+        self, began_at: float, pass_state: PassState, bucket: int | None = None
+    ) -> None:
         """Ends the lane if nothing has moved for too long; what ends its own waits comes before."""
         idle_s = time.monotonic() - max(began_at, self._progressed_at)
         if idle_s <= self._timeout_s + LOOK_S or self._blaming:
             return
-        what = self._place(sweep, bucket)
+        what = self._place(pass_state, bucket)
         late = TimeoutError(f"nothing has moved for {idle_s:.0f} s")
-        self.fail(self._peers.failed(what, "could not be combined over the ranks", late))
+        self.fail(self._failures.failed(what, "could not be combined over the ranks", late))
         self.check()
 
     @contextmanager
@@ -171,13 +178,13 @@ class ThreadLane:
                     self._changed.wait(LOOK_S)
 
     def _all_settled(self) -> bool:
-        return all(self._settled(sweep) for sweep in self._sweeps)
+        return all(self._settled(pass_state) for pass_state in self._sweeps)
 
     @staticmethod
-    def _settled(sweep: Sweep) -> bool:
-        if sweep.step is None and sweep.combined >= sweep.plan.combining:
+    def _settled(pass_state: PassState) -> bool:
+        if pass_state.step is None and pass_state.combined >= pass_state.plan.combining:
             return True
-        return sweep.finished or not sweep.closed
+        return pass_state.finished or not pass_state.closed
 
     def close(self) -> None:
         self._over.set()
@@ -189,7 +196,7 @@ class ThreadLane:
 
     def _let_go(self) -> None:
         """Ends a wait for a message that cannot come, as the process is about to end."""
-        self._peers.cut_connections()
+        self._failures.cut_connections()
 
     def _run(self, run: Callable[[], None]) -> None:
         # Held tensors belong to the main thread; what passes here is always taken as it is.
@@ -206,7 +213,7 @@ class ThreadLane:
 
     def _updates_in_lane(self) -> bool:
         """Whether not to wait until somebody needs what is updated: others may wait for it, too."""
-        return self._delegated > 0 or any(sweep.plan.sharded for sweep in self._sweeps)
+        return self._delegated > 0 or any(pass_state.plan.sharded for pass_state in self._sweeps)
 
     def _end_ops(self) -> None:
         while (running := self._running.get()) is not None:
@@ -219,20 +226,20 @@ class ThreadLane:
 
     def _complete(self, running: Running) -> bool:
         """Waits for the oldest op in flight; False if it is still so after a while."""
-        sweep = next((r for r in self._sweeps if r.in_flight), None)
-        if sweep is None:  # all was taken away from here: something failed
+        pass_state = next((r for r in self._sweeps if r.in_flight), None)
+        if pass_state is None:  # all was taken away from here: something failed
             return False
-        op = sweep.combined
+        op = pass_state.combined
         try:
             while running.work is not None:
                 if not ended(running.work):
                     return False
                 running.go_on()
         except RuntimeError as error:
-            raise self._stopped(sweep, error) from error
-        sweep.record.op_ended(op)
+            raise self._stopped(pass_state, error) from error
+        pass_state.record.op_ended(op)
         with self._changed:
-            sweep.complete_op()
+            pass_state.complete_op()
             self._sweeps.note_owing()
             self._changed.notify_all()
         self._progressed_at = time.monotonic()
@@ -244,39 +251,39 @@ class ThreadLane:
 
     def _look_around(self) -> None:
         """Ends the lane if another rank has found out that somebody is lost."""
-        sweep = next((r for r in self._sweeps if r.in_flight), None)
-        if sweep is None:
-            self._peers.answer(self._where())
+        pass_state = next((r for r in self._sweeps if r.in_flight), None)
+        if pass_state is None:
+            self._failures.answer(self._where())
             return
-        what = self._place(sweep)
-        who = None if self._blaming else self._peers.blame(what, False)
+        what = self._place(pass_state)
+        who = None if self._blaming else self._failures.blame(what, False)
         if who is not None:
             raise PeerLostError(f"{what} will not be combined over the ranks: {who}")
 
-    def _stopped(self, sweep: Sweep, error: Exception) -> SoonestError:
+    def _stopped(self, pass_state: PassState, error: Exception) -> SoonestError:
         self._blaming = True
         how = "could not be combined over the ranks"
-        return self._peers.failed(self._place(sweep), how, error)
+        return self._failures.failed(self._place(pass_state), how, error)
 
     @staticmethod
-    def _place(sweep: Sweep, bucket: int | None = None) -> str:
+    def _place(pass_state: PassState, bucket: int | None = None) -> str:
         """What is waited for, in words: by default what comes next."""
         if bucket is None:
-            op = min(sweep.combined, len(sweep.plan.ops) - 1)
-            bucket = sweep.plan.ops[op].bucket
-        how = ", for which there was no backward pass" if sweep.local else ""
-        return f"step {sweep.number}{how}: {sweep.plan.describe(bucket)}"
+            op = min(pass_state.combined, len(pass_state.plan.ops) - 1)
+            bucket = pass_state.plan.ops[op].bucket
+        how = ", for which there was no backward pass" if pass_state.local else ""
+        return f"step {pass_state.number}{how}: {pass_state.plan.describe(bucket)}"
 
     def _where(self) -> str:
         """Where the training loop is, in words."""
-        sweep = self._latest() if self._latest is not None else None
-        if sweep is None:
+        pass_state = self._latest() if self._latest is not None else None
+        if pass_state is None:
             return "not in a step"
-        if not sweep.closed:
-            return f"in the backward pass of step {sweep.number}"
-        if sweep.step is None:
-            return f"between the backward pass and optimizer.step() of step {sweep.number}"
-        return f"behind optimizer.step() of step {sweep.number}"
+        if not pass_state.closed:
+            return f"in the backward pass of step {pass_state.number}"
+        if pass_state.step is None:
+            return f"between the backward pass and optimizer.step() of step {pass_state.number}"
+        return f"behind optimizer.step() of step {pass_state.number}"
 
     def _issue(self) -> bool:
         """Starts the next op; False if that cannot be yet."""
@@ -284,20 +291,20 @@ class ThreadLane:
             found = self._next_op()
             if found is None:
                 return False
-            sweep, op = found
-            sweep.record.op_started(op)
+            pass_state, op = found
+            pass_state.record.op_started(op)
             try:
-                running = sweep.program.issue(sweep, op)
+                running = pass_state.bound_plan.issue(pass_state, op)
             except RuntimeError as error:
-                raise self._stopped(sweep, error) from error
-            sweep.issued += 1
+                raise self._stopped(pass_state, error) from error
+            pass_state.issued += 1
             self._running.put(running)
             return True
 
-    def _next_op(self) -> tuple[Sweep, int] | None:
-        sweep = next((r for r in self._sweeps if r.issued < r.ops), None)
-        op = sweep.next_op() if sweep is not None else None
-        return None if sweep is None or op is None else (sweep, op)
+    def _next_op(self) -> tuple[PassState, int] | None:
+        pass_state = next((r for r in self._sweeps if r.issued < r.ops), None)
+        op = pass_state.next_op() if pass_state is not None else None
+        return None if pass_state is None or op is None else (pass_state, op)
 
     def _update(self) -> bool:
         """Updates the parameters needed first among those that can be; False if there are none."""
@@ -305,27 +312,27 @@ class ThreadLane:
             found = self._next_update()
             if found is None:
                 return False
-            sweep, bucket = found
-            sweep.record.update_started(bucket)
+            pass_state, bucket = found
+            pass_state.record.update_started(bucket)
             try:
-                sweep.program.update(sweep, bucket)
+                pass_state.bound_plan.update(pass_state, bucket)
             except Exception as error:
                 self.fail(error)
                 self.check()
-            sweep.record.update_ended(bucket)
+            pass_state.record.update_ended(bucket)
             with self._changed:
-                sweep.complete_update(bucket)
+                pass_state.complete_update(bucket)
                 self._changed.notify_all()
-        if sweep.plan.sharded:  # what is updated can be shared now
+        if pass_state.plan.sharded:  # what is updated can be shared now
             self._news.put(True)
         self._progressed_at = time.monotonic()
         return True
 
-    def _next_update(self) -> tuple[Sweep, int] | None:
+    def _next_update(self) -> tuple[PassState, int] | None:
         with self._changed:
-            sweep = self._sweeps.first()
-            bucket = sweep.next_update() if sweep is not None else None
-            return None if sweep is None or bucket is None else (sweep, bucket)
+            pass_state = self._sweeps.first()
+            bucket = pass_state.next_update() if pass_state is not None else None
+            return None if pass_state is None or bucket is None else (pass_state, bucket)
 
     def fail(self, error: Exception) -> None:
         known = (
@@ -343,7 +350,7 @@ class ThreadLane:
         self._news.put(False)
         self._running.put(None)
         if not isinstance(known, PeerLostError):
-            self._peers.tell(str(known))
+            self._failures.tell(str(known))
 
 
 def _nothing() -> None:

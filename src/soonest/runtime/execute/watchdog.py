@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from soonest.errors import PeerLostError, SoonestError
-from soonest.runtime.comm.failures import Peers
+from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.device.streams import Event
 
 _LOOK_S = 1.0
@@ -36,7 +36,7 @@ class Enqueued:
 
     Args:
         timeout_s: how long nothing may come to an end.
-        peers: the other ranks.
+        failures: the other ranks.
         broken: says what the backend knows to have failed; None if nothing has.
 
     Attributes:
@@ -47,11 +47,11 @@ class Enqueued:
         self,
         *,
         timeout_s: float,
-        peers: Peers,
+        failures: FailureReporter,
         broken: Callable[[], str | None],
     ) -> None:
         self._timeout_s = timeout_s
-        self._peers = peers
+        self._failures = failures
         self._broken = broken
         self._entries: deque[_Entry] = deque()
         self._progressed_s = self._asked_s = time.monotonic()
@@ -87,7 +87,7 @@ class Enqueued:
         if idle_s > _LOOK_S and now - self._asked_s > _LOOK_S:
             self._asked_s = now
             what = oldest.what()
-            if (who := self._peers.blame(what, False)) is not None:
+            if (who := self._failures.blame(what, False)) is not None:
                 raise self.fail(PeerLostError(f"{what} will not be combined over the ranks: {who}"))
 
     def drain(self, limit_s: float = math.inf) -> str | None:
@@ -111,7 +111,7 @@ class Enqueued:
     def stopped(self, what: str, error: Exception) -> SoonestError:
         """Takes note that something could not be done, and who is at fault; to be raised."""
         how = "could not be combined over the ranks"
-        return self.fail(self._peers.failed(what, how, error))
+        return self.fail(self._failures.failed(what, how, error))
 
     def fail(self, error: Exception) -> SoonestError:
         """Takes note of an error, also for the other ranks.
@@ -127,5 +127,5 @@ class Enqueued:
         self.error = self.error or type(known)(*known.args)
         self._entries.clear()
         if not isinstance(known, PeerLostError):
-            self._peers.tell(str(known))
+            self._failures.tell(str(known))
         return known

@@ -18,11 +18,11 @@ from soonest.core.plan import Flat, Slot
 from soonest.errors import SoonestError
 
 if TYPE_CHECKING:
-    from soonest.runtime.execute.pass_state import Sweep
+    from soonest.runtime.execute.pass_state import PassState
 
 
 @dataclass(eq=False, slots=True)
-class Member:
+class FlatParam:
     """One trainable parameter, and the place of its gradient in the flat buffers.
 
     Args:
@@ -34,15 +34,15 @@ class Member:
         slot: its place there.
         grad: view of the gradient buffer that becomes ``parameter.grad``; it may be held.
         raw_grad: the same memory as a tensor that only the engine sees; it is never held.
-        twin: the same memory as ``parameter``, sharing its version counter; what the optimizer
+        alias: the same memory as ``parameter``, sharing its version counter; what the optimizer
             updates, so that an update never meets the guard.
         address, shape, strides: where that memory was when it was last looked at, and which part.
         grad_address, grad_storage: where that of the gradient is, and what stands for it.
         is_exposed: others may read or write that memory without a tensor of this process.
         storage: what stands for that memory, as torch counts who refers to it.
         references: how many do if nobody else has a tensor over the same memory.
-        extra: tensors over the parameter's memory that the engine has besides ``twin``.
-        sweep: the last backward pass whose gradient was or is being combined.
+        extra: tensors over the parameter's memory that the engine has besides ``alias``.
+        pass_state: the last backward pass whose gradient was or is being combined.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Member:
     slot: Slot
     grad: Tensor
     raw_grad: Tensor
-    twin: nn.Parameter
+    alias: nn.Parameter
     address: int = 0
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
@@ -63,7 +63,7 @@ class Member:
     storage: int = 0
     references: int = 0
     extra: int = 0
-    sweep: Sweep | None = field(default=None)
+    pass_state: PassState | None = field(default=None)
 
     @property
     def is_aliased(self) -> bool:
@@ -98,7 +98,7 @@ class Member:
         )
 
 
-class Layout:
+class FlatBuffers:
     """All trainable parameters of a model, with flat buffers for their gradients.
 
     Parameters stay in the memory in which the user made them, wherever that is at the time.
@@ -114,7 +114,7 @@ class Layout:
     Attributes:
         flats: the description of the buffers, one per dtype.
         grads: the buffers, one per entry of ``flats``.
-        members: by order of first use.
+        params: by order of first use.
         overlaps: some parameters share memory, so the order of their updates counts.
     """
 
@@ -125,7 +125,7 @@ class Layout:
         *,
         without: Collection[str] = (),
         frozen: Collection[int] = (),
-        before: Layout | None = None,
+        before: FlatBuffers | None = None,
         only: Collection[int] | None = None,
     ) -> None:
         self._model, self.without = model, without
@@ -142,29 +142,29 @@ class Layout:
             for flat in self.flats
         ]
         by_name = {name: parameter for name, _, parameter in named}
-        known = {id(member.parameter): member for member in before.members} if before else {}
-        self.members = sorted(
+        known = {id(param.parameter): param for param in before.params} if before else {}
+        self.params = sorted(
             (
                 self._place(by_name[slot.name], index, slot, place[slot.name], known)
                 for index, flat in enumerate(self.flats)
                 for slot in flat.slots
             ),
-            key=lambda member: member.order,
+            key=lambda param: param.order,
         )
         self.note_memory()
 
-    def in_order(self, order: Sequence[str]) -> Layout:
+    def in_order(self, order: Sequence[str]) -> FlatBuffers:
         """The same parameters, with new buffers in another order of first use."""
-        here = {id(member.parameter) for member in self.members}
+        here = {id(param.parameter) for param in self.params}
         without = self.without
-        return Layout(self._model, order, without=without, frozen=here, before=self, only=here)
+        return FlatBuffers(self._model, order, without=without, frozen=here, before=self, only=here)
 
-    def grown(self) -> Layout:
+    def grown(self) -> FlatBuffers:
         """These parameters, named as in the model now, and those that are to be trained by now."""
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        here = [id(member.parameter) for member in self.members]
+        here = [id(param.parameter) for param in self.params]
         order = [names[one] for one in here if one in names]
-        return Layout(self._model, order, without=self.without, frozen=here, before=self)
+        return FlatBuffers(self._model, order, without=self.without, frozen=here, before=self)
 
     def _place(
         self,
@@ -172,8 +172,8 @@ class Layout:
         flat: int,
         slot: Slot,
         order: int,
-        known: dict[int, Member],
-    ) -> Member:
+        known: dict[int, FlatParam],
+    ) -> FlatParam:
         before = known.get(id(parameter))
         like = before.raw_grad if before is not None else parameter
         # Detached, as users may detach gradients in place, which views refuse.
@@ -182,30 +182,32 @@ class Layout:
             # The user's own object, and all views of it, move along.
             grad.copy_(before.grad)
             grad = _move(before.grad, grad)
-        twin = before.twin if before is not None else nn.Parameter(parameter.detach())
+        alias = before.alias if before is not None else nn.Parameter(parameter.detach())
         for name, value in vars(parameter).items():  # optimizers may look for marks on a parameter
-            setattr(twin, name, value)
+            setattr(alias, name, value)
         raw_grad = grad.detach()
-        member = Member(slot.name, slot.layer, parameter, order, flat, slot, grad, raw_grad, twin)
-        member.note_gradient()
-        return member
+        param = FlatParam(
+            slot.name, slot.layer, parameter, order, flat, slot, grad, raw_grad, alias
+        )
+        param.note_gradient()
+        return param
 
     def note_memory(self) -> None:
         """Takes note of where parameters are now, and of who else has that memory."""
-        for member in self.members:
-            here = member.twin.untyped_storage()
-            member.address, member.shape = member.twin.data_ptr(), member.twin.shape
-            member.strides = member.twin.stride()
-            member.storage = here._cdata
-            member.is_exposed = member.twin.is_cpu and (here.is_shared() or not here.resizable())
+        for param in self.params:
+            here = param.alias.untyped_storage()
+            param.address, param.shape = param.alias.data_ptr(), param.alias.shape
+            param.strides = param.alias.stride()
+            param.storage = here._cdata
+            param.is_exposed = param.alias.is_cpu and (here.is_shared() or not here.resizable())
         own = Counter[int]()
-        for member in self.members:
-            own[member.storage] += 2 + member.extra  # the parameter and its twin
-        for member in self.members:
-            member.references = own[member.storage] + _COUNTED_BESIDE
-        self.overlaps = overlap([member.twin for member in self.members])
+        for param in self.params:
+            own[param.storage] += 2 + param.extra  # the parameter and its twin
+        for param in self.params:
+            param.references = own[param.storage] + _COUNTED_BESIDE
+        self.overlaps = overlap([param.alias for param in self.params])
 
-    def follow(self, moved: Sequence[Member]) -> None:
+    def follow(self, moved: Sequence[FlatParam]) -> None:
         """From now on, updates go to the memory that these parameters have by now.
 
         That is what ``p.data = ...``, ``vector_to_parameters`` and ``share_memory`` change.
@@ -213,44 +215,44 @@ class Layout:
         Raises:
             SoonestError: one is of another dtype, shape or device now.
         """
-        for member in moved:
-            if not _alike(member.parameter, member.raw_grad):
-                raise changed(member)
-            member.twin.data = member.parameter.data
+        for param in moved:
+            if not _alike(param.parameter, param.raw_grad):
+                raise changed(param)
+            param.alias.data = param.parameter.data
         self.note_memory()
 
-    def take_back_gradient(self, member: Member) -> None:
+    def take_back_gradient(self, param: FlatParam) -> None:
         """Moves a gradient in again whose memory the user has exchanged: ``p.grad.data = ...``."""
-        here = view_like(self.grads[member.flat], member.slot, member.raw_grad).detach()
+        here = view_like(self.grads[param.flat], param.slot, param.raw_grad).detach()
         with torch.no_grad():
-            if member.grad.shape == here.shape:
-                here.copy_(member.grad)
-            member.grad.data = member.raw_grad = here
-            member.note_gradient()
+            if param.grad.shape == here.shape:
+                here.copy_(param.grad)
+            param.grad.data = param.raw_grad = here
+            param.note_gradient()
 
-    def give_away(self, member: Member) -> None:
+    def give_away(self, param: FlatParam) -> None:
         """Leaves the gradient in the buffer to the user, as it is, and the buffer to the next."""
-        if member.grad.data_ptr() == member.grad_address:
+        if param.grad.data_ptr() == param.grad_address:
             with torch.no_grad():
-                copied = member.raw_grad.clone(memory_format=torch.preserve_format)
-                _exchange(member.grad, copied)
-        here = view_like(self.grads[member.flat], member.slot, member.raw_grad).detach()
-        member.grad, member.raw_grad = here, here.detach()
-        member.note_gradient()
+                copied = param.raw_grad.clone(memory_format=torch.preserve_format)
+                _exchange(param.grad, copied)
+        here = view_like(self.grads[param.flat], param.slot, param.raw_grad).detach()
+        param.grad, param.raw_grad = here, here.detach()
+        param.note_gradient()
 
     def move_out(self) -> None:
         """Gives every gradient in the buffers memory of its own again."""
-        for member in self.members:
-            moved = member.grad.data_ptr() != member.grad_address
-            if member.parameter.grad is member.grad and not moved:
-                member.parameter.grad = member.raw_grad.clone(memory_format=torch.preserve_format)
+        for param in self.params:
+            moved = param.grad.data_ptr() != param.grad_address
+            if param.parameter.grad is param.grad and not moved:
+                param.parameter.grad = param.raw_grad.clone(memory_format=torch.preserve_format)
 
 
-def changed(member: Member) -> SoonestError:
+def changed(param: FlatParam) -> SoonestError:
     """What is wrong with a parameter of another dtype, shape or device than its place."""
-    now, before = member.parameter, member.raw_grad
+    now, before = param.parameter, param.raw_grad
     return SoonestError(
-        f"parameter {member.name!r} is {_described(now)} now, but was {_described(before)} when "
+        f"parameter {param.name!r} is {_described(now)} now, but was {_described(before)} when "
         "prioritize was called, and its gradients can only be combined as such: detach() the "
         "handle, change the model, and call prioritize again, on every rank"
     )
@@ -385,6 +387,6 @@ def _counted_beside() -> int:
 _COUNTED_BESIDE = _counted_beside()
 """Torch also counts what stands for the memory in Python."""
 _OWN_VIEWS = 2 + _COUNTED_BESIDE
-"""``Member.grad`` and ``raw_grad``."""
+"""``FlatParam.grad`` and ``raw_grad``."""
 _OWN_NAMES = 3
-"""Of ``Member.grad``: that one, its hold's, and that of whoever asks."""
+"""Of ``FlatParam.grad``: that one, its hold's, and that of whoever asks."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from soonest.runtime.flat.buffers import Member, references
+from soonest.runtime.flat.buffers import FlatParam, references
 
 _log = logging.getLogger("soonest")
 
@@ -25,14 +25,14 @@ class Aliases:
     def __init__(self) -> None:
         self._told: set[str] = set()
 
-    def of(self, members: Iterable[Member]) -> list[Member]:
+    def of(self, params: Iterable[FlatParam]) -> list[FlatParam]:
         """Those that have one now. The log tells of each once."""
-        found = [member for member in members if member.is_aliased]
-        for member in found:
-            if member.name not in self._told:
-                self._told.add(member.name)
+        found = [param for param in params if param.is_aliased]
+        for param in found:
+            if param.name not in self._told:
+                self._told.add(param.name)
                 _log.info(
-                    f"{member.name} is updated inside optimizer.step(), because another tensor "
+                    f"{param.name} is updated inside optimizer.step(), because another tensor "
                     "shares its memory: a view or .data of it, or an entry of a state_dict(), that "
                     "was kept"
                 )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from soonest.errors import SoonestError
-from soonest.runtime.comm.failures import Peers
-from soonest.runtime.flat.buffers import Layout, Member, changed, has_alias
+from soonest.runtime.comm.failures import FailureReporter
+from soonest.runtime.flat.buffers import FlatBuffers, FlatParam, changed, has_alias
 from soonest.runtime.guard import pending
 
 
@@ -20,12 +20,12 @@ class Gradients:
     Args:
         layout: the flat buffers.
         ranks: over how many they are combined.
-        peers: told of what is wrong with one, as they would wait for it.
+        failures: told of what is wrong with one, as they would wait for it.
     """
 
-    def __init__(self, layout: Layout, ranks: int, peers: Peers) -> None:
+    def __init__(self, layout: FlatBuffers, ranks: int, failures: FailureReporter) -> None:
         self._layout = layout
-        self._peers = peers
+        self._failures = failures
         self._divisor = 0
         self.divide_by(ranks)
 
@@ -44,13 +44,13 @@ class Gradients:
             for grads in self._layout.grads
         ]
 
-    def take(self, member: Member, *, fresh: bool) -> Tensor | None:
+    def take(self, param: FlatParam, *, fresh: bool) -> Tensor | None:
         """Puts ``parameter.grad`` into the flat buffer, divided as DDP does before it sums.
 
         The tensor in the buffer then takes its place, unless the user has the other one elsewhere.
 
         Args:
-            member: whose.
+            param: whose.
             fresh: there was none before this backward pass.
 
         Returns:
@@ -60,31 +60,33 @@ class Gradients:
             ValueError: it is sparse.
             SoonestError: it is of another dtype, shape or device than in the buffer.
         """
-        gradient = member.parameter.grad
+        gradient = param.parameter.grad
         assert gradient is not None
         if gradient.is_sparse:
-            sparse = f"the gradient of {member.name!r} is sparse and cannot be combined"
-            raise self._peers.at_fault(ValueError(f"{sparse}: use dense gradients (sparse=False)"))
-        if gradient is member.grad:
-            self._take_back(member)
-            member.raw_grad.mul_(self._shares[member.flat])
+            sparse = f"the gradient of {param.name!r} is sparse and cannot be combined"
+            raise self._failures.at_fault(
+                ValueError(f"{sparse}: use dense gradients (sparse=False)")
+            )
+        if gradient is param.grad:
+            self._take_back(param)
+            param.raw_grad.mul_(self._shares[param.flat])
             return None
         kept = sys.getrefcount(gradient) > _NAMES or (not fresh and has_alias(gradient))
-        if gradient.dtype != member.raw_grad.dtype:
-            raise self._peers.at_fault(_of_another_dtype(member, gradient))
+        if gradient.dtype != param.raw_grad.dtype:
+            raise self._failures.at_fault(_of_another_dtype(param, gradient))
         try:
             # Detached for the sake of backward(create_graph=True).
-            torch.mul(gradient.detach(), self._shares[member.flat], out=member.raw_grad)
+            torch.mul(gradient.detach(), self._shares[param.flat], out=param.raw_grad)
             if kept:
                 return gradient
-            member.parameter.grad = member.grad
+            param.parameter.grad = param.grad
         except RuntimeError as error:
-            raise self._peers.at_fault(changed(member)) from error
+            raise self._failures.at_fault(changed(param)) from error
         return None
 
     def of(
         self,
-        members: Iterable[Member],
+        params: Iterable[FlatParam],
         unknown: Collection[int],
         copies: Mapping[int, Tensor],
         *,
@@ -93,8 +95,8 @@ class Gradients:
         """By order of the member, the gradients that the optimizer is to use; None: in the buffer.
 
         Args:
-            members: whose.
-            unknown: orders of those of which another rank may have one; see ``Landing``.
+            params: whose.
+            unknown: orders of those of which another rank may have one; see ``InFlight``.
             copies: of those in the buffer that the user has and that have not been written yet.
             scaled: the optimizer divides them by a scale, in place.
 
@@ -103,18 +105,18 @@ class Gradients:
         """
         found: dict[int, Tensor | None] = {}
         with pending.DisableGuard():
-            for member in members:
-                gradient = member.parameter.grad
+            for param in params:
+                gradient = param.parameter.grad
                 if gradient is None:
-                    if member.order in unknown:
-                        found[member.order] = None
-                elif gradient is member.grad:
-                    self._take_back(member)
-                    found[member.order] = None
-                elif copies.get(member.order) is gradient:
-                    found[member.order] = None
+                    if param.order in unknown:
+                        found[param.order] = None
+                elif gradient is param.grad:
+                    self._take_back(param)
+                    found[param.order] = None
+                elif copies.get(param.order) is gradient:
+                    found[param.order] = None
                 else:
-                    found[member.order] = gradient
+                    found[param.order] = gradient
         if any(gradient is not None for gradient in found.values()):
             self._part(found, scaled)
         return found
@@ -127,26 +129,26 @@ class Gradients:
                 continue
             place = _place(gradient)
             if scaled and place in places:
-                raise self._peers.at_fault(
+                raise self._failures.at_fault(
                     SoonestError(
-                        f"{self._layout.members[order].name!r} has been given the gradient of "
+                        f"{self._layout.params[order].name!r} has been given the gradient of "
                         f"{places[place]!r}, and a fused optimizer under a GradScaler would divide "
                         "it by the scale twice: give it a copy, as in p.grad = q.grad.clone()"
                     )
                 )
             if place in places:
-                pending.land(gradient)
+                pending.wait_for(gradient)
                 found[order] = gradient.detach().clone()
             elif scaled:
-                places[place] = self._layout.members[order].name
+                places[place] = self._layout.params[order].name
 
-    def check_own(self, member: Member, gradient: Tensor) -> None:
+    def check_own(self, param: FlatParam, gradient: Tensor) -> None:
         """Raises SoonestError if what is about to be added to is the gradient of another, too."""
         other = self._places().get(_place(gradient))
         if other is not None:
-            raise self._peers.at_fault(
+            raise self._failures.at_fault(
                 SoonestError(
-                    f"{member.name!r} has been given the gradient of {other!r} as its own, so both "
+                    f"{param.name!r} has been given the gradient of {other!r} as its own, so both "
                     "would be added up in one tensor: give it a copy, as in p.grad = q.grad.clone()"
                 )
             )
@@ -154,12 +156,12 @@ class Gradients:
     def _places(self) -> dict[int, str]:
         """By what stands for its memory, the member whose gradient in the buffer that is."""
         with pending.DisableGuard():
-            return {_place(member.grad): member.name for member in self._layout.members}
+            return {_place(param.grad): param.name for param in self._layout.params}
 
-    def _take_back(self, member: Member) -> None:
+    def _take_back(self, param: FlatParam) -> None:
         """The user may have given the gradient in the buffer other memory."""
-        if member.grad.data_ptr() != member.grad_address:
-            self._layout.take_back_gradient(member)
+        if param.grad.data_ptr() != param.grad_address:
+            self._layout.take_back_gradient(param)
 
 
 def _place(gradient: Tensor) -> int:
@@ -167,10 +169,10 @@ def _place(gradient: Tensor) -> int:
         return gradient.untyped_storage()._cdata
 
 
-def _of_another_dtype(member: Member, gradient: Tensor) -> SoonestError:
+def _of_another_dtype(param: FlatParam, gradient: Tensor) -> SoonestError:
     return SoonestError(
-        f"the gradient of {member.name!r} is {gradient.dtype}, but its parameter was "
-        f"{member.raw_grad.dtype} when prioritize was called, and gradients are combined as such: "
+        f"the gradient of {param.name!r} is {gradient.dtype}, but its parameter was "
+        f"{param.raw_grad.dtype} when prioritize was called, and gradients are combined as such: "
         "leave its grad_dtype alone, or detach() the handle and call prioritize again"
     )
 

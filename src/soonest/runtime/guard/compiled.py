@@ -70,13 +70,13 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _intercept(module: nn.Module) -> Callable[[], None]:
     """Lands a module before each call; returns what undoes that."""
-    land = partial(_land_all, module)
+    wait_all = partial(_wait_for_all, module)
     compiled: Any = module._compiled_call_impl
     if compiled is None:  # a module around the compiled one, with hooks that are not compiled
-        return module.register_forward_pre_hook(Calling(land), prepend=True).remove
+        return module.register_forward_pre_hook(Calling(wait_all), prepend=True).remove
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        land()
+        wait_all()
         _entered.modules += 1
         try:
             return compiled(*args, **kwargs)
@@ -87,10 +87,10 @@ def _intercept(module: nn.Module) -> Callable[[], None]:
     return partial(setattr, module, "_compiled_call_impl", compiled)
 
 
-def _land_all(module: nn.Module, *_: Any) -> None:
+def _wait_for_all(module: nn.Module, *_: Any) -> None:
     for parameter in module.parameters():
-        if pending.is_held(parameter):
-            pending.land(parameter)
+        if pending.is_pending(parameter):
+            pending.wait_for(parameter)
 
 
 @cache
@@ -124,10 +124,10 @@ def _land_before_functions() -> None:
         return
 
     def landed(callback: Any) -> Any:
-        if pending.any_held() and callback not in (None, False) and not _entered.modules:
+        if pending.any_pending() and callback not in (None, False) and not _entered.modules:
             given = sys._getframe(1).f_locals
             tensors = list(pending.tensors_in((given.get("args", ()), given.get("kwargs", {}))))
-            pending.land_all(tensors or None)
+            pending.wait_all(tensors or None)
         return chosen(callback)
 
     eval_frame._callback_from_stance = landed

@@ -28,14 +28,14 @@ class Calling:
         self._call(*given)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Calling, (nobody,))
+        return (Calling, (noop,))
 
 
-def nobody(*_: Any) -> None:
+def noop(*_: Any) -> None:
     pass
 
 
-def weakly(method: Callable[..., None], *given: Any) -> Callable[..., None]:
+def weak_hook(method: Callable[..., None], *given: Any) -> Callable[..., None]:
     """A hook that calls a method with these arguments and its own, as long as the object lives.
 
     Python cannot see what torch's hooks of a tensor refer to, so a cycle through them is never

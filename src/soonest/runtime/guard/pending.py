@@ -26,12 +26,13 @@ DisableGuard = torch._C.DisableTorchFunctionSubclass
 """Within this context, in this thread, held tensors are taken as they are."""
 
 
-class Hold:
+class PendingTensor:
     """A tensor that can be in flight, once or again and again.
 
     Args:
         tensor: any tensor without a ``__torch_function__`` of its own.
-        land: waits until the tensor has its value; called once per flight, before the first read.
+        wait_for_value: returns when the tensor has its value; called once per flight, before the
+            first read.
         zero: takes note that the tensor is to become zero after it has landed; without it,
             zeroing waits like everything else.
         set_grad: takes note that ``tensor.grad`` is what the user has just made it, where that was
@@ -47,22 +48,22 @@ class Hold:
         "_held",
         "_me",
         "hides_grad",
-        "land",
         "set_grad",
         "tensor",
+        "wait_for_value",
         "zero",
     )
 
     def __init__(
         self,
         tensor: Tensor,
-        land: Callable[[], None],
+        wait_for_value: Callable[[], None],
         zero: Callable[[], None] | None = None,
         *,
         set_grad: Callable[[], None] | None = None,
     ) -> None:
         self.tensor = tensor  # keeps the tensor, and so its id, alive
-        self.land = land
+        self.wait_for_value = wait_for_value
         self.zero = zero
         self.set_grad = set_grad
         self.hides_grad = False
@@ -70,7 +71,7 @@ class Hold:
         self._held: Any = None
         self._me = _Entry(self, id(tensor))
 
-    def take_off(self) -> None:
+    def mark_pending(self) -> None:
         """Marks the tensor as in flight."""
         _holds[self._me.key] = self._me
         cls = type(self.tensor)
@@ -87,13 +88,13 @@ class Hold:
             self.tensor.__class__ = self._free
 
 
-class _Entry(weakref.ref[Hold]):
+class _Entry(weakref.ref[PendingTensor]):
     """What is known of a hold as long as its owner lives: a model that is dropped is not kept."""
 
     __slots__ = ("key",)
     key: int
 
-    def __new__(cls, hold: Hold, key: int) -> _Entry:
+    def __new__(cls, hold: PendingTensor, key: int) -> _Entry:
         self = super().__new__(cls, hold, _forget)
         self.key = key
         return self
@@ -107,42 +108,42 @@ def _forget(entry: Any) -> None:
 _holds: dict[int, _Entry] = {}
 
 
-def _hold_of(tensor: Tensor) -> Hold | None:
+def _hold_of(tensor: Tensor) -> PendingTensor | None:
     entry = _holds.get(id(tensor))
     return None if entry is None else entry()
 
 
-def land(tensor: Tensor) -> None:
+def wait_for(tensor: Tensor) -> None:
     """Waits until a held tensor has its value and releases it."""
     hold = _hold_of(tensor)
     if hold is not None:
-        hold.land()
+        hold.wait_for_value()
         hold.release()
-    if is_held(tensor):  # a shallow copy of one: nothing holds it
+    if is_pending(tensor):  # a shallow copy of one: nothing holds it
         tensor.__class__ = type(tensor).held_from  # pyright: ignore
 
 
-def any_held() -> bool:
+def any_pending() -> bool:
     """Whether anything may be in flight in this process."""
     return bool(_holds)
 
 
-def land_all(tensors: Iterable[Tensor] | None = None) -> None:
+def wait_all(tensors: Iterable[Tensor] | None = None) -> None:
     """Lands these, or all that are held; but for gradients of a backward pass that still runs."""
     if tensors is None:
         holds = [entry() for entry in list(_holds.values())]
         tensors = [hold.tensor for hold in holds if hold is not None]
     for tensor in tensors:
-        if is_held(tensor):
+        if is_pending(tensor):
             with suppress(ReadTooEarlyError):
-                land(tensor)
+                wait_for(tensor)
 
 
-def is_held(tensor: Tensor) -> bool:
+def is_pending(tensor: Tensor) -> bool:
     return issubclass(type(tensor), _Held)
 
 
-def land_module(module: nn.Module, args: Any = None) -> None:
+def wait_module(module: nn.Module, args: Any = None) -> None:
     """Lands the parameters that a module owns itself; a forward pre-hook.
 
     Some of torch's own modules look at all that is below them when they evaluate, and take another
@@ -153,26 +154,26 @@ def land_module(module: nn.Module, args: Any = None) -> None:
     """
     if not module.training and isinstance(module, _LOOK_BELOW):
         for parameter in module.parameters():
-            if is_held(parameter):
-                land(parameter)
+            if is_pending(parameter):
+                wait_for(parameter)
         for hooks in list(_module_hooks):
             hooks.leave(module)
         return
     for parameter in module._parameters.values():
         if issubclass(type(parameter), _Held):
-            land(parameter)  # type: ignore[arg-type]
+            wait_for(parameter)  # type: ignore[arg-type]
         elif type(parameter) is Tensor and _holds:
             for entry in list(_holds.values()):
                 hold = entry()
                 if hold is not None and isinstance(hold.tensor, nn.Parameter):
-                    land(hold.tensor)
+                    wait_for(hold.tensor)
 
 
 _LOOK_BELOW = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class ModuleHooks:
-    """``land_module`` before the forward of every module that owns parameters.
+    """``wait_module`` before the forward of every module that owns parameters.
 
     A module without hooks is called by a shorter way, so they are there only while they are needed.
 
@@ -191,7 +192,7 @@ class ModuleHooks:
         self._hooks = {
             id(module): (
                 module._forward_pre_hooks,
-                module.register_forward_pre_hook(land_module, prepend=True),
+                module.register_forward_pre_hook(wait_module, prepend=True),
             )
             for module in modules
             if isinstance(module, _LOOK_BELOW)
@@ -202,7 +203,7 @@ class ModuleHooks:
     def put(self) -> None:
         if not self._there:
             for hooks, handle in self._hooks.values():
-                hooks[handle.id] = land_module
+                hooks[handle.id] = wait_module
                 hooks.move_to_end(handle.id, last=False)
             self._there = True
 
@@ -238,23 +239,23 @@ class _Held:
                 _know_grad(args[0])
             with DisableGuard():
                 return func(*args, **kwargs)
-        held = [tensor for tensor in tensors_in((args, kwargs)) if is_held(tensor)]
+        held = [tensor for tensor in tensors_in((args, kwargs)) if is_pending(tensor)]
         if func in _ZERO and _zero_later(held):
             return _zero_others(func, args[0])
         for tensor in held:
-            land(tensor)
+            wait_for(tensor)
         return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        land(self)  # type: ignore[arg-type]
+        wait_for(self)  # type: ignore[arg-type]
         return copy.deepcopy(self, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        land(self)  # type: ignore[arg-type]
+        wait_for(self)  # type: ignore[arg-type]
         return self.__reduce_ex__(protocol)
 
     def as_subclass(self, cls: Any) -> Any:
-        land(self)  # type: ignore[arg-type]
+        wait_for(self)  # type: ignore[arg-type]
         return self.as_subclass(cls)
 
 
@@ -295,7 +296,7 @@ def _zero_later(held: list[Tensor]) -> bool:
 def _zero_others(func: Any, target: Any) -> Any:
     if func is Tensor.zero_:
         return target
-    free = [tensor for tensor in target if not is_held(tensor)]
+    free = [tensor for tensor in target if not is_pending(tensor)]
     return _foreach_zero(free) if free else None
 
 

@@ -17,22 +17,22 @@ other transforms call operators, which the guard sees."""
 
 
 @cache
-def land_first() -> None:
+def wait_first() -> None:
     """From now on, in this process, arguments in flight land before they are wrapped."""
     from torch._functorch import eager_transforms
 
     for name in _WRAPPERS:
         wrap = getattr(eager_transforms, name, None)
         if wrap is not None:
-            setattr(eager_transforms, name, _landing(wrap))
+            setattr(eager_transforms, name, _in_flight(wrap))
 
 
-def _landing(wrap: Callable[..., Any]) -> Callable[..., Any]:
-    def landing(argument: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(argument, Tensor) and pending.is_held(argument):
-            pending.land(argument)
+def _in_flight(wrap: Callable[..., Any]) -> Callable[..., Any]:
+    def in_flight(argument: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(argument, Tensor) and pending.is_pending(argument):
+            pending.wait_for(argument)
         return wrap(argument, *args, **kwargs)
 
     # What is compiled has landed where it was entered, and goes on as if nothing were here.
-    torch.compiler.substitute_in_graph(landing, skip_signature_check=True)(wrap)
-    return landing
+    torch.compiler.substitute_in_graph(in_flight, skip_signature_check=True)(wrap)
+    return in_flight

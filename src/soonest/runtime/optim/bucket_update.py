@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from soonest.runtime.flat.buffers import Member
-from soonest.runtime.optim.shard import Share
+from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.optim.shard import ParamShard
 
 _SEPARABLE = (
     torch.optim.SGD,
@@ -79,7 +79,7 @@ class Updater:
     Args:
         optimizer: the user's own.
         cls: its class as the user made it.
-        members: the model's trainable parameters.
+        params: the model's trainable parameters.
 
     Attributes:
         owned: those of the members that the optimizer holds.
@@ -87,13 +87,13 @@ class Updater:
     """
 
     def __init__(
-        self, optimizer: Optimizer, cls: type[Optimizer], members: Sequence[Member]
+        self, optimizer: Optimizer, cls: type[Optimizer], params: Sequence[FlatParam]
     ) -> None:
         self._optimizer = optimizer
         self._cls = cls
         self._step = raw_step(cls)
         self.seen_state: dict[Any, dict[str, Any]] | None = None
-        self._members = members
+        self._params = params
         self.regroup()
 
     def regroup(self) -> None:
@@ -101,9 +101,9 @@ class Updater:
         groups = self._optimizer.param_groups
         self._ids = _ids_of(groups)
         group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
-        self.owned = [member for member in self._members if id(member.parameter) in group_of]
-        self._group_of = {member.order: group_of[id(member.parameter)] for member in self.owned}
-        known = {id(member.parameter) for member in self.owned}
+        self.owned = [param for param in self._params if id(param.parameter) in group_of]
+        self._group_of = {param.order: group_of[id(param.parameter)] for param in self.owned}
+        known = {id(param.parameter) for param in self.owned}
         self._others = [p for group in groups for p in group["params"] if id(p) not in known]
 
     @property
@@ -137,33 +137,33 @@ class Updater:
         del attributes["state"]
         return StepCall(groups, attributes, gradients)
 
-    def apply(self, call: StepCall, members: Sequence[Member]) -> None:
+    def apply(self, call: StepCall, params: Sequence[FlatParam]) -> None:
         """Updates these members, as ``optimizer.step()`` would have done when it was called."""
         jobs: list[_Job] = []
-        for member in members:
-            gradient = call.gradients[member.order]
+        for param in params:
+            gradient = call.gradients[param.order]
             if gradient is None:
-                gradient = member.raw_grad
-            jobs.append(_Job(member.twin, gradient, member.order, member.parameter))
+                gradient = param.raw_grad
+            jobs.append(_Job(param.alias, gradient, param.order, param.parameter))
         self._run(call, jobs, self.state)
 
     def apply_shares(
-        self, call: StepCall, shares: Sequence[Share], state: dict[Any, dict[str, Any]]
+        self, call: StepCall, shares: Sequence[ParamShard], state: dict[Any, dict[str, Any]]
     ) -> None:
         """Updates these parts of members.
 
         Args:
             call: as for ``apply``.
             shares: the parts.
-            state: of the parts, by ``Share.key``.
+            state: of the parts, by ``ParamShard.key``.
         """
         jobs: list[_Job] = []
         for share in shares:
             share.recall()
-            member = share.member
-            gradient = call.gradients[member.order]
+            param = share.param
+            gradient = call.gradients[param.order]
             own = share.raw_grad if gradient is None else share.cut(gradient)
-            jobs.append(_Job(share.twin, own, member.order, share.key))
+            jobs.append(_Job(share.alias, own, param.order, share.key))
         self._run(call, jobs, state)
         for share in shares:
             share.show()
@@ -174,11 +174,11 @@ class Updater:
         partial.state = defaultdict(dict)
         params: list[list[Any]] = [[] for _ in call.groups]
         for job in jobs:
-            job.twin.grad = job.gradient
-            params[self._group_of[job.order]].append(job.twin)
+            job.alias.grad = job.gradient
+            params[self._group_of[job.order]].append(job.alias)
             known = state.get(job.key)
             if known is not None:
-                partial.state[job.twin] = known
+                partial.state[job.alias] = known
         partial.param_groups = [
             {**group, "params": chosen}
             for group, chosen in zip(call.groups, params, strict=True)
@@ -186,8 +186,8 @@ class Updater:
         ]
         self._step(partial)
         for job in jobs:
-            job.twin.grad = None
-            now = partial.state.get(job.twin)
+            job.alias.grad = None
+            now = partial.state.get(job.alias)
             if now is not None:
                 state[job.key] = now
 
@@ -205,7 +205,7 @@ class _Job(NamedTuple):
         key: of its state.
     """
 
-    twin: nn.Parameter
+    alias: nn.Parameter
     gradient: Tensor
     order: int
     key: Any

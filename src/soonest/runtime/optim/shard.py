@@ -10,78 +10,78 @@ from torch import Tensor, nn
 
 from soonest.core.plan import Plan, borders
 from soonest.runtime.comm import Wire
-from soonest.runtime.flat.buffers import Layout, Member
+from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
 
 Key = tuple[str, int, int]
 """A part of a parameter: its name, and the first and last but one of its elements in memory."""
 
 
 @dataclass(eq=False, slots=True)
-class Share:
+class ParamShard:
     """This rank's part of one parameter: consecutive elements, in the order of memory.
 
     Args:
-        member: the parameter.
+        param: the parameter.
         start, stop: of its elements.
         raw_grad: that part of its gradient, one-dimensional.
-        twin: that part of the parameter, one-dimensional; what the optimizer updates.
-        shown: what the model has of it, if that is rounded to ``narrow``; then ``twin`` is exact,
+        alias: that part of the parameter, one-dimensional; what the optimizer updates.
+        shown: what the model has of it, if that is rounded to ``narrow``; then ``alias`` is exact,
             and has memory of its own.
     """
 
-    member: Member
+    param: FlatParam
     start: int
     stop: int
     raw_grad: Tensor
-    twin: nn.Parameter
+    alias: nn.Parameter
     shown: Tensor | None = None
     narrow: torch.dtype | None = None
 
     @property
     def key(self) -> Key:
-        return (self.member.name, self.start, self.stop)
+        return (self.param.name, self.start, self.stop)
 
     def cut(self, whole: Tensor) -> Tensor:
         """This part of a tensor of the parameter's shape; a view only if its strides are alike."""
-        return in_memory(whole, self.member.raw_grad)[self.start : self.stop]
+        return in_memory(whole, self.param.raw_grad)[self.start : self.stop]
 
     def follow(self) -> None:
         """The parameter has other memory now."""
-        here = part_of(self.member, self.start, self.stop)
+        here = part_of(self.param, self.start, self.stop)
         if self.shown is None:
-            self.twin.data = here
+            self.alias.data = here
         else:
             self.shown = here
 
     def recall(self) -> None:
-        """Makes ``twin`` the present value: it is, unless something else was written since."""
+        """Makes ``alias`` the present value: it is, unless something else was written since."""
         if self.shown is not None:
-            known = self.twin.detach()
+            known = self.alias.detach()
             torch.where(known.to(self.narrow) == self.shown, known, self.shown, out=known)
 
     def show(self) -> None:
-        """Gives the model the value of ``twin``, as the other ranks will get it."""
+        """Gives the model the value of ``alias``, as the other ranks will get it."""
         if self.shown is not None:
-            self.shown.copy_(self.twin.detach().to(self.narrow))
+            self.shown.copy_(self.alias.detach().to(self.narrow))
 
 
-def shares_of(plan: Plan, layout: Layout, rank: int, wire: Wire) -> list[list[Share]]:
+def shares_of(plan: Plan, layout: FlatBuffers, rank: int, wire: Wire) -> list[list[ParamShard]]:
     """Per bucket, the parts of parameters that a rank updates."""
-    found: list[list[Share]] = []
-    by_slot = {(member.flat, member.slot.start): member for member in layout.members}
+    found: list[list[ParamShard]] = []
+    by_slot = {(param.flat, param.slot.start): param for param in layout.params}
     for index, bucket in enumerate(plan.buckets):
-        shares: list[Share] = []
+        shares: list[ParamShard] = []
         grads = layout.grads[bucket.flat]
         narrow = wire.of(grads.element_size()).parameters
         for start, stop, slot in _overlaps(plan, index, rank):
-            member = by_slot[bucket.flat, slot]
-            shown = part_of(member, start - slot, stop - slot)
-            twin = nn.Parameter(shown.clone() if narrow else shown)
-            for name, value in vars(member.parameter).items():
-                setattr(twin, name, value)
-            member.extra += 1
-            part = (start - slot, stop - slot, grads[start:stop], twin)
-            shares.append(Share(member, *part, shown if narrow else None, narrow))
+            param = by_slot[bucket.flat, slot]
+            shown = part_of(param, start - slot, stop - slot)
+            alias = nn.Parameter(shown.clone() if narrow else shown)
+            for name, value in vars(param.parameter).items():
+                setattr(alias, name, value)
+            param.extra += 1
+            part = (start - slot, stop - slot, grads[start:stop], alias)
+            shares.append(ParamShard(param, *part, shown if narrow else None, narrow))
         found.append(shares)
     return found
 
@@ -109,9 +109,9 @@ def _overlaps(plan: Plan, index: int, rank: int) -> Iterator[tuple[int, int, int
             yield slot.start, slot.start, slot.start
 
 
-def part_of(member: Member, start: int, stop: int) -> Tensor:
+def part_of(param: FlatParam, start: int, stop: int) -> Tensor:
     """Consecutive elements of a parameter, in the memory that it has now."""
-    return in_memory(member.twin.detach(), member.raw_grad)[start:stop]
+    return in_memory(param.alias.detach(), param.raw_grad)[start:stop]
 
 
 def in_memory(whole: Tensor, like: Tensor) -> Tensor:

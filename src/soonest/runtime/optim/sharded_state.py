@@ -13,14 +13,14 @@ from soonest.core.plan import SHARED_PARAMETERS, Plan
 from soonest.errors import SoonestError
 from soonest.runtime import comm
 from soonest.runtime.comm import EXACT, Piece, Ranks, Wire
-from soonest.runtime.comm.failures import Peers
+from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.comm.groups import again
-from soonest.runtime.flat.buffers import Layout, Member
-from soonest.runtime.optim.shard import Key, Share, in_memory, shares_of
+from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
+from soonest.runtime.optim.shard import Key, ParamShard, in_memory, shares_of
 from soonest.runtime.optim.usage import Users
 
 if TYPE_CHECKING:
-    from soonest.runtime.execute.pass_state import Sweep
+    from soonest.runtime.execute.pass_state import PassState
 
 _ADVICE = "; under shard_optimizer=True every rank must do so, at the same point"
 _CALLS = ("reading gradients", "clipping gradients", "gathering the optimizer's state")
@@ -35,7 +35,7 @@ class ShardedState:
     Args:
         ranks: over which it is shared out; for nothing else, so that this is in nobody's way.
         plan, layout: of the parts.
-        peers: who they are.
+        failures: who they are.
         wire: where parameters are sent rounded, this rank keeps the exact values of its parts,
             and the model has rounded ones from now on, on every rank.
 
@@ -45,10 +45,15 @@ class ShardedState:
     """
 
     def __init__(
-        self, ranks: Ranks, plan: Plan, layout: Layout, peers: Peers, wire: Wire = EXACT
+        self,
+        ranks: Ranks,
+        plan: Plan,
+        layout: FlatBuffers,
+        failures: FailureReporter,
+        wire: Wire = EXACT,
     ) -> None:
         self.ranks = ranks
-        self._peers = peers
+        self._failures = failures
         self._users_group = ranks.group if ranks.native else again(ranks.group)
         self.parts: dict[Key, dict[str, Any]] = {}
         self._wire = wire
@@ -66,7 +71,7 @@ class ShardedState:
             PeerLostError: they did not.
             SoonestError: they do something else, which would break what they send each other.
         """
-        with self._peers.together(what, _ADVICE):
+        with self._failures.together(what, _ADVICE):
             if not self.ranks.native:  # the host of a device would have to wait for the answer
                 self._agree_on(what)
             yield
@@ -76,56 +81,58 @@ class ShardedState:
         every = [int(n) for n in comm.gather_numbers(group, _CALLS.index(what))]
         if len(set(every)) > 1:
             found = ", ".join(f"{_CALLS[n]} on rank {rank}" for rank, n in enumerate(every))
-            raise self._peers.at_fault(SoonestError(f"ranks do different things: {found}{_ADVICE}"))
+            raise self._failures.at_fault(
+                SoonestError(f"ranks do different things: {found}{_ADVICE}")
+            )
 
-    def count_users(self, sweep: Sweep) -> None:
+    def count_users(self, pass_state: PassState) -> None:
         """Lets all ranks know who has used which parameters in a backward pass; collective."""
-        used = torch.ones(len(self._layout.members))
-        used[list(sweep.unused)] = 0.0
-        with self._peers.together(_COUNTING):
-            sweep.users = Users(self._users_group, used)
+        used = torch.ones(len(self._layout.params))
+        used[list(pass_state.unused)] = 0.0
+        with self._failures.together(_COUNTING):
+            pass_state.users = Users(self._users_group, used)
 
-    def has_users(self, sweep: Sweep, member: Member) -> bool:
+    def has_users(self, pass_state: PassState, param: FlatParam) -> bool:
         """Whether any rank has a gradient of this parameter."""
-        assert sweep.users is not None
-        with self._peers.together(_COUNTING):
-            return sweep.users.has(member.order)
+        assert pass_state.users is not None
+        with self._failures.together(_COUNTING):
+            return pass_state.users.has(param.order)
 
-    def _shares(self, plan: Plan, layout: Layout) -> list[list[Share]]:
-        for member in layout.members:
-            member.extra = 0
+    def _shares(self, plan: Plan, layout: FlatBuffers) -> list[list[ParamShard]]:
+        for param in layout.params:
+            param.extra = 0
         return shares_of(plan, layout, self.ranks.group.rank(), self._wire)
 
-    def _bind(self, plan: Plan, layout: Layout, shares: list[list[Share]]) -> None:
+    def _bind(self, plan: Plan, layout: FlatBuffers, shares: list[list[ParamShard]]) -> None:
         self._plan, self._layout, self.shares = plan, layout, shares
 
     def _round(self) -> None:
-        for member in self._layout.members:
-            narrow = self._wire.of(member.twin.element_size()).parameters
+        for param in self._layout.params:
+            narrow = self._wire.of(param.alias.element_size()).parameters
             if narrow:
-                values = member.twin.detach()
+                values = param.alias.detach()
                 values.copy_(values.to(narrow))
 
-    def follow(self, moved: Sequence[Member]) -> None:
+    def follow(self, moved: Sequence[FlatParam]) -> None:
         """These parameters have other memory now.
 
         Raises:
             SoonestError: one is laid out differently there.
         """
-        for member in moved:
-            if member.twin.stride() != member.raw_grad.stride():
+        for param in moved:
+            if param.alias.stride() != param.raw_grad.stride():
                 raise SoonestError(
-                    f"parameter {member.name!r} is laid out differently in memory than when "
+                    f"parameter {param.name!r} is laid out differently in memory than when "
                     "prioritize was called, so its parts are no longer those of the optimizer's "
                     "state (shard_optimizer=True): give it its first memory format again, as by "
                     "model.to(memory_format=...), on every rank"
                 )
-        orders = {member.order for member in moved}
+        orders = {param.order for param in moved}
         for share in self._all():
-            if share.member.order in orders:
+            if share.param.order in orders:
                 share.follow()
 
-    def _all(self) -> Iterator[Share]:
+    def _all(self) -> Iterator[ParamShard]:
         return (share for shares in self.shares for share in shares)
 
     def adopt(self, state: dict[Any, dict[str, Any]]) -> None:
@@ -135,47 +142,47 @@ class ShardedState:
             state: by parameter, as ``optimizer.state`` holds it.
         """
         for share in self._all():
-            whole = state.get(share.member.parameter)
+            whole = state.get(share.param.parameter)
             if whole is not None:
-                shape = share.member.twin.shape
+                shape = share.param.alias.shape
                 self.parts[share.key] = {
                     name: share.cut(value).clone()
                     if _per_element(name, value, shape)
                     else _copy(value)
                     for name, value in whole.items()
                 }
-        for member in self._layout.members:
-            state.pop(member.parameter, None)
+        for param in self._layout.params:
+            state.pop(param.parameter, None)
 
     def restart(self) -> None:
         """Takes the values that the model has for exact ones, and rounds the model's."""
         for share in self._all():
             if share.shown is not None:
-                share.twin.detach().copy_(share.shown)
+                share.alias.detach().copy_(share.shown)
         self._round()
 
-    def move(self, plan: Plan, layout: Layout) -> None:
+    def move(self, plan: Plan, layout: FlatBuffers) -> None:
         """Shares the state out anew; a collective call if the parts change."""
         coming = self._shares(plan, layout)
         states = {key: dict(state) for key, state in self.parts.items()}
         for key, exact in self._exact().items():
             states.setdefault(key, {})[_VALUE] = exact
-        names = {id(member.parameter): member.name for member in layout.members}
-        renamed = {m.name: names.get(id(m.parameter), "") for m in self._layout.members}
+        names = {id(param.parameter): param.name for param in layout.params}
+        renamed = {m.name: names.get(id(m.parameter), "") for m in self._layout.params}
         same = all(before == now for before, now in renamed.items())
         if not same or (plan.flats, _cuts(plan)) != (self._plan.flats, _cuts(self._plan)):
             states = self._moved(states, coming, renamed)
         for share in (share for shares in coming for share in shares):
             exact = states.get(share.key, {}).pop(_VALUE, None)
             if exact is not None:
-                share.twin.detach().copy_(exact)
+                share.alias.detach().copy_(exact)
         self.parts = {key: state for key, state in states.items() if state}
         self._bind(plan, layout, coming)
 
     def _moved(
         self,
         states: dict[Key, dict[str, Any]],
-        coming: list[list[Share]],
+        coming: list[list[ParamShard]],
         renamed: Mapping[str, str],
     ) -> dict[Key, dict[str, Any]]:
         """States of the parts that this rank has now, as states of those to come; collective.
@@ -185,9 +192,9 @@ class ShardedState:
             coming: per bucket, this rank's parts.
             renamed: parameters' names now, and to come.
         """
-        shares: dict[str, list[Share]] = {}
+        shares: dict[str, list[ParamShard]] = {}
         for share in (share for of_bucket in coming for share in of_bucket):
-            shares.setdefault(share.member.name, []).append(share)
+            shares.setdefault(share.param.name, []).append(share)
         parts: dict[Key, dict[str, Any]] = {}
 
         def take(name: str, key: str, start: int, piece: Tensor) -> None:
@@ -212,26 +219,26 @@ class ShardedState:
         rounded = [share for share in self._all() if share.shown is not None]
         for share in rounded:
             share.recall()
-        return {share.key: share.twin.detach() for share in rounded}
+        return {share.key: share.alias.detach() for share in rounded}
 
     def exact_parameters(self) -> dict[nn.Parameter, Tensor]:
         """By parameter, what it is before rounding, if it is sent rounded; collective then."""
         if not self._wire.parameters:
             return {}
-        members = {member.name: member.parameter for member in self._layout.members}
+        params = {param.name: param.parameter for param in self._layout.params}
         states = {key: {_VALUE: exact} for key, exact in self._exact().items()}
-        return {members[name]: values[_VALUE] for name, values in self._whole(states).items()}
+        return {params[name]: values[_VALUE] for name, values in self._whole(states).items()}
 
     def whole(self) -> dict[str, dict[str, Any]]:
         """By name of the parameter, the state as the optimizer would have it alone; collective."""
         return self._whole(self.parts)
 
     def _whole(self, states: Mapping[Key, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        members = {member.name: member for member in self._layout.members}
+        params = {param.name: param for param in self._layout.params}
         found: dict[str, dict[str, Any]] = {}
 
         def take(name: str, key: str, start: int, piece: Tensor) -> None:
-            like = members[name].raw_grad
+            like = params[name].raw_grad
             values = found.setdefault(name, {})
             if key not in values:
                 values[key] = torch.empty_like(like, dtype=piece.dtype)
@@ -285,7 +292,7 @@ class ShardedState:
         mine: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]] = {}
         for share in self._all():
             if share.key in states:
-                mine[share.member.name] = _described(states[share.key], share.twin.shape)
+                mine[share.param.name] = _described(states[share.key], share.alias.shape)
         described: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]] = {}
         with self.together("gathering the optimizer's state"):
             for theirs in comm.gather_objects(self.ranks.group, mine):
@@ -316,7 +323,7 @@ class ShardedState:
         for share in self.shares[index]:
             known = states.get(share.key, {}).get(key)
             if known is not None:
-                at = share.member.slot.start + share.start - bucket.start
+                at = share.param.slot.start + share.start - bucket.start
                 values[at : at + known.numel()] = known
         piece = Piece(values, values, itemsize=itemsize)
         with self.together("gathering the optimizer's state"):

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from soonest.core.plan import Plan
 from soonest.errors import SoonestError
 from soonest.runtime.comm import Ranks, Wire
-from soonest.runtime.comm.failures import Peers
-from soonest.runtime.flat.buffers import Layout
+from soonest.runtime.comm.failures import FailureReporter
+from soonest.runtime.flat.buffers import FlatBuffers
 from soonest.runtime.flat.bystanders import States
 from soonest.runtime.optim.sharded_state import ShardedState
 
@@ -26,7 +26,7 @@ class OptimizerState:
         cls: its class as the user made it.
         sharing: over which to share it out, if plans shard.
         wire: how parameters are then sent.
-        peers: who the ranks are.
+        failures: who the ranks are.
 
     Attributes:
         parts: this rank's, if it is shared out.
@@ -38,25 +38,25 @@ class OptimizerState:
         cls: type[Optimizer],
         sharing: Ranks | None,
         wire: Wire,
-        peers: Peers,
+        failures: FailureReporter,
     ) -> None:
         self._optimizer = optimizer
         self._cls = cls
         self._wire = wire
-        self._peers = peers
+        self._failures = failures
         self._sharing = sharing
-        self._layout: Layout | None = None
+        self._layout: FlatBuffers | None = None
         self.parts: ShardedState | None = None
         self._states = States(optimizer.__dict__)
 
-    def bind(self, layout: Layout, plan: Plan) -> None:
+    def bind(self, layout: FlatBuffers, plan: Plan) -> None:
         """From now on the plan says whose part is what; collective if that changes."""
         self._layout = layout
         if self.parts is not None:
             self.parts.move(plan, layout)
         elif plan.sharded:
             assert self._sharing is not None
-            self.parts = ShardedState(self._sharing, plan, layout, self._peers, self._wire)
+            self.parts = ShardedState(self._sharing, plan, layout, self._failures, self._wire)
             self.adopt()
 
     def adopt(self) -> None:
@@ -101,7 +101,7 @@ class OptimizerState:
         plain.__dict__.pop("step", None)  # a scheduler's, which leads back to the user's own
         if self.parts is not None:
             assert self._layout is not None
-            by_name = {member.name: member.parameter for member in self._layout.members}
+            by_name = {param.name: param.parameter for param in self._layout.params}
             whole = {by_name[name]: values for name, values in self.parts.whole().items()}
             plain.state = defaultdict(dict, {**plain.state, **whole})
         return plain

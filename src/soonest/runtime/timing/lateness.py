@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from soonest.runtime import comm
 from soonest.runtime.comm import waited_s
-from soonest.runtime.comm.failures import Peers
+from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.device.clock import now_s
 from soonest.runtime.timing.straggler import Sample, Straggler
 from soonest.runtime.timing.throughput import Throughput
@@ -52,16 +52,16 @@ class Lateness:
 
     Args:
         group: all ranks; for nothing else, since what is told is under way while training goes on.
-        peers: who they are.
+        failures: who they are.
         history: gets a sentence when a rank comes to be late, and when it ceases to be.
     """
 
-    def __init__(self, group: comm.Group, peers: Peers, history: list[str]) -> None:
+    def __init__(self, group: comm.Group, failures: FailureReporter, history: list[str]) -> None:
         self._group = group
         self._rank = group.rank()
-        self._names = peers.names
+        self._names = failures.names
         self._history = history
-        self._throughput = Throughput(peers.ends)
+        self._throughput = Throughput(failures.ends)
         self._straggler = Straggler()
         self._passes = self._told = 0
         self._logged_s = -math.inf

@@ -11,7 +11,7 @@ from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
 from soonest.core.trace import Trace
 from soonest.runtime.device.clock import DeviceClock, now_s
-from soonest.runtime.flat.buffers import Member
+from soonest.runtime.flat.buffers import FlatParam
 from soonest.runtime.timing.step_record import NEVER, Record
 from soonest.runtime.timing.trace import (
     Measured,
@@ -34,14 +34,14 @@ class Attention:
     """Which steps to watch closely: after learning only so many that they cost next to nothing.
 
     Args:
-        members: how many parameters.
+        params: how many parameters.
 
     Attributes:
         learning: all steps are to be watched closely.
     """
 
-    def __init__(self, members: int) -> None:
-        self._pause_s = members * _LOOK_S / _SHARE
+    def __init__(self, params: int) -> None:
+        self._pause_s = params * _LOOK_S / _SHARE
         self._next_s = -math.inf
         self.learning = False
 
@@ -63,7 +63,7 @@ class Profiler:
 
     Args:
         model: a name for it.
-        members: how many parameters it has.
+        params: how many parameters it has.
         clock: of the device that does it all; the host's if None.
 
     Attributes:
@@ -76,25 +76,25 @@ class Profiler:
     record: Record
     observed: Record
 
-    def __init__(self, model: str, members: int, clock: DeviceClock | None) -> None:
+    def __init__(self, model: str, params: int, clock: DeviceClock | None) -> None:
         self._model = model
         self._clock = clock
-        self.attention = Attention(members)
+        self.attention = Attention(params)
         self.observing = True
         self._forward_ended = NEVER
-        self._last: tuple[Record, Plan, Sequence[Member]] | None = None
+        self._last: tuple[Record, Plan, Sequence[FlatParam]] | None = None
         self._complete: deque[Record] = deque(maxlen=_REMEMBERED)
 
-    def bind(self, plan: Plan, members: Sequence[Member]) -> None:
+    def bind(self, plan: Plan, params: Sequence[FlatParam]) -> None:
         """From now on, steps run this plan on these parameters."""
-        self._plan, self._members = plan, members
+        self._plan, self._params = plan, params
         self._complete.clear()
         self.attention.refresh()
         self.record = self.new_record()
 
     def new_record(self, *, closely: bool = True) -> Record:
         """One with nothing in it."""
-        sizes = (len(self._members), len(self._plan.ops), len(self._plan.buckets))
+        sizes = (len(self._params), len(self._plan.ops), len(self._plan.buckets))
         return Record(*sizes, closely=closely, clock=self._clock)
 
     def forward_ended(self) -> None:
@@ -118,7 +118,7 @@ class Profiler:
             self.observed = self.record
         self.record.ended = record.backward_began
         if self.record.complete:
-            self._last = (self.record, self._plan, self._members)
+            self._last = (self.record, self._plan, self._params)
             self._complete.append(self.record)
         return record
 
@@ -137,7 +137,7 @@ class Profiler:
         """The model as the steps showed it that were watched closely; None before there is one."""
         parts = self._plan.ranks if self._plan.sharded else 1
         found = [
-            trace_of(r, r, self._members, model=self._model, update_s=parts * updating_s(r))
+            trace_of(r, r, self._params, model=self._model, update_s=parts * updating_s(r))
             for r in list(self._complete)
         ]
         return typical(found) if found else None

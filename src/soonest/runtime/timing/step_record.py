@@ -15,7 +15,7 @@ class Record:
     All times are seconds on one clock; ``NEVER`` where something did not happen.
 
     Args:
-        members: how many parameters.
+        params: how many parameters.
         ops, buckets: how many the plan has.
         closely: whether to note when each parameter is needed; otherwise only the first of those
             that arrive together.
@@ -25,7 +25,7 @@ class Record:
 
     def __init__(
         self,
-        members: int,
+        params: int,
         ops: int = 0,
         buckets: int = 0,
         *,
@@ -35,10 +35,10 @@ class Record:
         self.closely = closely
         self._clock = clock if closely else None
         self.backward_began = NEVER
-        self.ready = [NEVER] * members
+        self.ready = [NEVER] * params
         self.backward_ended = NEVER
-        self.needed = [NEVER] * members
-        self.landed = [NEVER] * members
+        self.needed = [NEVER] * params
+        self.landed = [NEVER] * params
         self.forward_ended = NEVER
         self.ended = NEVER
         self.op_start = [NEVER] * ops

@@ -12,7 +12,7 @@ from soonest.core.plan import Plan
 from soonest.core.planner.report import busy_s
 from soonest.core.timeline import Span, Timeline, covered_s
 from soonest.core.trace import Layer, Trace
-from soonest.runtime.flat.buffers import Member
+from soonest.runtime.flat.buffers import FlatParam
 from soonest.runtime.timing.step_record import NEVER, Record
 
 _ENOUGH_OPS = 4
@@ -21,7 +21,7 @@ _ENOUGH_OPS = 4
 def trace_of(
     backward: Record,
     forward: Record,
-    members: Sequence[Member],
+    params: Sequence[FlatParam],
     *,
     model: str,
     update_s: float = 0.0,
@@ -31,7 +31,7 @@ def trace_of(
     Args:
         backward: the record whose backward pass to take.
         forward: the record whose forward pass to take; its order becomes that of the trace.
-        members: the model's parameters.
+        params: the model's parameters.
         model: a name for the trace.
         update_s: time to update all parameters, seconds.
 
@@ -40,9 +40,9 @@ def trace_of(
     """
     backward.settle()
     forward.settle()
-    layers = _layers(forward, members)
+    layers = _layers(forward, params)
     names = list(layers)
-    size = [sum(members[m].parameter.nbytes for m in layers[name]) for name in names]
+    size = [sum(params[m].parameter.nbytes for m in layers[name]) for name in names]
     return Trace(
         model,
         tuple(
@@ -130,18 +130,18 @@ def measured(records: Sequence[Record], plan: Plan, network: Network) -> Measure
     )
 
 
-def _layers(record: Record, members: Sequence[Member]) -> dict[str, list[int]]:
+def _layers(record: Record, params: Sequence[FlatParam]) -> dict[str, list[int]]:
     """The members of each layer, the layers in order of first use."""
     layers: dict[str, list[int]] = {}
     for index in record.first_use():
-        layers.setdefault(members[index].layer, []).append(index)
+        layers.setdefault(params[index].layer, []).append(index)
     return layers
 
 
 def _forward_spans(record: Record, layers: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
     """Per layer, when its forward began and how long it took, seconds, without waits."""
-    began = [max((record.landed[m] for m in members), default=NEVER) for members in layers]
-    needed = [min((record.needed[m] for m in members), default=NEVER) for members in layers]
+    began = [max((record.landed[m] for m in params), default=NEVER) for params in layers]
+    needed = [min((record.needed[m] for m in params), default=NEVER) for params in layers]
     spans: list[tuple[float, float]] = []
     for index, start in enumerate(began):
         following = [at for at in needed[index + 1 :] if not math.isnan(at)]
@@ -158,8 +158,8 @@ def _backward_spans(record: Record, layers: Sequence[Sequence[int]]) -> list[tup
     """
     spans: list[tuple[float, float]] = []
     reached = record.backward_began
-    for members in reversed(layers):
-        ready = max((at for m in members if not math.isnan(at := record.ready[m])), default=NEVER)
+    for params in reversed(layers):
+        ready = max((at for m in params if not math.isnan(at := record.ready[m])), default=NEVER)
         end = reached if math.isnan(ready) else max(ready, reached)
         spans.append((reached, end - reached))
         reached = end
@@ -167,12 +167,12 @@ def _backward_spans(record: Record, layers: Sequence[Sequence[int]]) -> list[tup
 
 
 def timeline_of(
-    record: Record, plan: Plan, members: Sequence[Member], *, title: str = "soonest"
+    record: Record, plan: Plan, params: Sequence[FlatParam], *, title: str = "soonest"
 ) -> Timeline:
     """A complete record as a timeline that starts with its backward pass."""
     record.settle()
     zero = record.backward_began
-    layers = _layers(record, members)
+    layers = _layers(record, params)
     groups = list(layers.values())
     spans: list[Span] = []
     for name, (start, duration) in zip(layers, _backward_spans(record, groups), strict=True):
@@ -180,11 +180,11 @@ def timeline_of(
     for name, (start, duration) in zip(layers, _forward_spans(record, groups), strict=True):
         if not math.isnan(start):
             spans.append(Span("compute", "forward", name, start - zero, start + duration - zero))
-    for index, member in enumerate(members):
+    for index, param in enumerate(params):
         waited = record.landed[index] - record.needed[index]
         if waited > 1e-5:
             start, end = record.needed[index] - zero, record.landed[index] - zero
-            spans.append(Span("compute", "wait", member.layer, start, end))
+            spans.append(Span("compute", "wait", param.layer, start, end))
     for index, op in enumerate(plan.ops):
         start, end = record.op_start[index], record.op_end[index]
         if not math.isnan(start + end):

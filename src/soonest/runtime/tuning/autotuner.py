@@ -17,7 +17,7 @@ from soonest.runtime import comm
 from soonest.runtime.agreement import agree_on_plan
 from soonest.runtime.device.clock import Ends, now_s
 from soonest.runtime.engine.engine import Engine
-from soonest.runtime.flat.buffers import Layout
+from soonest.runtime.flat.buffers import FlatBuffers
 from soonest.runtime.timing.step_record import Record
 from soonest.runtime.timing.trace import pace_of, trace_of, typical
 from soonest.runtime.tuning import plan_file
@@ -26,7 +26,7 @@ from soonest.runtime.tuning.candidates import (
     SEARCHED,
     STEPS,
     Candidate,
-    Turn,
+    Trial,
     distinct,
     next_turn,
     of_equal_numbers,
@@ -34,7 +34,7 @@ from soonest.runtime.tuning.candidates import (
     with_searched,
 )
 from soonest.runtime.tuning.drift import Drift
-from soonest.runtime.tuning.trial_cache import Choice, Memory
+from soonest.runtime.tuning.trial_cache import SavedPlan, TrialCache
 
 _EXACT_RANKS = 2
 """So many ranks add up alike under any cut."""
@@ -60,7 +60,7 @@ class _Decision(NamedTuple):
     stays: bool
 
 
-class Learner:
+class AutoTuner:
     """Makes a plan after the first step, lets it take turns with others, and goes on with the best.
 
     The first step shows in which order parameters are used, a few warm ones how long layers take.
@@ -100,7 +100,7 @@ class Learner:
         self._ranks = ranks
         self._steps = 0
 
-    def start_with(self, layout: Layout) -> None:
+    def start_with(self, layout: FlatBuffers) -> None:
         """Knows nothing yet of these parameters."""
         self._first_step = self._steps + 1
         self._plans = 0
@@ -117,8 +117,8 @@ class Learner:
         self._to_try: tuple[Candidate, ...] = CANDIDATES
         self._candidates: tuple[Candidate, ...] = ()
         self._now = CANDIDATES[0]
-        self._turns: list[Turn] = []
-        self._memory = Memory({**self._job, "flats": [asdict(flat) for flat in layout.flats]})
+        self._turns: list[Trial] = []
+        self._memory = TrialCache({**self._job, "flats": [asdict(flat) for flat in layout.flats]})
 
     def start_over(self, engine: Engine, *, stays: bool) -> None:
         """Other parameters are trained, with the plan that is bound now.
@@ -185,7 +185,7 @@ class Learner:
         engine.bind(layout, plan)
         self._stays(engine, plan, "as it stayed before, since training is resumed")
 
-    def _choice(self, engine: Engine) -> Choice | None:
+    def _choice(self, engine: Engine) -> SavedPlan | None:
         """What stayed in an earlier run, if it was of this training."""
         choice = self._memory.choice()
         if choice is not None:
@@ -194,8 +194,8 @@ class Learner:
         return None
 
     @staticmethod
-    def _layout(engine: Engine, order: Sequence[str]) -> Layout:
-        same = list(order) == [member.name for member in engine.layout.members]
+    def _layout(engine: Engine, order: Sequence[str]) -> FlatBuffers:
+        same = list(order) == [param.name for param in engine.layout.params]
         return engine.layout if same else engine.layout.in_order(order)
 
     def _stays(self, engine: Engine, plan: Plan, why: str) -> None:
@@ -221,8 +221,8 @@ class Learner:
         self._before = None
         engine.complete()
         self._note_pace(engine, profiler.record)
-        members = engine.layout.members
-        mine = [members[index].name for index in profiler.observed.first_use()]
+        params = engine.layout.params
+        mine = [params[index].name for index in profiler.observed.first_use()]
         layout = self._layout(engine, self._first_rank(engine, mine))
         if engine.ranks.group.rank() == 0:
             self._choose_candidates(engine, layout)
@@ -275,14 +275,14 @@ class Learner:
             return
         self._note_switch(engine, f"steps take {factor:.2f} times as long as before, so plan anew")
         if self._ranks > _EXACT_RANKS:
-            self._to_try = of_equal_numbers(self._now, engine.program.plan.buckets)
+            self._to_try = of_equal_numbers(self._now, engine.bound_plan.plan.buckets)
         self._memory.forget_turns()
         self._turns, self._traces, self._paces = [], [], []
         self._before = None
         self._observing = engine.profiler.attention.learning = True
         engine.settled = False
 
-    def _choose_candidates(self, engine: Engine, layout: Layout) -> None:
+    def _choose_candidates(self, engine: Engine, layout: FlatBuffers) -> None:
         """Those of which any may stay, and what is known of them."""
         cuts = {
             candidate: candidate.cut(
@@ -310,7 +310,7 @@ class Learner:
         if number < len(known) and known[number].name == self._now.name:
             self._turns.append(known[number])
             return
-        self._turns.append(Turn(self._now.name, step_s))
+        self._turns.append(Trial(self._now.name, step_s))
         self._memory.turns = []
         self._memory.keep_turns(self._turns)
 
@@ -318,7 +318,7 @@ class Learner:
         remembered = " as remembered" if self._memory.turns == self._turns else ""
         return told(self._turns, self._now) + remembered
 
-    def _go_on(self, engine: Engine, layout: Layout, why: str, *, stays: bool) -> None:
+    def _go_on(self, engine: Engine, layout: FlatBuffers, why: str, *, stays: bool) -> None:
         """Continues with the first rank's plan; a collective call."""
         engine.complete()
         mine = None
@@ -327,18 +327,18 @@ class Learner:
         decision = self._first_rank(engine, mine)
         assert decision is not None
         plan = Plan.from_json(decision.plan)
-        self._named = self._named or engine.program.plan.fingerprint[:8]
+        self._named = self._named or engine.bound_plan.plan.fingerprint[:8]
         agree_on_plan(engine.ranks.talk, plan)
         engine.bind(layout, plan)
         if decision.stays:
             self._stays(engine, plan, decision.why)
             if engine.ranks.group.rank() == 0 and self._ranks > _EXACT_RANKS:
-                order = [member.name for member in engine.layout.members]
-                self._memory.keep_choice(Choice(order, decision.plan))
+                order = [param.name for param in engine.layout.params]
+                self._memory.keep_choice(SavedPlan(order, decision.plan))
         elif self._steps == self._first_step:
             self._name(engine, plan, decision.why)
 
-    def _plan(self, layout: Layout, candidate: Candidate) -> Plan:
+    def _plan(self, layout: FlatBuffers, candidate: Candidate) -> Plan:
         assert self._trace is not None
         return candidate.plan(
             self._trace,
@@ -367,12 +367,12 @@ class Learner:
         self._before = engine.profiler.record
 
     def _note_pace(self, engine: Engine, record: Record) -> None:
-        pace = pace_of(record, engine.program.plan, self._network)
+        pace = pace_of(record, engine.bound_plan.plan, self._network)
         if pace:
             self._paces.append(pace)
 
     def _trace_of(self, engine: Engine, backward: Record, forward: Record) -> Trace:
-        return trace_of(backward, forward, engine.layout.members, model=type(engine.model).__name__)
+        return trace_of(backward, forward, engine.layout.params, model=type(engine.model).__name__)
 
     def _first_rank(self, engine: Engine, mine: _T) -> _T:
         engine.flush()  # nothing else may be on the group now

@@ -128,7 +128,7 @@ def distinct(
     return tuple(c for c in candidates if c not in cuts or first[cuts[c], c.blocking] is c)
 
 
-class Turn(NamedTuple):
+class Trial(NamedTuple):
     """Some steps under one candidate.
 
     Args:
@@ -140,16 +140,16 @@ class Turn(NamedTuple):
     step_s: tuple[float, ...]
 
 
-def turns_of(data: Any) -> list[Turn]:
+def turns_of(data: Any) -> list[Trial]:
     """Turns that were kept as JSON; none if they are no longer readable."""
     try:
-        turns = [Turn(str(name), tuple(map(float, step_s))) for name, step_s in data]
+        turns = [Trial(str(name), tuple(map(float, step_s))) for name, step_s in data]
     except (TypeError, ValueError):
         return []
     return turns if all(turn.step_s for turn in turns) else []
 
 
-def next_turn(turns: Sequence[Turn], candidates: Sequence[Candidate]) -> tuple[Candidate, bool]:
+def next_turn(turns: Sequence[Trial], candidates: Sequence[Candidate]) -> tuple[Candidate, bool]:
     """Who has the next turn, and whether it stays.
 
     Each has one. Those that came near to the fastest, in one step or in most, have another, and the
@@ -181,7 +181,7 @@ def next_turn(turns: Sequence[Turn], candidates: Sequence[Candidate]) -> tuple[C
     return min(near, key=lambda c: median(step_s[c]) / (1 - c.margin)), True
 
 
-def told(turns: Sequence[Turn], stays: Candidate) -> str:
+def told(turns: Sequence[Trial], stays: Candidate) -> str:
     """Why a candidate stays, in words."""
     taken: dict[str, list[float]] = {}
     for turn in turns:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from soonest.core.plan import Flat, Plan, first_difference
-from soonest.runtime.flat.buffers import Layout
+from soonest.runtime.flat.buffers import FlatBuffers
 from soonest.writing import write_json
 
 
@@ -32,7 +32,7 @@ def save(plan: Plan, path: str | Path) -> None:
     write_json(path, plan.to_json())
 
 
-def check(plan: Plan, layout: Layout, ranks: int) -> None:
+def check(plan: Plan, layout: FlatBuffers, ranks: int) -> None:
     """Raises ValueError if a plan is not for this model and group."""
     if wrong := _misfit(plan, layout, ranks):
         raise ValueError(
@@ -41,12 +41,12 @@ def check(plan: Plan, layout: Layout, ranks: int) -> None:
         )
 
 
-def fits(plan: Plan, layout: Layout, ranks: int) -> bool:
+def fits(plan: Plan, layout: FlatBuffers, ranks: int) -> bool:
     """Whether a plan is for this model and group."""
     return _misfit(plan, layout, ranks) is None
 
 
-def _misfit(plan: Plan, layout: Layout, ranks: int) -> str | None:
+def _misfit(plan: Plan, layout: FlatBuffers, ranks: int) -> str | None:
     """The first thing in which a plan differs from model and group, in words."""
     if plan.ranks != ranks:
         return f"it is for {plan.ranks} ranks, and here are {ranks}"

@@ -13,7 +13,7 @@ from soonest.runtime import comm
 from soonest.runtime.optim import bucket_update, patch
 
 
-class Choice(NamedTuple):
+class PlanSources(NamedTuple):
     """What a plan could choose from.
 
     Args:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from soonest.core.plan import Plan
 from soonest.runtime.tuning.cache import keep, place_of, recall
-from soonest.runtime.tuning.candidates import Turn, turns_of
+from soonest.runtime.tuning.candidates import Trial, turns_of
 
 _FORMAT = 2
 
 
-class Choice(NamedTuple):
+class SavedPlan(NamedTuple):
     """What stayed, for training that is resumed.
 
     Args:
@@ -25,7 +25,7 @@ class Choice(NamedTuple):
     plan: dict[str, Any]
 
 
-class Memory:
+class TrialCache:
     """The memory of the first rank.
 
     Args:
@@ -39,7 +39,7 @@ class Memory:
     def __init__(self, job: Mapping[str, Any]) -> None:
         self._job = {**job, "format": _FORMAT}
         self._file: Path | None = None
-        self.turns: list[Turn] = []
+        self.turns: list[Trial] = []
         self.searched: Plan | None = None
 
     def recall_turns(self, details: Mapping[str, Any]) -> bool:
@@ -60,7 +60,7 @@ class Memory:
             self.searched, self.turns = None, []
         return self.keep_turns(self.turns)
 
-    def keep_turns(self, turns: Sequence[Turn]) -> bool:
+    def keep_turns(self, turns: Sequence[Trial]) -> bool:
         """Lets later runs know, also of the searched plan; False where that is not possible."""
         plan = self.searched
         data = {"searched": plan.to_json() if plan else None, "turns": turns}
@@ -70,11 +70,11 @@ class Memory:
         """From now on neither those of earlier runs count here, nor those of this one later."""
         self._file, self.turns, self.searched = None, [], None
 
-    def choice(self) -> Choice | None:
+    def choice(self) -> SavedPlan | None:
         """What stayed last; None if nothing is known."""
         file = place_of("choice", self._job)
         try:
-            choice = Choice(**recall(file)) if file else None
+            choice = SavedPlan(**recall(file)) if file else None
             if choice is not None:
                 Plan.from_json(choice.plan)
                 choice = choice._replace(order=[str(name) for name in choice.order])
@@ -82,7 +82,7 @@ class Memory:
             return None
         return choice
 
-    def keep_choice(self, choice: Choice) -> None:
+    def keep_choice(self, choice: SavedPlan) -> None:
         """Lets later runs know what stays."""
         if file := place_of("choice", self._job):
             keep(file, choice._asdict())

@@ -60,8 +60,8 @@ def check_caller() -> None:
 def check_optimizer_of_others(optimizer: Optimizer) -> None:
     """Raises ValueError if the optimizer itself shares gradients, as Horovod's does."""
     for cls in type(optimizer).__mro__:
-        for member in (cls, *vars(cls).values()):
-            library = str(getattr(member, "__module__", "")).split(".", 1)[0]
+        for param in (cls, *vars(cls).values()):
+            library = str(getattr(param, "__module__", "")).split(".", 1)[0]
             if library in _LIBRARIES:
                 raise ValueError(
                     f"the optimizer is wrapped by {library}, {_TWICE}: give prioritize the "
