@@ -40,8 +40,8 @@ ROOMS: dict[str, list[str]] = {
         "forecast", "planner", "simulator", "trace", "timeline", "cost", "plan", "units",
     ],
     "runtime": [
-        "ddp", "api", "setup", "handle", "tuning", "engine", "validate", "timing", "execute",
-        "optim", "agreement", "flat", "guard", "comm", "device",
+        "ddp", "api", "setup", "handle", "tuning", "engine", "validate", "execute", "optim",
+        "timing", "agreement", "flat", "guard", "comm", "device",
     ],
     "caffe": ["tools", "solver", "net", "data", "layers", "io", "proto", "files"],
 }  # fmt: skip

@@ -43,6 +43,7 @@ from soonest.runtime.execute.pass_state import PassState
 from soonest.runtime.execute.watchdog import Enqueued
 from soonest.runtime.flat.buffers import FlatParam
 from soonest.runtime.guard import modes, pending
+from soonest.runtime.timing.spans import of_bucket, of_op, span
 
 
 class _Mark(NamedTuple):
@@ -179,10 +180,11 @@ class StreamLane:
             for own in pass_state.bound_plan.kept_in(pass_state, pass_state.plan.ops[op].bucket):
                 self._streams.keep(own, self._ops)
             try:
-                running = pass_state.bound_plan.issue(pass_state, op)
-                while running.work is not None:
-                    running.work.wait()
-                    running.go_on()
+                with span(of_op, pass_state.plan, op):
+                    running = pass_state.bound_plan.issue(pass_state, op)
+                    while running.work is not None:
+                        running.work.wait()
+                        running.go_on()
             except torch.OutOfMemoryError as error:  # no other rank is at fault
                 raise self._enqueued.fail(
                     SoonestError(f"{what()} was not sent: {error}")
@@ -212,7 +214,8 @@ class StreamLane:
                     self._follow(self._updates, reduced)
                 pass_state.record.update_started(bucket)
                 try:
-                    pass_state.bound_plan.update(pass_state, bucket)
+                    with span(of_bucket, "update", pass_state.plan, bucket):
+                        pass_state.bound_plan.update(pass_state, bucket)
                 except Exception as error:
                     raise self._enqueued.fail(error) from error
                 pass_state.record.update_ended(bucket)

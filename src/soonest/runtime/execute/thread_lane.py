@@ -21,6 +21,7 @@ from soonest.runtime.device.threads import PROCESS_ENDS, Helper
 from soonest.runtime.execute.lane import read_too_early
 from soonest.runtime.execute.pass_state import PassState, PassStates
 from soonest.runtime.guard import modes
+from soonest.runtime.timing.spans import of_bucket, of_op, span
 
 if TYPE_CHECKING:
     from soonest.runtime.flat.buffers import FlatParam
@@ -95,7 +96,7 @@ class ThreadLane:
         if not pass_state.closed:
             raise read_too_early(pass_state, bucket)
         began_at = time.monotonic()
-        with self._updates_here() as here:
+        with span(of_bucket, "wait for", pass_state.plan, bucket), self._updates_here() as here:
             here = here and updated
             while not done[bucket]:
                 self.check()
@@ -231,10 +232,11 @@ class ThreadLane:
             return False
         op = pass_state.combined
         try:
-            while running.work is not None:
-                if not ended(running.work):
-                    return False
-                running.go_on()
+            with span(of_op, pass_state.plan, op):
+                while running.work is not None:
+                    if not ended(running.work):
+                        return False
+                    running.go_on()
         except RuntimeError as error:
             raise self._stopped(pass_state, error) from error
         pass_state.record.op_ended(op)
@@ -294,7 +296,8 @@ class ThreadLane:
             pass_state, op = found
             pass_state.record.op_started(op)
             try:
-                running = pass_state.bound_plan.issue(pass_state, op)
+                with span(of_op, pass_state.plan, op):
+                    running = pass_state.bound_plan.issue(pass_state, op)
             except RuntimeError as error:
                 raise self._stopped(pass_state, error) from error
             pass_state.issued += 1
@@ -315,7 +318,8 @@ class ThreadLane:
             pass_state, bucket = found
             pass_state.record.update_started(bucket)
             try:
-                pass_state.bound_plan.update(pass_state, bucket)
+                with span(of_bucket, "update", pass_state.plan, bucket):
+                    pass_state.bound_plan.update(pass_state, bucket)
             except Exception as error:
                 self.fail(error)
                 self.check()

@@ -18,6 +18,7 @@ from soonest.runtime.agreement import agree_on_plan
 from soonest.runtime.device.clock import Ends, now_s
 from soonest.runtime.engine.engine import Engine
 from soonest.runtime.flat.buffers import FlatBuffers
+from soonest.runtime.timing.spans import span
 from soonest.runtime.timing.step_record import Record
 from soonest.runtime.timing.trace import pace_of, trace_of, typical
 from soonest.runtime.tuning import plan_file
@@ -320,6 +321,10 @@ class AutoTuner:
 
     def _go_on(self, engine: Engine, layout: FlatBuffers, why: str, *, stays: bool) -> None:
         """Continues with the first rank's plan; a collective call."""
+        with span(lambda: f"plan anew: {self._now.name}"):
+            self._bind_decided(engine, layout, why, stays=stays)
+
+    def _bind_decided(self, engine: Engine, layout: FlatBuffers, why: str, *, stays: bool) -> None:
         engine.complete()
         mine = None
         if engine.ranks.group.rank() == 0:
