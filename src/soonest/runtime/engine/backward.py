@@ -203,10 +203,10 @@ class Backward:
         """A gradient has been written to ``parameter.grad``."""
         param = self._params[order]
         pass_state = self._pass_state()
-        if param.parameter.grad is None:  # the graph led here, but with an undefined one
-            return
         if pass_state is None:
             self._accumulated.add(id(param.parameter))
+            return
+        if param.parameter.grad is None:  # the graph led here, but with an undefined one
             return
         if not self._inner.must_wait(param.parameter):
             self._contribute(pass_state, param, fresh=bool(self._fresh[order]))
@@ -280,9 +280,9 @@ class Backward:
             if id(param.parameter) in waited:
                 self._contribute(pass_state, param)
                 continue
-            if (gradient := param.parameter.grad) is not None:
+            if param.parameter.grad is not None:  # without a name, which would count as the user's
                 if id(param.parameter) not in self._accumulated:
-                    pass_state.kept[param.order] = gradient.detach().clone()
+                    pass_state.kept[param.order] = param.parameter.grad.detach().clone()
                 self._contribute(pass_state, param)
                 continue
             self._in_flight.unknown.add(param.order)

@@ -1,4 +1,31 @@
-"""Turns what happens in a training loop into progress of the plan."""
+"""Turns what happens in a training loop into progress of the plan.
+
+[Note: life of a gradient]
+
+    autograd accumulates p.grad
+          │  post-accumulate hook                                  engine/backward.py   _after
+          ▼
+    divided by the number of ranks, into its flat buffer           flat/gradients.py    take
+          │  the bucket is one gradient nearer to being complete   execute/pass_state.py arrived
+          ▼
+    an op is issued once its bucket is complete and all ops        execute/thread_lane.py  _issue
+    before it are issued: the plan's order, on every rank          execute/bound_plan.py issue
+          │                                                        comm/ops.py
+          ▼
+    reduced: p.grad has the average; who reads it earlier waits    guard/pending.py
+          │  optimizer.step() was called, perhaps long before
+          ▼
+    the bucket's parameters are updated by the user's optimizer    optim/bucket_update.py apply
+          │
+          ▼
+    the next forward pass enters the layer: its module's pre-hook, or the first read of a parameter,
+    waits for this bucket and for nothing else                     engine/in_flight.py  wait_param
+
+``optimizer.step()`` itself only notes the settings of that moment and returns. What a bucket still
+lacks arrives while the next forward pass computes the layers before. With ``shard_optimizer`` the
+reduction leaves each rank its part, which it updates, and the parts of parameters are gathered by
+one more op of the plan.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,10 @@ def span(name: Callable[..., str], *args: Any) -> AbstractContextManager[Any]:
 
 
 def of_bucket(what: str, plan: Plan, bucket: int) -> str:
-    """For example ``all_reduce bucket 3 (encoder.0 ... encoder.2)``; exported traces lose other characters."""
+    """For example ``all_reduce bucket 3 (encoder.0 ... encoder.2)``.
+
+    In ASCII, as exported traces leave out events with other characters in their names.
+    """
     layers = plan.buckets[bucket].layers
     shown = layers[0] if len(layers) == 1 else f"{layers[0]} ... {layers[-1]}" if layers else ""
     return f"{what} bucket {bucket} ({shown})"
