@@ -32,20 +32,20 @@ def copy_it(run: Run, how: str) -> None:
         run.outputs.append(run.parameter(1).untyped_storage().nbytes())
         return
     if how == "deepcopy":
-        alias = copy.deepcopy(run.model)
+        twin = copy.deepcopy(run.model)
     elif how == "save":
         file = io.BytesIO()
         torch.save(run.model, file)
         file.seek(0)
-        alias = torch.load(file, weights_only=False)
+        twin = torch.load(file, weights_only=False)
     else:
-        alias, optimizer = copy.deepcopy((run.model, run.optimizer))
+        twin, optimizer = copy.deepcopy((run.model, run.optimizer))
         optimizer.zero_grad()
-        alias(torch.ones(2, 6)).square().sum().backward()
+        twin(torch.ones(2, 6)).square().sum().backward()
         if run.loop.optimizer != "lbfgs":
             optimizer.step()
-    run.outputs.append([p.detach().clone() for p in alias.parameters()])
-    run.outputs.append(alias.eval()(torch.ones(2, 6)).detach())
+    run.outputs.append([p.detach().clone() for p in twin.parameters()])
+    run.outputs.append(twin.eval()(torch.ones(2, 6)).detach())
 
 
 @action("between", how=("keep", "keep", "load", "load", "assign", "through a file", "as it is"))

@@ -588,8 +588,8 @@ def copied(arm: Arm, steps: int) -> dict[str, Any]:
             torch.save(model, file)
             file.seek(0)
             seen += [
-                list(alias.parameters())
-                for alias in (
+                list(twin.parameters())
+                for twin in (
                     copy.deepcopy(model),
                     pickle.loads(pickle.dumps(model)),
                     torch.load(file, weights_only=False),

@@ -276,11 +276,11 @@ def tied(frozen: bool) -> Callable[[Run], None]:
         other = nn.Linear(3, 3)
         model.add_module("last", other)
         model.add_module("twin", nn.Linear(3, 3))
-        model.alias.weight.data = other.weight.data
-        model.alias.weight.requires_grad_(not frozen)
+        model.twin.weight.data = other.weight.data
+        model.twin.weight.requires_grad_(not frozen)
         optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         run.share(model, optimizer)
-        run.train(lambda number: run.note(model.alias.weight))
+        run.train(lambda number: run.note(model.twin.weight))
 
     return loop
 

@@ -113,7 +113,7 @@ def test_some_ranks_do_not_wait_for_all(
     some: Any = type("Some", (), {"size": lambda _: ranks})()
     bound: list[Any] = []
 
-    def new_group(params: Any, **options: Any) -> Any:
+    def new_group(members: Any, **options: Any) -> Any:
         bound.append(group.bound_device_id)
         return dist.ProcessGroup.__new__(dist.ProcessGroup)
 

@@ -184,9 +184,9 @@ def test_grad_waits_where_it_is_unknown() -> None:
 
 
 def test_a_copy_is_not_in_flight(flight: Flight) -> None:
-    alias = copy.deepcopy(flight.parameter)
-    assert type(alias) is nn.Parameter
-    assert not pending.is_pending(alias)
+    twin = copy.deepcopy(flight.parameter)
+    assert type(twin) is nn.Parameter
+    assert not pending.is_pending(twin)
 
 
 def test_the_guard_can_be_told_off_for_a_while(flight: Flight) -> None:

@@ -81,10 +81,10 @@ def test_every_rank_starts_from_the_first_one() -> None:
 
 def trains_in_a_part() -> tuple[int, dict[str, torch.Tensor]]:
     """Two of three ranks train; the third knows nothing of it."""
-    params = [0, 2]
-    if dist.get_rank() not in params:
+    members = [0, 2]
+    if dist.get_rank() not in members:
         return 0, {}
-    part = dist.new_group(params, use_local_synchronization=True)
+    part = dist.new_group(members, use_local_synchronization=True)
     model, optimizer = build(seed=dist.get_rank())
     handle = soonest.prioritize(model, optimizer, process_group=part)
     steps(model, optimizer, 3)
@@ -294,8 +294,8 @@ def copies() -> list[bool]:
     steps(model, optimizer, 7)
     model_copy, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     optimizer_copy = pickle.loads(pickle.dumps(optimizer))
-    for alias in (model_copy, pickled):
-        alias(torch.ones(2, 8)).sum().backward()
+    for twin in (model_copy, pickled):
+        twin(torch.ones(2, 8)).sum().backward()
     steps(model, optimizer)
     return [
         type(optimizer_copy) is torch.optim.AdamW,

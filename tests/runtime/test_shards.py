@@ -324,19 +324,19 @@ def rounded() -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     handle = soonest.prioritize(
         model, optimizer, shard_optimizer=True, parameter_wire_dtype=torch.bfloat16
     )
-    alias, _ = build()
-    for parameter in alias.parameters():
+    twin, _ = build()
+    for parameter in twin.parameters():
         parameter.grad = torch.zeros_like(parameter)
     exact, exact_optimizer = build()
     for step in range(8):
         train(model, optimizer, range(step, step + 1))
         with torch.no_grad():
-            for shown, parameter in zip(alias.parameters(), exact.parameters(), strict=True):
+            for shown, parameter in zip(twin.parameters(), exact.parameters(), strict=True):
                 shown.copy_(parameter.bfloat16())
                 assert shown.grad is not None
                 shown.grad.zero_()
-        alias(inputs(step)).square().mean().backward()
-        for shown, parameter in zip(alias.parameters(), exact.parameters(), strict=True):
+        twin(inputs(step)).square().mean().backward()
+        for shown, parameter in zip(twin.parameters(), exact.parameters(), strict=True):
             assert shown.grad is not None
             parameter.grad = shown.grad / 2
             dist.all_reduce(parameter.grad)

@@ -298,8 +298,8 @@ def compiles() -> dict[str, Any]:
         step(model, optimizer)
     together = graphs()
     copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model.blocks[0]))
-    for alias in copies:
-        alias(torch.ones(1, 4)).sum().backward()
+    for twin in copies:
+        twin(torch.ones(1, 4)).sum().backward()
     handle.detach()
     return {
         "more graphs": together - alone,

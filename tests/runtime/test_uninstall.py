@@ -118,8 +118,8 @@ def detaches_in_flight() -> dict[str, dict[str, bool]]:
             "nothing held": not any(pending.is_pending(p) for p in run.model.parameters()),
             "handle": run.handle.plan is None and run.handle.history == (),
         }
-        alias, twins_optimizer = pickle.loads(pickle.dumps((run.model, run.optimizer)))
-        plain["pickle"] = equal(alias.state_dict(), state[0])
+        twin, twins_optimizer = pickle.loads(pickle.dumps((run.model, run.optimizer)))
+        plain["pickle"] = equal(twin.state_dict(), state[0])
         plain["pickle of the optimizer"] = equal(twins_optimizer.state_dict(), state[1])
         plain["save"] = equal(reloaded(run.model).state_dict(), state[0])
         plain["deepcopy"] = equal(copy.deepcopy(run.model).state_dict(), state[0])
