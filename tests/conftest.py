@@ -13,7 +13,6 @@ HERE = Path(__file__).parent
 LONG = (
     "parity",
     "fuzz",
-    "benchmarks/test_storm.py",
     "runtime/test_restart.py",
 )
 """First, so that no worker is left with one of these at the end."""
@@ -36,7 +35,7 @@ def _is_in(item: pytest.Item, places: tuple[str, ...]) -> bool:
 
 
 def _is_alone(item: pytest.Item) -> bool:
-    return _is_in(item, ALONE) and not _is_in(item, LONG)
+    return _is_in(item, ALONE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Backward passes as sweeps of the plan: each gradient is shared as soon as it is ready."""
+"""Backward passes: each gradient is reduced as soon as it is ready, in the order of the plan."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Backward:
     """The backward passes of one prioritized model.
 
     Args:
-        lane: executes the sweeps.
+        lane: executes the passes.
         failures: who the ranks are.
         profiler: keeps their records.
-        ended: called at the end of each that was combined, with the members it gave nothing.
+        ended: called at the end of each that was combined, with the parameters it gave nothing.
 
     Attributes:
         siblings: the same of other parameters of the same model: a pass combines all.
@@ -77,12 +77,12 @@ class Backward:
         gradients: Gradients,
         newcomers: Sequence[nn.Parameter],
     ) -> None:
-        """From now on, passes share the gradients of this program's members.
+        """From now on, passes share the gradients of this plan's parameters.
 
         Args:
-            bound_plan: to sweep.
+            bound_plan: what each pass executes.
             in_flight: holds what is in flight.
-            gradients: of the members.
+            gradients: of the parameters.
             newcomers: other parameters that may come to be trained.
         """
         self._bound_plan, self._in_flight, self._gradients = bound_plan, in_flight, gradients
@@ -107,7 +107,7 @@ class Backward:
             self._hooks.append(AccumulationHooks(parameter, after=weak_hook(self._newcomer)))
 
     def _hooks_of(self, param: FlatParam) -> AccumulationHooks:
-        # Not the member itself, which may lead here.
+        # Not the parameter itself, which may lead here.
         before, after = weak_hook(self._before, param.order), weak_hook(self._after, param.order)
         return AccumulationHooks(param.parameter, before=before, after=after)
 
@@ -212,7 +212,7 @@ class Backward:
             self._contribute(pass_state, param, fresh=bool(self._fresh[order]))
 
     def _newcomer(self, *_: Any) -> None:
-        """A parameter has a gradient that is not a member yet: the end of this pass shows it."""
+        """A parameter has a gradient that is not a parameter yet: the end of this pass shows it."""
         self._pass_state()
 
     def _pass_state(self) -> PassState | None:

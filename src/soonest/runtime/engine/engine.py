@@ -84,7 +84,7 @@ class Engine:
 
     Attributes:
         backward: the model's backward passes.
-        after_backward: called at the end of each that was combined, with the members it gave
+        after_backward: called at the end of each that was combined, with the parameters it gave
             nothing.
         profiler: keeps the records of steps.
         settled: the plan stays.

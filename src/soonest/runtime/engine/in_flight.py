@@ -1,4 +1,4 @@
-"""What is in flight on this rank, and how it lands."""
+"""What is in flight on this rank, and how others wait for it."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ class _Part(NamedTuple):
 
 
 class InFlight:
-    """Holds the parameters and gradients of one program's members until they have their values.
+    """Holds the parameters and gradients of one bound plan until they have their values.
 
     Args:
-        bound_plan: whose members.
+        bound_plan: whose parameters.
         lane: what brings them.
         hooks: needed while parameters are held.
         profiler: notes when each parameter is needed and when it is there.
 
     Attributes:
         flying: whether anything may be in flight.
-        unknown: members that got no gradient on this rank, as long as it is not known whether
+        unknown: parameters that got no gradient on this rank, as long as it is not known whether
             another rank had one, and with it whether ``parameter.grad`` is None.
-        copies: by order of the member, gradients of the user's own that still have to be given
+        copies: by order of the parameter, gradients of the user's own that still have to be given
             the combined values.
     """
 
@@ -69,9 +69,9 @@ class InFlight:
         ]
         self._gradients = [self._hold_of(m) for m in self._params]
         self._held: list[pending.PendingTensor | None] = [None] * len(self._params)
-        self.copies: dict[int, Tensor] = {}  # by order of the member
+        self.copies: dict[int, Tensor] = {}  # by order of the parameter
         self._awaited: set[int] = set()  # buckets
-        self._zeroing: dict[int, Callable[[], None]] = {}  # by order of the member
+        self._zeroing: dict[int, Callable[[], None]] = {}  # by order of the parameter
         self.flying = False
         self.unknown: set[int] = set()
 
@@ -151,7 +151,7 @@ class InFlight:
             gradient.zero_()
 
     def hold_gradient(self, param: FlatParam, gradient: Tensor) -> None:
-        """This gradient of the member is to change or still to be read."""
+        """This gradient of the parameter is to change or still to be read."""
         before = self._held[param.order]
         if before is not None and before.tensor is gradient:
             return
@@ -172,7 +172,7 @@ class InFlight:
 
         Args:
             pass_state: will do it.
-            gradients: that it uses, by order of the member.
+            gradients: that it uses, by order of the parameter.
         """
         for order, gradient in gradients.items():
             param = self._params[order]
@@ -200,7 +200,7 @@ class InFlight:
                 copy.copy_(param.raw_grad)
 
     def wait_grad(self, param: FlatParam) -> None:
-        """Waits until the member's gradient has its value, and nothing still reads it."""
+        """Waits until the parameter's gradient has its value, and nothing still reads it."""
         if self._held[param.order] is not None:
             self._wait_for_gradient(param)
             if self._partial(param):
@@ -208,7 +208,7 @@ class InFlight:
             self._release_gradient(param)
 
     def free(self, param: FlatParam) -> None:
-        """Waits until nothing writes to, or still reads, the member's gradient."""
+        """Waits until nothing writes to, or still reads, the parameter's gradient."""
         if self._held[param.order] is not None:
             self._wait_for_gradient(param)
             self._release_gradient(param)
@@ -227,7 +227,7 @@ class InFlight:
                 self.wait_grad(param)
 
     def wait_writable(self, param: FlatParam) -> None:
-        """Waits until the member's gradient can be written, or added to if it is still there."""
+        """Waits until the parameter's gradient can be written, or added to if it is still there."""
         with pending.DisableGuard():
             added_to = param.parameter.grad is param.grad
             if self._held[param.order] is not None:
@@ -243,7 +243,7 @@ class InFlight:
         self._gradients[param.order] = self._hold_of(param)
 
     def _partial(self, param: FlatParam) -> bool:
-        """Whether this rank has only its part of the member's gradient."""
+        """Whether this rank has only its part of the parameter's gradient."""
         held, pass_state = self._held[param.order], param.pass_state
         if pass_state is None or pass_state.whole:
             return False

@@ -35,7 +35,7 @@ class Newcomers:
         self._waiting: list[nn.Parameter] = []
 
     def look(self, params: Iterable[FlatParam]) -> list[nn.Parameter]:
-        """Those that may come: all of the model as it is now, but these members."""
+        """Those that may come: all of the model as it is now, but these parameters."""
         known = {id(param.parameter) for param in params}
         self._waiting = [
             parameter

@@ -37,11 +37,11 @@ class BoundPlan:
         wire: how things are sent, where that is narrower than they are.
 
     Attributes:
-        buckets_of: per member, the buckets that carry it, by index of ``layout.params``.
-        last_of: per member, that one of them which the plan completes last.
-        awaiting: per bucket, the members that can be updated as soon as it is combined.
+        buckets_of: per parameter, the buckets that carry it, by index of ``layout.params``.
+        last_of: per parameter, that one of them which the plan completes last.
+        awaiting: per bucket, the parameters that can be updated as soon as it is combined.
         by_need: the buckets in the order in which the forward pass needs what awaits them.
-        unfinished: sweeps of it.
+        unfinished: passes through it.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ def _marks(marks: list[tuple[int, int]], device: torch.device) -> _Marks:
 
 
 def _fill(gradients: Tensor, marks: _Marks, which: Collection[int], value: float) -> None:
-    """Writes to the places of some members, one by one: a device would have to be asked for a
+    """Writes to the places of some parameters, one by one: a device would have to be asked for a
     choice of offsets."""
     for param, place in zip(marks.params, marks.places, strict=True):
         if param in which:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Lane(Protocol):
-    """Executes sweeps, one after the other."""
+    """Executes passes through a plan, one after the other."""
 
     @property
     def clock(self) -> DeviceClock | None:
@@ -24,7 +24,7 @@ class Lane(Protocol):
         ...
 
     def begin(self, pass_state: PassState) -> None:
-        """A backward pass has begun; its ops follow those of all sweeps begun before."""
+        """A backward pass has begun; its ops follow those of all passes begun before."""
         ...
 
     def enter(self) -> None:
@@ -40,7 +40,7 @@ class Lane(Protocol):
         ...
 
     def advance(self) -> None:
-        """The state of a sweep has changed: there may be something to do."""
+        """The state of a pass has changed: there may be something to do."""
         ...
 
     def zero(self, pass_state: PassState, param: FlatParam) -> Callable[[], None] | None:
@@ -60,7 +60,7 @@ class Lane(Protocol):
         ...
 
     def wait_all(self) -> None:
-        """Returns when all ops are done, and the updates of all sweeps that were stepped."""
+        """Returns when all ops are done, and the updates of all passes that were stepped."""
         ...
 
     def waits_for(self, limit_s: float) -> str | None:

@@ -1,4 +1,4 @@
-"""One sweep of a plan: the gradients of one backward pass, from ready to updated.
+"""One pass through a plan: the gradients of one backward pass, from ready to updated.
 
 This is the pure state that a training loop's main thread and a lane share. It knows the rules of
 the static order and nothing of tensors, threads or networks.
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class PassState:
-    """The state of one sweep.
+    """The state of one pass.
 
     Args:
-        number: counts the sweeps of a training run, from 0.
+        number: counts the passes of a training run, from 0.
         bound_plan: what the lane executes.
         record: where the lane and the engine note what happened when.
-        local: no gradients are sent; the sweep only updates.
+        local: no gradients are sent; the pass only updates.
 
     Attributes:
         missing: per bucket, how many of its parameters have no gradient yet.
-        unused: the members that have no gradient on this rank.
+        unused: the parameters that have no gradient on this rank.
         kept: by order of the parameter, a copy of the earlier gradient of those to which this
             backward pass added nothing on this rank.
         issued: how many ops of the plan have been issued.
@@ -161,7 +161,7 @@ class PassStates:
     """Those that are not finished, in order.
 
     What others wait for is kept alive here. Apart from that, updates matter to nobody but those who
-    may read the parameters, and so a sweep lives as long as its program does.
+    may read the parameters, and so a pass lives as long as its bound plan does.
     """
 
     def __init__(self) -> None:

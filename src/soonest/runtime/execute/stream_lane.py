@@ -61,7 +61,7 @@ class _Mark(NamedTuple):
 
 
 class _Flight:
-    """Where a sweep is on the streams.
+    """Where a pass is on the streams.
 
     Args:
         buckets: how many.

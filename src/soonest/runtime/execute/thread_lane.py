@@ -43,7 +43,7 @@ class ThreadLane:
     def __init__(self, *, timeout_s: float, failures: FailureReporter) -> None:
         self._timeout_s = timeout_s
         self._failures = failures
-        self._sweeps = PassStates()
+        self._passes = PassStates()
         self._news: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: no more
         # In the order in which they were started.
         self._running: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
@@ -67,7 +67,7 @@ class ThreadLane:
 
     def begin(self, pass_state: PassState) -> None:
         with self._changed:
-            self._sweeps.add(pass_state)
+            self._passes.add(pass_state)
             self._latest = weakref.ref(pass_state)
 
     def enter(self) -> None: ...
@@ -76,7 +76,7 @@ class ThreadLane:
 
     def advance(self) -> None:
         with self._changed:
-            self._sweeps.note_owing()
+            self._passes.note_owing()
         self._news.put(True)
 
     def zero(self, pass_state: PassState, param: FlatParam) -> Callable[[], None] | None:
@@ -119,7 +119,7 @@ class ThreadLane:
         over_at = time.monotonic() + limit_s
         if self._wait_all(over_at):
             return None
-        pass_state = next((r for r in self._sweeps if not self._settled(r)), None)
+        pass_state = next((r for r in self._passes if not self._settled(r)), None)
         return self._place(pass_state) if pass_state else "what is in flight"
 
     def _wait_all(self, over_at: float | None) -> bool:
@@ -133,7 +133,7 @@ class ThreadLane:
                 if over_at is not None and time.monotonic() > over_at:
                     return self._all_settled()
                 if (
-                    pass_state := next((r for r in self._sweeps if not self._settled(r)), None)
+                    pass_state := next((r for r in self._passes if not self._settled(r)), None)
                 ) is None:
                     continue
                 self._give_up_in_time(began_at, pass_state)
@@ -179,7 +179,7 @@ class ThreadLane:
                     self._changed.wait(LOOK_S)
 
     def _all_settled(self) -> bool:
-        return all(self._settled(pass_state) for pass_state in self._sweeps)
+        return all(self._settled(pass_state) for pass_state in self._passes)
 
     @staticmethod
     def _settled(pass_state: PassState) -> bool:
@@ -214,7 +214,7 @@ class ThreadLane:
 
     def _updates_in_lane(self) -> bool:
         """Whether not to wait until somebody needs what is updated: others may wait for it, too."""
-        return self._delegated > 0 or any(pass_state.plan.sharded for pass_state in self._sweeps)
+        return self._delegated > 0 or any(pass_state.plan.sharded for pass_state in self._passes)
 
     def _end_ops(self) -> None:
         while (running := self._running.get()) is not None:
@@ -227,7 +227,7 @@ class ThreadLane:
 
     def _complete(self, running: Running) -> bool:
         """Waits for the oldest op in flight; False if it is still so after a while."""
-        pass_state = next((r for r in self._sweeps if r.in_flight), None)
+        pass_state = next((r for r in self._passes if r.in_flight), None)
         if pass_state is None:  # all was taken away from here: something failed
             return False
         op = pass_state.combined
@@ -242,7 +242,7 @@ class ThreadLane:
         pass_state.record.op_ended(op)
         with self._changed:
             pass_state.complete_op()
-            self._sweeps.note_owing()
+            self._passes.note_owing()
             self._changed.notify_all()
         self._progressed_at = time.monotonic()
         return True
@@ -253,7 +253,7 @@ class ThreadLane:
 
     def _look_around(self) -> None:
         """Ends the lane if another rank has found out that somebody is lost."""
-        pass_state = next((r for r in self._sweeps if r.in_flight), None)
+        pass_state = next((r for r in self._passes if r.in_flight), None)
         if pass_state is None:
             self._failures.answer(self._where())
             return
@@ -305,7 +305,7 @@ class ThreadLane:
             return True
 
     def _next_op(self) -> tuple[PassState, int] | None:
-        pass_state = next((r for r in self._sweeps if r.issued < r.ops), None)
+        pass_state = next((r for r in self._passes if r.issued < r.ops), None)
         op = pass_state.next_op() if pass_state is not None else None
         return None if pass_state is None or op is None else (pass_state, op)
 
@@ -334,7 +334,7 @@ class ThreadLane:
 
     def _next_update(self) -> tuple[PassState, int] | None:
         with self._changed:
-            pass_state = self._sweeps.first()
+            pass_state = self._passes.first()
             bucket = pass_state.next_update() if pass_state is not None else None
             return None if pass_state is None or bucket is None else (pass_state, bucket)
 
@@ -348,7 +348,7 @@ class ThreadLane:
             # What follows in the other thread, whose work is taken away here, is not the cause.
             # Without what a traceback would keep alive.
             self._error = self._error or type(known)(*known.args)
-            self._sweeps.clear()
+            self._passes.clear()
             self._changed.notify_all()
         self._over.set()
         self._news.put(False)

@@ -15,7 +15,7 @@ from soonest.runtime.guard import pending
 
 
 class Gradients:
-    """Those of a layout's members, wherever autograd or the user has put them.
+    """Those of a layout's parameters, wherever autograd or the user has put them.
 
     Args:
         layout: the flat buffers.
@@ -92,7 +92,7 @@ class Gradients:
         *,
         scaled: bool = False,
     ) -> dict[int, Tensor | None]:
-        """By order of the member, the gradients that the optimizer is to use; None: in the buffer.
+        """By order of the parameter, gradients that the optimizer is to use; None: in the buffer.
 
         Args:
             params: whose.
@@ -154,7 +154,7 @@ class Gradients:
             )
 
     def _places(self) -> dict[int, str]:
-        """By what stands for its memory, the member whose gradient in the buffer that is."""
+        """By what stands for its memory, the parameter whose gradient in the buffer that is."""
         with pending.DisableGuard():
             return {_place(param.grad): param.name for param in self._layout.params}
 

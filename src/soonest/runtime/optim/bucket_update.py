@@ -58,11 +58,11 @@ class StepCall:
     Args:
         groups: the settings of each parameter group, as they were, without its parameters.
         attributes: the optimizer's other attributes, as they were.
-        gradients: by order of the member, what ``parameter.grad`` was, where it was not None;
+        gradients: by order of the parameter, what ``parameter.grad`` was, where it was not None;
             None if it is the one in the flat buffers, as the tensor may become the user's.
 
     Attributes:
-        zeroed: members whose gradient was zeroed before they were updated.
+        zeroed: parameters whose gradient was zeroed before they were updated.
     """
 
     groups: list[dict[str, Any]]
@@ -82,7 +82,7 @@ class Updater:
         params: the model's trainable parameters.
 
     Attributes:
-        owned: those of the members that the optimizer holds.
+        owned: those of the parameters that the optimizer holds.
         seen_state: the state that a lane has taken note of.
     """
 
@@ -116,7 +116,7 @@ class Updater:
         return self._ids != _ids_of(self._optimizer.param_groups)
 
     def trains_others(self) -> bool:
-        """Whether the optimizer has gradients of parameters that are none of the members.
+        """Whether the optimizer has gradients of parameters that are none of the parameters.
 
         As of those that were frozen, and left with the gradient that they had.
         """
@@ -138,7 +138,7 @@ class Updater:
         return StepCall(groups, attributes, gradients)
 
     def apply(self, call: StepCall, params: Sequence[FlatParam]) -> None:
-        """Updates these members, as ``optimizer.step()`` would have done when it was called."""
+        """Updates these parameters, as ``optimizer.step()`` would have done when it was called."""
         jobs: list[_Job] = []
         for param in params:
             gradient = call.gradients[param.order]
@@ -150,7 +150,7 @@ class Updater:
     def apply_shares(
         self, call: StepCall, shares: Sequence[ParamShard], state: dict[Any, dict[str, Any]]
     ) -> None:
-        """Updates these parts of members.
+        """Updates these parts of parameters.
 
         Args:
             call: as for ``apply``.
@@ -201,7 +201,7 @@ class _Job(NamedTuple):
     """What is updated: a parameter or a part of it, with its gradient.
 
     Args:
-        order: of the member.
+        order: of the parameter.
         key: of its state.
     """
 

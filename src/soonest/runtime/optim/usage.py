@@ -17,7 +17,7 @@ class Users:
 
     Args:
         group: of all ranks, for nothing else; to make this is a collective call.
-        used: by order of the member, 1 where this rank has a gradient, else 0.
+        used: by order of the parameter, 1 where this rank has a gradient, else 0.
     """
 
     def __init__(self, group: Group, used: Tensor) -> None:
@@ -25,7 +25,7 @@ class Users:
         self._known: list[float] | None = None
 
     def has(self, order: int) -> bool:
-        """Whether any rank has a gradient of this member; waits until that is known."""
+        """Whether any rank has a gradient of this parameter; waits until that is known."""
         if self._known is None:
             comm.finish(self._work, on_device=not self._counts.is_cpu)
             self._known = self._counts.tolist()

@@ -131,7 +131,7 @@ def measured(records: Sequence[Record], plan: Plan, network: Network) -> Measure
 
 
 def _layers(record: Record, params: Sequence[FlatParam]) -> dict[str, list[int]]:
-    """The members of each layer, the layers in order of first use."""
+    """The parameters of each layer, the layers in order of first use."""
     layers: dict[str, list[int]] = {}
     for index in record.first_use():
         layers.setdefault(params[index].layer, []).append(index)
