@@ -291,6 +291,23 @@ def test_memory_that_runs_out_is_no_other_ranks_fault() -> None:
     check_on(use)
 
 
+def test_a_step_without_a_backward_pass_is_named_as_such() -> None:
+    told: list[str] = []
+
+    def use(trainer: Soonest) -> None:
+        def issue(*_: Any) -> None:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+        trainer.engine.flush()
+        trainer.engine.bound_plan.issue = issue  # type: ignore[method-assign]
+        with pytest.raises(SoonestError, match="was not sent: tried to") as found:
+            trainer.optimizer.step()
+        told.append(str(found.value))
+
+    with_lane(Loop(steps=1, sharded=True), "stream", before_close=use)
+    assert all("step 1, for which there was no backward pass: bucket " in one for one in told)
+
+
 def test_updates_come_in_the_order_of_need() -> None:
     """An op may end at once, and that of the first layer is often the last in the plan."""
 

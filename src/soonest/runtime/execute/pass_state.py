@@ -192,3 +192,16 @@ class PassStates:
 
     def clear(self) -> None:
         self._known = self._owing = ()
+
+
+def place(plan: Plan, step: int, bucket: int, *, local: bool) -> str:
+    """What is waited for, in words, as all ranks call it.
+
+    Args:
+        plan: of the pass.
+        step: its number.
+        bucket: of the plan.
+        local: see ``PassState``.
+    """
+    how = ", for which there was no backward pass" if local else ""
+    return f"step {step}{how}: {plan.describe(bucket)}"

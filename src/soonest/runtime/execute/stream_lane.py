@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.core.plan import SHARED_PARAMETERS
 from soonest.errors import SoonestError
 from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.comm.signals import is_from_handler
@@ -39,7 +39,7 @@ from soonest.runtime.device.clock import DeviceClock
 from soonest.runtime.device.streams import Event, Stream, Streams
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import read_too_early
-from soonest.runtime.execute.pass_state import PassState
+from soonest.runtime.execute.pass_state import PassState, place
 from soonest.runtime.execute.watchdog import Enqueued
 from soonest.runtime.flat.buffers import FlatParam
 from soonest.runtime.guard import modes, pending
@@ -172,9 +172,8 @@ class StreamLane:
                 flight.reduced[bucket] = mark
 
     def _run_op(self, pass_state: PassState, op: int) -> _Mark:
-        what = partial(
-            _described, pass_state.number, pass_state.plan, pass_state.plan.ops[op].bucket
-        )
+        plan, number = pass_state.plan, pass_state.number
+        what = partial(place, plan, number, plan.ops[op].bucket, local=pass_state.local)
         with self._streams.use(self._ops):
             pass_state.record.op_started(op)
             for own in pass_state.bound_plan.kept_in(pass_state, pass_state.plan.ops[op].bucket):
@@ -251,8 +250,8 @@ class StreamLane:
                 raise read_too_early(pass_state, bucket)
             self.check()
             raise SoonestError(
-                f"step {pass_state.number}: {pass_state.plan.describe(bucket)} was read, but has "
-                "not been sent: restart from a checkpoint"
+                f"{place(pass_state.plan, pass_state.number, bucket, local=pass_state.local)} was "
+                "read, but has not been sent: restart from a checkpoint"
             )
         flight = self._flights[pass_state]
         mark = (flight.updated if updated else flight.reduced)[bucket]
@@ -345,7 +344,3 @@ class StreamLane:
             self._drain()
         self._pass_state = self._bound_plan = None
         self._memory = []
-
-
-def _described(step: int, plan: Plan, bucket: int) -> str:
-    return f"step {step}: {plan.describe(bucket)}"

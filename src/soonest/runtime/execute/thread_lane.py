@@ -19,7 +19,7 @@ from soonest.runtime.comm import LOOK_S, Running, ended, waiting
 from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.device.threads import PROCESS_ENDS, Helper
 from soonest.runtime.execute.lane import read_too_early
-from soonest.runtime.execute.pass_state import PassState, PassStates
+from soonest.runtime.execute.pass_state import PassState, PassStates, place
 from soonest.runtime.guard import modes
 from soonest.runtime.timing.spans import of_bucket, of_op, span
 
@@ -273,8 +273,7 @@ class ThreadLane:
         if bucket is None:
             op = min(pass_state.combined, len(pass_state.plan.ops) - 1)
             bucket = pass_state.plan.ops[op].bucket
-        how = ", for which there was no backward pass" if pass_state.local else ""
-        return f"step {pass_state.number}{how}: {pass_state.plan.describe(bucket)}"
+        return place(pass_state.plan, pass_state.number, bucket, local=pass_state.local)
 
     def _where(self) -> str:
         """Where the training loop is, in words."""
