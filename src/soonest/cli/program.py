@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from soonest.cli import bench, caffe, demo, lab, predict
+from soonest.cli import bench, caffe, demo, env, lab, predict
 from soonest.cli.request import FailedError, Parser, WrongRequestError
 from soonest.errors import SoonestError
 
-COMMANDS = (bench, demo, lab, predict, caffe)
+COMMANDS = (bench, demo, lab, predict, caffe, env)
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 

@@ -21,14 +21,19 @@ def place_of(kind: str, key: Mapping[str, Any]) -> Path | None:
         kind: of what is remembered, the beginning of the file's name.
         key: all that it depends on, as JSON.
     """
-    folder = os.environ.get("SOONEST_CACHE")
-    if folder == "":
-        return None
-    if folder is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(home) / "soonest"
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(folder) / f"{kind}-{name}.json"
+    where = folder()
+    return None if where is None else where / f"{kind}-{name}.json"
+
+
+def folder() -> Path | None:
+    """Where things are remembered; None if the user wants nothing kept."""
+    named = os.environ.get("SOONEST_CACHE")
+    if named == "":
+        return None
+    if named is not None:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soonest"
 
 
 def recall(file: Path) -> Any:
