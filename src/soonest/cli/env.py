@@ -68,15 +68,14 @@ def _of_torch() -> dict[str, Any]:
     try:
         import torch
         import torch.distributed as dist
+        from torch.cuda import nccl
     except Exception as error:
         return {"torch": f"cannot be imported: {error!r}"}
     backends = [name for name in ("gloo", "nccl", "mpi", "xccl") if dist.is_backend_available(name)]
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-    nccl = torch.cuda.nccl.version() if "nccl" in backends else None
-    return {
-        "backends": [*backends, *([f"NCCL {'.'.join(map(str, nccl))}"] if nccl else [])],
-        "GPUs": gpus,
-    }
+    if "nccl" in backends:
+        backends.append(f"NCCL {'.'.join(map(str, nccl.version()))}")
+    return {"backends": backends, "GPUs": gpus}
 
 
 def _interfaces() -> list[str]:
