@@ -3,7 +3,6 @@
 
 PYTHON ?= python3
 ARGS   ?=
-JOBS   ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -14,7 +13,7 @@ demo: $(VENV)/report.stamp
 	@$(BIN)/soonest demo $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/test.stamp $(VENV)/lint.stamp
 	$(BIN)/ruff check

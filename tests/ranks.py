@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -190,6 +191,7 @@ def _rank(
     folder: str,
     calibrated: bool,
 ) -> None:
+    gc.freeze()  # what has been imported is not looked through again and again
     port = port or _port_of_first(rank, Path(folder))
     join(rank, ranks, port, collective_timeout_s, calibrated=calibrated)
     try:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "benchmarks" / "mutated_files.py"
 FILES = 1000
 _UNPICKLES = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
-_AMONG_RANKS = "runtime/collectives/values.py"
+_AMONG_RANKS = "runtime/comm/objects.py"
 """What the ranks of one job tell each other, as torch itself does."""
 
 

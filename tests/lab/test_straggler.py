@@ -19,8 +19,8 @@ import torch, torch.distributed as dist
 from torch import nn
 import soonest
 from soonest.core.cost import Network
-from soonest.runtime import calibrate, learn
-learn.CANDIDATES = learn.CANDIDATES[:1]  # to search for plans takes long
+from soonest.runtime.tuning import autotuner, calibrate
+autotuner.CANDIDATES = autotuner.CANDIDATES[:1]  # to search for plans takes long
 calibrate.network_of = lambda ranks, **_: Network.ideal(3, 200e6)  # and so does to measure it
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -34,7 +34,7 @@ for step in range(40):
     optimizer.step()
 handle.flush()
 print(json.dumps({
-    "name": handle.engine.peers.names[int(sys.argv[2])],
+    "name": handle.engine.failures.names[int(sys.argv[2])],
     "last": handle.report().notes[-1],
     "history": [line for line in handle.history if " late" in line],
 }))

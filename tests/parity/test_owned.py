@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -40,13 +41,22 @@ def _different(ddp: Any, name: str, form: str, near: float) -> list[str]:
 
 
 def compared(ranks: int, near: float, cases: list[tuple[str, str]], at_once: int) -> list[Found]:
-    """By rank; a few loops at a time, as processes keep the connections of all they have made."""
+    """By rank; a few loops at a time, as processes keep the connections of all they have made.
+
+    Two groups of ranks train at a time, as each often waits for another.
+    """
     names = list(LOOPS)
+    parts = [
+        [case for case in cases if case[0] in names[first : first + at_once]]
+        for first in range(0, len(names), at_once)
+    ]
     found: list[Found] = [{} for _ in range(ranks)]
-    for first in range(0, len(names), at_once):
-        these = [case for case in cases if case[0] in names[first : first + at_once]]
-        some = run_ranks(compare, ranks, near, these, timeout_s=200)
-        found = [{**before, **now} for before, now in zip(found, some, strict=True)]
+    with ThreadPoolExecutor(2) as pool:
+        for some in pool.map(
+            lambda these: run_ranks(compare, ranks, near, these, timeout_s=300), parts
+        ):
+            for rank, differences in zip(found, some, strict=True):
+                rank.update(differences)
     return found
 
 

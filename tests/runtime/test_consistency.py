@@ -173,7 +173,7 @@ def off() -> list[Any]:
 
 def test_it_costs_nothing_when_off() -> None:
     for rank in run_ranks(off, 2):
-        assert "Learner" in rank
+        assert "AutoTuner" in rank
         assert "Comparison" not in rank
 
 
