@@ -293,3 +293,13 @@ def test_batch_norm_of_one_value_a_channel_gives_nothing_and_takes_the_mean():
     assert x.grad.tolist() == [[0, 0, 0]]
     layer = made.layers["b"]
     assert [layer.mean.tolist(), layer.variance.tolist()] == [[1, 2, 3], [0, 0, 0]]
+
+
+def test_running_statistics_take_nothing_from_memory_that_was_not_written() -> None:
+    made = net(inputs(x=[4, 3]) + 'layer { name: "b" type: "BatchNorm" bottom: "x" top: "y" }')
+    torch.use_deterministic_algorithms(True)  # memory that was not written is NaN then
+    try:
+        made({"x": torch.randn(4, 3)})
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(blob.isfinite().all() for blob in made.layers["b"].blobs())

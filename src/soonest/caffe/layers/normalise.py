@@ -41,7 +41,8 @@ class BatchNorm(Layer):
             mean, variance = self.mean * weight, self.variance * weight
             top = functional.batch_norm(values, mean, variance, training=False, eps=self.eps)
         else:
-            mean, variance = torch.empty_like(self.mean), torch.zeros_like(self.variance)
+            # Not empty: they count for nothing, but nothing times NaN is NaN.
+            mean, variance = torch.zeros_like(self.mean), torch.zeros_like(self.variance)
             if values.numel() == values.shape[1] == len(mean):  # One each, which is the mean.
                 top, mean = values - values, values.detach().flatten()
             else:
