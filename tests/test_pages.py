@@ -78,7 +78,10 @@ def test_the_loop_runs_on_two_nodes_as_the_readme_starts_it(tmp_path: Path) -> N
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [word.replace("first-node:29500", f"localhost:{port}") for word in command("torchrun")]
+    words = [
+        word.replace("first-node:29500", f"localhost:{port}")
+        for word in command("torchrun --nnodes")
+    ]
     nodes = [run(words, tmp_path) for _ in range(2)]
     told = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], told
