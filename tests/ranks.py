@@ -10,7 +10,8 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,25 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def by_turns(
+    function: Callable[[Any], dict[Any, Any]], ranks: int, parts: Iterable[Any]
+) -> list[dict[Any, Any]]:
+    """Calls ``function(part)`` for every part, each on ranks of its own.
+
+    Two groups of ranks train at a time, as each often waits for another; by new processes for
+    each part, as they keep the threads and connections of all they have made.
+
+    Returns:
+        By rank, what it returned for all parts together.
+    """
+    found: list[dict[Any, Any]] = [{} for _ in range(ranks)]
+    with ThreadPoolExecutor(2) as pool:
+        for one in pool.map(lambda part: run_ranks(function, ranks, part, timeout_s=300), parts):
+            for rank, differences in zip(found, one, strict=True):
+                rank.update(differences)
+    return found
 
 
 def _results(processes: list[Any], folder: Path, deadline: float, may_die: bool) -> list[Any]:

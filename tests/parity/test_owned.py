@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from parity.cases import differences
 from parity.owned import FORMS, LOOPS, NOT_IN, outcome
-from ranks import run_ranks
+from ranks import by_turns
 from soonest.core.planner.planner import best_plan
 from soonest.runtime.tuning import autotuner
 
@@ -41,23 +40,13 @@ def _different(ddp: Any, name: str, form: str, near: float) -> list[str]:
 
 
 def compared(ranks: int, near: float, cases: list[tuple[str, str]], at_once: int) -> list[Found]:
-    """By rank; a few loops at a time, as processes keep the connections of all they have made.
-
-    Two groups of ranks train at a time, as each often waits for another.
-    """
+    """By rank; a few loops at a time."""
     names = list(LOOPS)
     parts = [
         [case for case in cases if case[0] in names[first : first + at_once]]
         for first in range(0, len(names), at_once)
     ]
-    found: list[Found] = [{} for _ in range(ranks)]
-    with ThreadPoolExecutor(2) as pool:
-        for some in pool.map(
-            lambda these: run_ranks(compare, ranks, near, these, timeout_s=300), parts
-        ):
-            for rank, differences in zip(found, some, strict=True):
-                rank.update(differences)
-    return found
+    return by_turns(functools.partial(compare, near), ranks, parts)
 
 
 @pytest.fixture(scope="module")

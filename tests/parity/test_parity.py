@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 from torch import optim
 
 from parity.cases import CASES, OF_FOUR, STEPS, compare, repeat
 from parity.loops import SCHEDULERS
 from parity.page import PAGE, page
-from ranks import run_ranks
+from ranks import by_turns, run_ranks
 
 AT_ONCE = 11
 """Cases that the same processes train."""
 
 
 def compared(ranks: int, names: list[str]) -> list[dict[str, list[str]]]:
-    """By rank, where each case differs.
-
-    Two groups of ranks train at a time, as each often waits for another; by new
-    processes every few, as they keep the threads and connections of all they have made.
-    """
-
-    def some(names: list[str]) -> list[dict[str, list[str]]]:
-        return run_ranks(compare, ranks, names, timeout_s=300)
-
+    """By rank, where each case differs."""
     parts = -(-len(names) // AT_ONCE)
-    found: list[dict[str, list[str]]] = [{} for _ in range(ranks)]
-    with ThreadPoolExecutor(2) as pool:
-        for one in pool.map(some, [names[part::parts] for part in range(parts)]):
-            for rank, differences in zip(found, one, strict=True):
-                rank.update(differences)
-    return found
+    return by_turns(compare, ranks, [names[part::parts] for part in range(parts)])
 
 
 @pytest.fixture(scope="module")

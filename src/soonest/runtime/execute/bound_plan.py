@@ -112,10 +112,9 @@ class BoundPlan:
                 self._sign(pass_state, bucket)
         if kind == SHARED_PARAMETERS:
             return Running(self._gather(bucket))
-        return Running(self._reduce(pass_state, op))
+        return Running(self._reduce(pass_state, op, kind, bucket))
 
-    def _reduce(self, pass_state: PassState, op: int) -> Op:
-        kind, bucket = self.plan.ops[op].kind, self.plan.ops[op].bucket
+    def _reduce(self, pass_state: PassState, op: int, kind: str, bucket: int) -> Op:
         yield from comm.op(kind, self._ranks, self._pieces[bucket])
         if op in self.plan.reduces:
             self.put_back(pass_state, bucket)
@@ -131,7 +130,7 @@ class BoundPlan:
             for param in self.awaiting[bucket]:
                 if (own := pass_state.kept.get(param.order)) is not None:
                     # A device is not asked: it chooses by itself.
-                    used = self.layout.grads[param.flat][param.slot.count_at] > 0.5
+                    used = self._count_of(param) > 0.5
                     param.raw_grad.copy_(torch.where(used, param.raw_grad, own))
 
     def kept_in(self, pass_state: PassState, bucket: int) -> list[Tensor]:
@@ -261,14 +260,18 @@ class BoundPlan:
 
     def users_of(self, param: FlatParam) -> int:
         """In how many ranks' backward passes this parameter was used, once it is combined."""
-        return round(float(self.layout.grads[param.flat][param.slot.count_at]))
+        return round(float(self._count_of(param)))
 
     def used_anywhere(self, param: FlatParam) -> bool:
         """Whether any rank's pass gave this parameter a gradient, once it is combined."""
         pass_state = param.pass_state
         if self.state is not None and pass_state is not None and not pass_state.whole:
             return self.state.has_users(pass_state, param)
-        return bool(self.layout.grads[param.flat][param.slot.count_at] > 0.5)
+        return bool(self._count_of(param) > 0.5)
+
+    def _count_of(self, param: FlatParam) -> Tensor:
+        """What is behind the gradient, see ``_count``: from 0.5 on, a rank's pass has used it."""
+        return self.layout.grads[param.flat][param.slot.count_at]
 
 
 def _positive(gradient: Tensor) -> bool:
