@@ -136,7 +136,6 @@ def run(suite: type[unittest.TestCase], name: str) -> Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="run only tests whose names hold one of these")
-    parser.add_argument("--exactly", action="store_true", help="run only tests of these very names")
     parser.add_argument("--torch", action="store_true", help="with torch's own class")
     parser.add_argument("--all", action="store_true", help="not only those of the control list")
     parser.add_argument("--renew", action="store_true", help="write the control list")
@@ -147,8 +146,6 @@ def main() -> None:
     names = names_in(suite) if given.all or given.renew else control()
     results: dict[str, Result] = {}
     for name in names:
-        if given.exactly and name not in given.names:
-            continue
         if given.names and not any(part in name for part in given.names):
             continue
         results[name] = found = run(suite, name)
