@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 from soonest.bench import methods_rank, methods_show, session
 from soonest.bench.methods import SIZES, Costs, Measuring, kept, repetitions
 from soonest.bench.methods_rank import measure, share

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 from soonest.bench.observe import DdpObserver
 from soonest.core.timeline import Timeline, covered_s
 

@@ -68,8 +68,8 @@ def rehearse() -> Any:
     import gpu_models
     import gpu_parity
     import gpu_rank
+    from helpers.host_streams import HostStreams
     from parity.on_cpu import stand_in, without_device_ids
-    from runtime.test_stream_ranks import HostStreams
 
     class Streams(HostStreams):
         def capturing(self) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import stand_in
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 from soonest.core.trace import Trace
 
 PARTS = ("parity", "quiet", "races", "graphs", "overhead", "host", "overlap", "traces")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import golden_caffe as golden
+from helpers import golden_caffe as golden
 from soonest.caffe.io import solver_state
 from soonest.cli import main
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import strategies
+from helpers import strategies
 from soonest.core.plan import SHARED_PARAMETERS, Bucket, Flat, Op, Plan, first_difference
 from soonest.core.planner.planner import first_plan
 

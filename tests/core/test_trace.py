@@ -5,8 +5,8 @@ import json
 import pytest
 from hypothesis import given
 
+from helpers.strategies import traces
 from soonest.core.trace import Layer, Trace
-from strategies import traces
 
 TWO = Trace("two", (Layer("a", 8, 1.0, 2.0), Layer("b", 4, 10.0, 20.0)), update_us=3.0)
 

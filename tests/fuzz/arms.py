@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 import soonest
 from fuzz.loops import Loop
+from helpers.strategies import any_cut
 from soonest.core.plan import METHODS, Plan, shards
 from soonest.runtime.flat.buffers import flats_for, trainable
 from soonest.runtime.optim import bucket_update
-from strategies import any_cut
 
 DDP = "DistributedDataParallel"
 PRIORITIZE, DROP_IN, BOTH, SHARDED = "prioritize", "drop-in", "both", "sharded"

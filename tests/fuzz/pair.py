@@ -28,7 +28,7 @@ from fuzz.arms import DDP, TIMEOUT_S, Arm
 from fuzz.looks import differences
 from fuzz.loops import Loop
 from fuzz.run import Run
-from ranks import context, join
+from helpers.ranks import context, join
 from soonest import SoonestError
 from soonest.runtime.comm.failures import is_of_backend
 from soonest.runtime.execute.bound_plan import BoundPlan

@@ -64,8 +64,8 @@ def load(cls: str) -> type[unittest.TestCase]:
     import torch.nn.parallel as where
 
     import soonest
+    from helpers.ranks import mixed_network
     from parity import on_cpu
-    from ranks import mixed_network
     from soonest.runtime.tuning import calibrate
 
     torch.set_num_threads(1)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.ranks import by_turns
 from parity.cases import differences
 from parity.owned import FORMS, LOOPS, NOT_IN, outcome
-from ranks import by_turns
 from soonest.core.planner.planner import best_plan
 from soonest.runtime.tuning import autotuner
 

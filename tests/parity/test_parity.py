@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from torch import optim
 
+from helpers.ranks import by_turns, run_ranks
 from parity.cases import CASES, OF_FOUR, STEPS, compare, repeat
 from parity.loops import SCHEDULERS
 from parity.page import PAGE, page
-from ranks import by_turns, run_ranks
 
 AT_ONCE = 11
 """Cases that the same processes train."""

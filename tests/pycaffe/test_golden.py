@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import golden_caffe as golden
+from helpers import golden_caffe as golden
 from soonest import pycaffe as caffe
 
 CASES = {

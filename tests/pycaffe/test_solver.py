@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import golden_caffe as golden
+from helpers import golden_caffe as golden
 from soonest import pycaffe as caffe
 
 CASES = [

@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
-    program = Path(__file__).parent / "end_of_ranks.py"
+    program = Path(__file__).parents[1] / "helpers" / "end_of_ranks.py"
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "SOONEST_CACHE": "", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, program],

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 import soonest
-from ranks import say_done, wait_for_the_others
-from runtime.failing import (
+from helpers.failing import (
     ODD,
     SHORT_S,
     Run,
@@ -32,6 +31,7 @@ from runtime.failing import (
     steps,
     told,
 )
+from helpers.ranks import say_done, wait_for_the_others
 from soonest import PeerLostError, PlanMismatchError
 from soonest.runtime.comm import groups, ops
 

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import soonest
-from ranks import run_ranks
-from runtime.steering import keep_to_the_usual_plan
+from helpers.ranks import run_ranks
+from helpers.steering import keep_to_the_usual_plan
 from soonest.cli import main
 from soonest.core.plan import Plan
 from soonest.core.trace import Trace

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import soonest
-from ranks import run_ranks
-from runtime.equal import equal
+from helpers.equal import equal
+from helpers.ranks import run_ranks
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "restart.py"
 STEPS, EVERY = 26, 6

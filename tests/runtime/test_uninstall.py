@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import soonest
-from ranks import run_ranks
-from runtime.equal import equal
-from runtime.reads import reloaded
+from helpers.equal import equal
+from helpers.ranks import run_ranks
+from helpers.reads import reloaded
 from soonest.runtime.guard import pending
 
 
