@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +35,7 @@ from helpers.failing import (
 from helpers.ranks import say_done, wait_for_the_others
 from helpers.steering import keep_to_the_usual_plan
 from soonest import PeerLostError, PlanMismatchError, SoonestError
-from soonest.runtime.comm import failures
+from soonest.runtime.comm import connections, failures
 from soonest.runtime.tuning import autotuner, calibrate
 
 # Losses: all others raise one error that says who is missing, and what for
@@ -296,9 +297,33 @@ def read_in_backward() -> Said:
     return error_of(steps, model, optimizer, 1)
 
 
+def store_goes() -> tuple[Said, ...] | None:
+    """The host of the store ends when it knows who is lost; another rank is only finding out."""
+    model, optimizer = model_and_optimizer()
+    handle = soonest.prioritize(model, optimizer)
+    steps(model, optimizer, 7)
+    if odd():
+        end("killed")
+    if dist.get_rank() == 2:
+        ended = connections.Known.ended
+
+        def slowly(known: connections.Known, ranks: Any) -> Any:
+            time.sleep(0.5)
+            return ended(known, ranks)
+
+        connections.Known.ended = slowly
+    found = error_of(steps, model, optimizer, 1000)
+    if dist.get_rank() == 0:
+        assert handle.engine is not None
+        handle.engine.failures.wait_for_notes()
+        os._exit(0)
+    return (found,)
+
+
 RUNS = {
     "killed": Run(lost_in_training, 4, ("killed", None, False)),
     "leaves": Run(lost_in_training, 3, ("leaves", None, False)),
+    "store goes": Run(store_goes, 3, first_has_store=True),
     "stops": Run(lost_in_training, 3, ("stops", SHORT_S, False)),
     "sleeps": Run(lost_in_training, 3, ("sleeps", SHORT_S, False)),
     "killed while sharing": Run(lost_in_training, 3, ("killed", None, True)),
@@ -359,6 +384,14 @@ def test_a_rank_that_is_lost_is_named_with_what_is_waited_for(how: str, runs: Ru
         assert "rank 2 (" not in said.message
         assert "\n" not in said.message
         assert said.took_s < TIMEOUT_S
+
+
+def test_the_store_stays_until_all_know_who_is_lost(runs: Runs) -> None:
+    first, lost, (said,) = runs["store goes"].result()
+    assert first is lost is None
+    assert said.name == PeerLostError.__name__
+    assert "rank 1 (host " in said.message
+    assert "rank 0 (" not in said.message
 
 
 def test_a_rank_that_skips_a_step_is_named_with_what_is_waited_for(runs: Runs) -> None:

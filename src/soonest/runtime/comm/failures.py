@@ -158,6 +158,7 @@ class FailureReporter:
         def note() -> None:
             with suppress(Exception):
                 self._note(_FAULT + fault)
+                self._store.set(f"read/{self.rank}", "yes")  # it asks for no other's
 
         self._in_time(note)
 
@@ -187,6 +188,8 @@ class FailureReporter:
         def ask() -> None:
             try:
                 answer[0] = self._missing(what, gone) if failed else self._given_up(what)
+                if failed or answer[0] is not None:
+                    self._store.set(f"read/{self.rank}", "yes")
             except Exception:  # the store is what has failed
                 self._store_is_gone = True
                 answer[0] = self._without_store(gone, "is gone") if failed else None
@@ -208,12 +211,12 @@ class FailureReporter:
             self._store_is_gone = True
 
     def wait_for_notes(self) -> None:
-        """Returns when all others know of a failure, or do not look; before the store goes."""
+        """Returns when all others know who is at fault, or do not ask; before the store goes."""
 
         def look() -> None:
             deadline_s = time.monotonic() + _GRACE_S
             with suppress(Exception):
-                keys = [f"failed/{rank}" for rank in range(len(self.names)) if rank != self.rank]
+                keys = [f"read/{rank}" for rank in range(len(self.names)) if rank != self.rank]
                 while not self._store.check(keys) and time.monotonic() < deadline_s:
                     time.sleep(_LOOK_S)
 
@@ -266,6 +269,7 @@ class FailureReporter:
                 lost.append(gone)
             for rank in lost:
                 self._note(_LOST, rank)
+                self._store.set(f"read/{rank}", "yes")
             if lost:
                 continue
             if not silent or waited_s > _GRACE_S:
