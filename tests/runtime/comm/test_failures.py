@@ -297,6 +297,12 @@ def read_in_backward() -> Said:
     return error_of(steps, model, optimizer, 1)
 
 
+def at_places(*places: str) -> str | None:
+    """Each rank waits for something of its own, and nobody is lost."""
+    ranks = failures.FailureReporter(dist.group.WORLD)
+    return ranks.blame(places[dist.get_rank()], True)
+
+
 def store_goes() -> tuple[Said, ...] | None:
     """The host of the store ends when it knows who is lost; another rank is only finding out."""
     model, optimizer = model_and_optimizer()
@@ -324,6 +330,11 @@ RUNS = {
     "killed": Run(lost_in_training, 4, ("killed", None, False)),
     "leaves": Run(lost_in_training, 3, ("leaves", None, False)),
     "store goes": Run(store_goes, 3, first_has_store=True),
+    "two in one step": Run(
+        at_places, 3, ("step 5: bucket 0", "step 5: sending buffers", "gathering")
+    ),
+    "all in one step": Run(at_places, 2, ("step 5: bucket 0", "step 5: sending buffers")),
+    "in no step": Run(at_places, 2, ("gathering", "saving")),
     "stops": Run(lost_in_training, 3, ("stops", SHORT_S, False)),
     "sleeps": Run(lost_in_training, 3, ("sleeps", SHORT_S, False)),
     "killed while sharing": Run(lost_in_training, 3, ("killed", None, True)),
@@ -384,6 +395,17 @@ def test_a_rank_that_is_lost_is_named_with_what_is_waited_for(how: str, runs: Ru
         assert "rank 2 (" not in said.message
         assert "\n" not in said.message
         assert said.took_s < TIMEOUT_S
+
+
+def test_ranks_in_the_same_step_do_not_blame_each_other(runs: Runs) -> None:
+    first, second, third = runs["two in one step"].result()
+    assert first == second
+    assert "rank 2 (" in first
+    assert "rank 1 (" not in first
+    assert "rank 0 (" in third
+    assert "rank 1 (" in third
+    assert "rank 1 (" in runs["all in one step"].result()[0]
+    assert "rank 1 (" in runs["in no step"].result()[0]
 
 
 def test_the_store_stays_until_all_know_who_is_lost(runs: Runs) -> None:

@@ -372,16 +372,16 @@ def test_buffers_that_land_on_one_stream_are_there_for_all(spreads: bool) -> Non
         group: Any = FakeGroup(meeting, rank, streams)
         buffers = Buffers(model, lambda: group, lane, worlds.FAILURES)
         assert model.running_mean is not None
-        buffers.forward_begins()
+        buffers.forward_begins(0)
         model.running_mean.fill_(rank)
         with watched(streams, *model.buffers()):
             lane.wait_all()
             lane.enter()
             lane._see_user()
-            buffers.share()
+            buffers.share(0)
             streams.follow(side, streams.main)
             with streams.use(side):
-                buffers.forward_begins()
+                buffers.forward_begins(1)
                 assert model.running_mean.sum() == 0
             streams.detector.host_waits.clear()
             model.running_mean.clone()

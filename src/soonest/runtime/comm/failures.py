@@ -10,6 +10,7 @@ sooner.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections import Counter
@@ -286,6 +287,10 @@ class FailureReporter:
                 f"{' and '.join(self._place(*one) for one in busy.items())}, and waits for nobody"
             )
         elsewhere = {rank: note for rank, note in notes.items() if note != what}
+        # Ranks in the same step do not keep each other waiting, if another is elsewhere.
+        step = _step_of(what)
+        others = {r: note for r, note in elsewhere.items() if not step or _step_of(note) != step}
+        elsewhere = others or elsewhere
         if elsewhere:
             places = [f"{self.names[rank]} waits for {note}" for rank, note in elsewhere.items()]
             return f"the ranks are at different points: {'; '.join(places)}"
@@ -305,6 +310,12 @@ class FailureReporter:
         if gone is not None:
             return self._did_not_take_part([gone])
         return f"the key-value store {how}, and perhaps its process with it"
+
+
+def _step_of(what: str) -> str | None:
+    """``step 7``, of what a rank waits for in its step 7; None of what belongs to no step."""
+    found = re.match(r"step \d+(?=:)", what)
+    return found[0] if found is not None else None
 
 
 def _have(ranks: Sequence[int]) -> str:

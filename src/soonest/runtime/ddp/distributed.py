@@ -116,7 +116,8 @@ class DistributedDataParallel(_Theirs):
         failures = (
             engine.failures if engine is not None else self._failures
         )  # to which its lane answers
-        with failures.together("sharing the first rank's buffers"):
+        step = engine.backward.passes if engine is not None else 0
+        with failures.together(f"step {step}: sending the first rank's buffers"):
             super()._sync_buffers()
 
     @property

@@ -179,7 +179,7 @@ class Engine:
         if self._structure.has_changed():
             self._restructure()
         if self._buffers is not None:
-            self._buffers.forward_begins()
+            self._buffers.forward_begins(self.backward.passes)
         if self.profiler.observing:  # what was read before it does not show the order of use
             self.inputs = [f"{tuple(x.shape)} {x.dtype}" for x in pending.tensors_in(inputs)]
             self.profiler.record = self.profiler.new_record()
@@ -269,7 +269,7 @@ class Engine:
     def _share_buffers(self, *, active: bool) -> None:
         if self._buffers is not None:
             uneven = self.backward.uneven is not None and self.backward.uneven.enabled
-            self._buffers.share(active=active if uneven else None)
+            self._buffers.share(self.backward.passes - 1, active=active if uneven else None)
 
     def _take_in(self, parameters: Sequence[nn.Parameter]) -> None:
         """Trains these, too, from now on; a collective call."""

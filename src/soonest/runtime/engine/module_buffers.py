@@ -54,6 +54,7 @@ class Buffers:
         self._failures = failures
         self._sent: _Sending | None = None
         self._needed = True
+        self._step = 0
         self._model_is_called = False
         self._now = _Set({})
         self.look()
@@ -86,15 +87,17 @@ class Buffers:
             self._send_now(now)
             self._seen = now.state()
 
-    def share(self, *, active: bool | None = None) -> None:
+    def share(self, step: int, *, active: bool | None = None) -> None:
         """Sends them, at the end of a backward pass; every rank must call it.
 
         Args:
+            step: the number of that pass.
             active: this rank has had a forward pass, where not all may have: then those of the last
                 rank that has are sent.
         """
         if self._group is None or not self._agreed.buffers:
             return
+        self._step = step
         self.wait_sent()
         now = self._present()
         with self._carefully():
@@ -104,8 +107,13 @@ class Buffers:
         if not self._model_is_called:  # but parts of it, so that no forward pass is seen to begin
             self._give_out()
 
-    def forward_begins(self) -> None:
-        """Every rank now has those of the first one, if they are due."""
+    def forward_begins(self, step: int) -> None:
+        """Every rank now has those of the first one, if they are due.
+
+        Args:
+            step: the number of the backward pass that follows.
+        """
+        self._step = step
         self._model_is_called = True
         if self._group is not None and self._needed:
             self._give_out()
@@ -193,7 +201,7 @@ class Buffers:
     def _carefully(self) -> Iterator[None]:
         """Says who is missing if a rank does not take part; or what else has failed before."""
         with (
-            self._failures.together("sharing the first rank's buffers"),
+            self._failures.together(f"step {self._step}: sending the first rank's buffers"),
             torch.no_grad(),
             DisableGuard(),
             modes.usual(),
