@@ -39,7 +39,8 @@ from soonest.runtime.engine.in_flight import InFlight
 from soonest.runtime.execute.stream_lane import StreamLane
 from soonest.runtime.flat.buffers import flats_for, trainable
 from soonest.runtime.handle import Handle
-from soonest.runtime.setup import start
+from soonest.runtime.options import Options
+from soonest.runtime.setup import TrainingPart, build
 
 _T = TypeVar("_T")
 GOAL = 1.01
@@ -86,7 +87,7 @@ def alone(
     lane = StreamLane(
         DeviceStreams(device), timeout_s=60, failures=FailureReporter(dist.group.WORLD)
     )
-    return start(model, optimizer, plan=plan, own_lane=lane, broadcast_buffers=True)
+    return build(model, optimizer, Options(plan=plan), TrainingPart(lane=lane))
 
 
 def prioritized(

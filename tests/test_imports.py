@@ -41,7 +41,7 @@ ROOMS: dict[str, list[str]] = {
     ],
     "runtime": [
         "ddp", "api", "setup", "handle", "tuning", "engine", "validate", "execute", "optim",
-        "timing", "agreement", "flat", "guard", "comm", "device",
+        "timing", "agreement", "flat", "guard", "options", "comm", "device",
     ],
     "caffe": ["tools", "solver", "net", "data", "layers", "io", "proto", "files"],
 }  # fmt: skip

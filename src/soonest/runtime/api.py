@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -15,31 +16,18 @@ from soonest.core.plan import Plan
 from soonest.runtime.flat.buffers import trainable
 from soonest.runtime.handle import Handle
 from soonest.runtime.optim.patch import optimizer_in
-from soonest.runtime.setup import start
+from soonest.runtime.options import Keywords, Options
+from soonest.runtime.setup import TrainingPart, build
 from soonest.runtime.validate.checks import check_several
 
 
-class Options(TypedDict, total=False):
-    """The further arguments of ``prioritize``."""
-
-    process_group: dist.ProcessGroup | None
-    timeout_s: float | None
-    plan: Plan | str | Path | None
-    separable: bool | None
-    method: str | None
-    shard_optimizer: bool
-    wire_dtype: torch.dtype | None
-    parameter_wire_dtype: torch.dtype | None
-    broadcast_buffers: bool
-
-
 @overload
-def prioritize(model: nn.Module, optimizer: Optimizer, **options: Unpack[Options]) -> Handle: ...
+def prioritize(model: nn.Module, optimizer: Optimizer, **options: Unpack[Keywords]) -> Handle: ...
 
 
 @overload
 def prioritize(
-    model: nn.Module, optimizer: Sequence[Optimizer], **options: Unpack[Options]
+    model: nn.Module, optimizer: Sequence[Optimizer], **options: Unpack[Keywords]
 ) -> tuple[Handle, ...]: ...
 
 
@@ -108,23 +96,24 @@ def prioritize(
             to do.
         PlanMismatchError: the ranks have different models or plans, or ask for different things.
     """
-    options = {
-        "process_group": process_group,
-        "timeout_s": timeout_s,
-        "plan": plan,
-        "separable": separable,
-        "method": method,
-        "shard_optimizer": shard_optimizer,
-        "wire_dtype": wire_dtype,
-        "parameter_wire_dtype": parameter_wire_dtype,
-    }
+    options = Options(
+        process_group=process_group,
+        timeout_s=timeout_s,
+        plan=plan,
+        separable=separable,
+        method=method,
+        shard_optimizer=shard_optimizer,
+        wire_dtype=wire_dtype,
+        parameter_wire_dtype=parameter_wire_dtype,
+        broadcast_buffers=broadcast_buffers,
+    )
     if not isinstance(optimizer, list | tuple):
-        return start(model, optimizer, broadcast_buffers=broadcast_buffers, **options)  # type: ignore[arg-type]
-    return _start_several(model, optimizer, broadcast_buffers, options)
+        return build(model, optimizer, options)  # type: ignore[arg-type]
+    return _build_several(model, optimizer, options)
 
 
-def _start_several(
-    model: nn.Module, optimizers: Sequence[Optimizer], broadcast_buffers: bool, options: Any
+def _build_several(
+    model: nn.Module, optimizers: Sequence[Optimizer], options: Options
 ) -> tuple[Handle, ...]:
     """An engine for the parameters of each; those of none are the first one's."""
     optimizers = [optimizer_in(one) for one in optimizers]
@@ -142,16 +131,14 @@ def _start_several(
     handles: list[Handle] = []
     try:
         for index, optimizer in enumerate(optimizers):
+            part = TrainingPart(
+                name=f"number {index + 1} of {len(optimizers)}",
+                without=[n for n, _, p in named if index_of(p) != index],
+                ours=lambda parameter, mine=index: index_of(parameter) == mine,
+            )
+            buffers = options.broadcast_buffers and not index  # once for the model
             handles.append(
-                start(
-                    model,
-                    optimizer,
-                    without=[n for n, _, p in named if index_of(p) != index],
-                    ours=lambda parameter, mine=index: index_of(parameter) == mine,
-                    part=f"number {index + 1} of {len(optimizers)}",
-                    broadcast_buffers=broadcast_buffers and not index,
-                    **options,
-                )
+                build(model, optimizer, replace(options, broadcast_buffers=buffers), part)
             )
     except BaseException:
         for handle in handles:

@@ -12,9 +12,9 @@ import pytest
 from helpers.host_streams import HostStreams
 from helpers.ranks import run_ranks
 from parity.cases import CASES, compare
-from soonest.runtime import setup
 from soonest.runtime.comm import groups
 from soonest.runtime.execute.stream_lane import StreamLane
+from soonest.runtime.setup import assembly
 
 NAMES = (
     "cnn with BatchNorm", "tied transformer", "branch by rank, AdamW", "several backward passes",
@@ -33,7 +33,7 @@ def on_streams(names: list[str]) -> tuple[dict[str, list[str]], int]:
         lanes.append(StreamLane(HostStreams(), timeout_s=60, failures=failures))
         return lanes[-1]
 
-    setup.lane_for = lane_for
+    assembly.lane_for = lane_for
     groups.ranks_of = lambda group, **_: ranks_of(group, native=True)
     return compare(names), len(lanes)
 

@@ -22,7 +22,8 @@ from soonest.runtime.engine.engine import Engine
 from soonest.runtime.execute.pass_state import PassState
 from soonest.runtime.flat.buffers import FlatParam, trainable
 from soonest.runtime.handle import Handle
-from soonest.runtime.setup import WINDOW, start
+from soonest.runtime.options import Options
+from soonest.runtime.setup import WINDOW, TrainingPart, build
 from soonest.runtime.timing.step_record import NEVER
 
 
@@ -133,16 +134,15 @@ class Reducer:
                 caps_bytes=self._caps_bytes,
                 window=None if lane else WINDOW,
             )
-        self._kept.handle = start(
+        self._kept.handle = build(
             self._module,
             self._optimizer,
-            **{"wire_dtype": self._wire, **options},
-            process_group=self._group,
-            timeout_s=groups.timeout_of(self._group),
-            without=self._without,
-            equal=True,
-            own_lane=lane,
-            turns=self._take_turns,
+            Options(
+                **{"wire_dtype": self._wire, "broadcast_buffers": False, **options},
+                process_group=self._group,
+                timeout_s=groups.timeout_of(self._group),
+            ),
+            TrainingPart(without=self._without, equal=True, lane=lane, turns=self._take_turns),
         )
         engine = self._passes.engine = self._kept.handle.engine
         self._passes.due = False

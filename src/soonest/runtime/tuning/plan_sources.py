@@ -82,7 +82,7 @@ def can_shard(optimizer: Optimizer, separable: bool | None) -> bool:
     warnings.warn(
         f"{type(optimizer).__name__} is not known to update each element by itself, so its state "
         "is not shared out: every rank keeps all of it",
-        stacklevel=3,
+        stacklevel=5,
     )
     return False
 
@@ -102,7 +102,7 @@ def warn_of_replaced_step(optimizer: Optimizer) -> None:
             f"{replaced_step(optimizer)}. It gets gradients that are combined, and updates what it "
             "likes, but nothing of it overlaps the next forward pass: call soonest.prioritize "
             "before replacing it",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
