@@ -14,11 +14,13 @@ ROOT = "soonest"
 """The package itself, ``import soonest``: what users import, above the runtime."""
 ERRORS = "errors"
 WRITING = "writing"
+LOGS = "logs"
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     ERRORS: set(),
     WRITING: set(),
-    "runtime": {"core", ERRORS, WRITING},
+    LOGS: set(),
+    "runtime": {"core", ERRORS, WRITING, LOGS},
     "lab": {"core", ERRORS, WRITING, "runtime", ROOT},
     "bench": {"core", ERRORS, WRITING, "runtime", "lab", "report", ROOT},
     "report": {"core", ERRORS, WRITING},

@@ -16,7 +16,7 @@ from soonest.runtime.comm.failures import said
 from soonest.runtime.device import threads
 from soonest.runtime.engine.engine import Engine
 
-_log = logging.getLogger("soonest")
+_log = logging.getLogger(__name__)
 _QUIET_S = 5.0
 """So long it waits without a word."""
 _HURRY_S = 2.0

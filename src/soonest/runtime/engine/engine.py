@@ -61,7 +61,7 @@ from soonest.runtime.optim.state import OptimizerState
 from soonest.runtime.timing.profiler import Profiler
 from soonest.runtime.validate import checks, wrappers
 
-_log = logging.getLogger("soonest")
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -161,6 +161,12 @@ class Engine:
         newcomers = self._newcomers.look(layout.params) if self._newcomers is not None else ()
         self.backward.bind(self.bound_plan, self._in_flight, self.gradients, newcomers)
         self._in_flight.watch()
+        _log.debug(
+            "the plan is now %s: %d buckets, %d ops",
+            plan.fingerprint,
+            len(plan.buckets),
+            len(plan.ops),
+        )
 
     def watch(self) -> None:
         """Takes note of when each parameter is needed, though nothing is in flight."""
@@ -204,6 +210,7 @@ class Engine:
             if not moved:
                 return
             try:
+                _log.debug("new memory: %s", ", ".join(param.name for param in moved))
                 self.layout.follow(moved)
                 if self.state.parts is not None:
                     if self.layout.overlaps:
@@ -216,6 +223,7 @@ class Engine:
 
     def _look_at_modules(self) -> None:
         """The model has come to have other modules, or compiled ones."""
+        _log.debug("the model has other modules than before")
         self._land_all()
         self._entries.renew()
         self._module_hooks.move_to(self._entries.outside())
@@ -274,6 +282,7 @@ class Engine:
     def _take_in(self, parameters: Sequence[nn.Parameter]) -> None:
         """Trains these, too, from now on; a collective call."""
         assert self._anew is not None
+        _log.debug("%d more parameters are trained now", len(parameters))
         self.complete()
         self._look_at_modules()
         self.profiler.observing = True
@@ -378,6 +387,7 @@ class Engine:
         Raises:
             ValueError: it has some that are not the model's.
         """
+        _log.debug("the optimizer has other parameter groups than before")
         checks.check_optimizer(self.model, self.optimizer, self._updater.held)
         self.flush()
         self._updater.regroup()

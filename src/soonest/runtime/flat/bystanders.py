@@ -12,7 +12,7 @@ from torch import Tensor
 
 from soonest.runtime.flat.buffers import FlatParam, references
 
-_log = logging.getLogger("soonest")
+_log = logging.getLogger(__name__)
 
 
 class Aliases:

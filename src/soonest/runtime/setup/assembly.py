@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from soonest.runtime.tuning.plan_sources import (
 )
 from soonest.runtime.validate.checks import check_parts
 
+_log = logging.getLogger(__name__)
 UNKNOWN = Network.linear(0.0, 1e9)
 """Stands for the network where it chooses nothing."""
 WINDOW = 2
@@ -151,6 +153,7 @@ def _plan(request: Request, connection: _Connection, undo: ExitStack) -> _Planne
             network = calibrate.network_of(
                 ranks, methods=methods, device=connection.device, wire=options.wire
             )
+        _log.debug("what reducing costs here: %s", network)
         plan = given or _agreed_plan(group, layout, network, methods)
         comparing = groups.again(group) if request.compare_every else None
     asked = f"method={options.method!r} was asked for" if options.method else None
@@ -247,7 +250,23 @@ def _assemble(
         failures.learn_connections()
     if watching is not None:
         engine.backward.lateness = Lateness(watching, failures, engine.history)
+    if group.rank() == 0:
+        _log.info("%s", _begun(request, planned))
     return Handle(model, optimizer, request.group, engine, planned.sources, tuner)
+
+
+def _begun(request: Request, planned: _Planned) -> str:
+    """What is trained, and by which plan at first, in a sentence."""
+    plan, params = planned.plan, planned.layout.params
+    size_bytes = sum(plan.bucket_bytes(index) for index in range(len(plan.buckets)))
+    methods = ", ".join(dict.fromkeys(bucket.method for bucket in plan.buckets))
+    given = ", as given" if request.plan is not None else ""
+    sharded = ", each rank with its part of the optimizer's state" if planned.sharded else ""
+    return (
+        f"{type(request.model).__name__} and {type(request.optimizer).__name__} on {plan.ranks} "
+        f"ranks{sharded}: {len(params)} parameters, {size_bytes / 1e6:.1f} MB of gradients, in "
+        f"{len(plan.buckets)} buckets by {methods}{given}"
+    )
 
 
 def _after_step(

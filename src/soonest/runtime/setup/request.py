@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from soonest import logs
 from soonest.core.plan import Plan
 from soonest.runtime.engine import consistency
 from soonest.runtime.engine.engine import Engine
@@ -92,6 +93,7 @@ def check_request(
     plan, every = None, 0
     try:
         check_options(options.method, options.wire, shard_optimizer=options.shard_optimizer)
+        logs.follow_environment(dist.get_rank())
         every = consistency.interval()
         plan = plan_file.load(options.plan)
     except ValueError as error:

@@ -25,7 +25,7 @@ _LOG_PAUSE_S = 600.0
 _MOST_TOLD = 50
 """Sentences for the history, however often ranks come to be late and cease to be."""
 
-_log = logging.getLogger("soonest")
+_log = logging.getLogger(__name__)
 
 
 class _Moment(NamedTuple):
