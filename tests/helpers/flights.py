@@ -72,7 +72,7 @@ class Flights:
         while not handle.settled:  # planning waits for everything
             self.step()
         assert handle.engine
-        handle.engine._after_step = lambda engine: None
+        handle.engine.after_step = lambda engine: None
         self._engine = handle.engine
         self._flush = engine.Engine.flush
         self._gate = Gate()

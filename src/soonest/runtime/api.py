@@ -49,7 +49,7 @@ def prioritize(
 
     Model and optimizer stay the same objects and are changed in place; the training loop stays as
     it is. The parameters and buffers of the group's first rank are copied to all. The first step
-    observes the model; from then on gradients are combined, parameters updated and forward passes
+    observes the model; from then on gradients are reduced, parameters updated and forward passes
     run overlapped, by a plan that is the same on every rank. Some plans take turns, among them one
     that does as ``DistributedDataParallel``, and the fastest stays. Every rank must call this, at
     the same point.
@@ -59,9 +59,9 @@ def prioritize(
             dtype, stay in their memory, and their gradients lie in flat buffers. Several models
             that one optimizer trains are given as an ``nn.ModuleList`` of them.
         optimizer: holds parameters of ``model`` only. Trainable parameters that it does not hold
-            are combined but not updated. Several that train parts of one model are given together;
-            each backward pass then combines all gradients, and each step updates its part.
-        process_group: over which to combine; the default group if None.
+            are reduced but not updated. Several that train parts of one model are given together;
+            each backward pass then reduces all gradients, and each step updates its part.
+        process_group: over which to reduce; the default group if None.
         timeout_s: how long a collective may take, seconds; as long as in ``process_group`` if
             None, so what ``init_process_group(timeout=...)`` says.
         plan: a plan, or the path of one that ``handle.save_plan`` saved, to use from the first step
@@ -71,7 +71,7 @@ def prioritize(
             the optimizers of ``torch.optim`` that do, no for any other class. Where it is not, all
             parameters are updated together inside ``optimizer.step()``, and only the backward pass
             is overlapped.
-        method: combine every bucket so, a key of ``soonest.METHODS``, instead of choosing the
+        method: reduce every bucket so, a key of ``soonest.METHODS``, instead of choosing the
             cheapest by size.
         shard_optimizer: let each rank update only its part of every bucket, and keep only the
             optimizer state of that, if the optimizer is known to update each element by itself;
@@ -86,7 +86,7 @@ def prioritize(
             and which ``handle.state_dict()`` saves.
         broadcast_buffers: give every rank the first one's buffers, such as BatchNorm's running
             statistics, at the moments at which ``DistributedDataParallel`` does: before a forward
-            pass, if the one before was to be combined.
+            pass, if the one before was to be reduced.
 
     Returns:
         A handle; it need not be kept. For several optimizers one each.

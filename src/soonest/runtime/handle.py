@@ -22,6 +22,7 @@ from soonest.core.planner.report import Report, explain
 from soonest.core.timeline import Timeline
 from soonest.runtime import agreement
 from soonest.runtime.engine import ending, one_rank
+from soonest.runtime.engine.detach import detach
 from soonest.runtime.engine.engine import Engine
 from soonest.runtime.engine.join import Uneven
 from soonest.runtime.engine.one_rank import Alone
@@ -77,12 +78,12 @@ class Handle(Joinable):
 
     @property
     def shards(self) -> bool:
-        """Whether the optimizer's state is shared out over the ranks."""
+        """Whether the optimizer's state is sharded over the ranks."""
         return self._engine is not None and self._engine.state.parts is not None
 
     @property
     def network(self) -> Network | None:
-        """What combining costs on these ranks, as calibrated; None in a group of one rank."""
+        """What reducing costs on these ranks, as calibrated; None in a group of one rank."""
         return self._choice.network if self._choice else None
 
     @property
@@ -137,7 +138,7 @@ class Handle(Joinable):
     def no_sync(self) -> AbstractContextManager[None]:
         """A context in which backward passes only accumulate gradients on their own rank.
 
-        As with ``DistributedDataParallel.no_sync``, the first backward pass outside combines what
+        As with ``DistributedDataParallel.no_sync``, the first backward pass outside reduces what
         has been accumulated.
         """
         return self._engine.backward.no_sync() if self._engine else nullcontext()
@@ -151,7 +152,7 @@ class Handle(Joinable):
         """Within this context ranks may have different numbers of steps.
 
         As ``DistributedDataParallel.join``: a rank that has left it takes part in what the others
-        combine until all have, and then every rank has the parameters of the last. The handle can
+        reduce until all have, and then every rank has the parameters of the last. The handle can
         also be given to ``torch.distributed.algorithms.join.Join``, beside others.
 
         Args:
@@ -161,7 +162,7 @@ class Handle(Joinable):
             throw_on_early_termination: raise an error on all ranks when the first one has left.
 
         Raises:
-            ValueError: state is shared out over the ranks, or the model has several optimizers.
+            ValueError: state is sharded over the ranks, or the model has several optimizers.
         """
         return Join(
             [self],
@@ -176,7 +177,7 @@ class Handle(Joinable):
             return JoinHook()
         if self.shards or self._engine.backward.siblings:
             raise ValueError(
-                "join() was called, but ranks that share out the optimizer's state, or train a "
+                "join() was called, but ranks that shard the optimizer's state, or train a "
                 "model with several optimizers, must all step equally often: give every rank as "
                 "many batches"
             )
@@ -228,7 +229,7 @@ class Handle(Joinable):
         write_json(path, profile)
 
     def report(self) -> Report | None:
-        """Why each bucket is combined as it is, with predicted and measured times.
+        """Why each bucket is reduced as it is, with predicted and measured times.
 
         Printed, it is a table. Predictions are of the calibrated network, at the pace seen in the
         last measured steps on this rank. The last line says which rank is late, if one is. In a
@@ -249,12 +250,12 @@ class Handle(Joinable):
         )
 
     def local_optimizer_state(self) -> dict[Any, dict[str, Any]]:
-        """This rank's own part of the optimizer's state; all of it if that is not shared out.
+        """This rank's own part of the optimizer's state; all of it if that is not sharded.
 
         After a failure this is what is left of it, also after ``detach``.
 
         Returns:
-            State by parameter; or, where it is shared out, by name, first and last but one element
+            State by parameter; or, where it is sharded, by name, first and last but one element
             of a part of a parameter, in the order of memory.
         """
         if self._engine is None or self._engine.lane.error is None:
@@ -265,7 +266,7 @@ class Handle(Joinable):
     def optimizer_state_dict(self) -> dict[str, Any]:
         """What ``optimizer.state_dict()`` would return without soonest, on every rank.
 
-        Where the state is shared out over the ranks this gathers it, and every rank must call it.
+        Where the state is sharded over the ranks this gathers it, and every rank must call it.
         ``optimizer.load_state_dict()`` takes it, with or without soonest, on any number of ranks.
         """
         return self._plain_optimizer().state_dict()
@@ -331,7 +332,7 @@ class Handle(Joinable):
     ) -> Tensor:
         """As ``torch.nn.utils.clip_grad_norm_`` on all of the model's gradients, on every rank.
 
-        Where the optimizer's state is shared out over the ranks, so are gradients: then ranks only
+        Where the optimizer's state is sharded over the ranks, so are gradients: then ranks only
         tell each other the norms of their parts, and every rank must call it.
 
         Args:
@@ -355,11 +356,11 @@ class Handle(Joinable):
     def detach(self) -> None:
         """Makes model and optimizer plain objects again, with all updates applied.
 
-        Where the optimizer's state is shared out over the ranks, every rank must call it.
+        Where the optimizer's state is sharded over the ranks, every rank must call it.
 
         Training may go on with them, on this rank alone. After a failure this waits for nobody, the
         parameters keep the values that they have, and a warning says which of them lack what. Where
-        the optimizer's state is shared out, ``local_optimizer_state`` then has this rank's part.
+        the optimizer's state is sharded, ``local_optimizer_state`` then has this rank's part.
         Calling it again does nothing.
 
         Raises:
@@ -373,7 +374,7 @@ class Handle(Joinable):
             engine, self._engine = self._engine, None
             _engines.discard(engine)
             try:
-                engine.detach()
+                detach(engine)
             finally:
                 self._parts = engine.state.parts
 
@@ -382,7 +383,7 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def is_shared(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether gradients of any of these are combined already."""
+    """Whether gradients of any of these are reduced already."""
     given = list(parameters)
     mine = {id(parameter) for parameter in given}
     return one_rank.holds_any(given) or any(

@@ -131,7 +131,7 @@ def skips_a_step() -> tuple[Said, ...] | None:
     steps(model, optimizer, 7)
     handle.flush()
     dist.barrier()
-    handle.engine._after_step = lambda _: None  # type: ignore[union-attr]
+    handle.engine.after_step = lambda _: None  # type: ignore[union-attr]
 
     def rest() -> None:
         for number in range(3):

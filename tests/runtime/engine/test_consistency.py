@@ -164,7 +164,7 @@ def test_how_often(text: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> No
 def off() -> list[Any]:
     model, optimizer, handle = build()
     assert handle.engine
-    step = handle.engine._after_step
+    step = handle.engine.after_step
     consistency.checksum = lambda tensor: pytest.fail("something was compared")
     steps(model, optimizer, 12)
     cells = [cell.cell_contents for cell in step.__closure__ or ()]  # type: ignore[attr-defined]

@@ -35,8 +35,8 @@ LIMITS = {
     "timing.lateness._take_what_has_come self._under_way[0][1].result": (
         "is None while it is under way"
     ),
-    "engine.in_flight._wait self._lane.wait": _LANE,
-    "engine.in_flight._complete self._lane.wait": _LANE,
+    "engine.in_flight._wait self.lane.wait": _LANE,
+    "engine.partial_grads.complete in_flight.lane.wait": _LANE,
     "comm.failures.look time.sleep": "the deadline of ``wait_for_notes``",
     "comm.failures._missing time.sleep": "its deadline",
     "execute.stream_lane._enqueue_ops self._streams.wait": _DEVICE,

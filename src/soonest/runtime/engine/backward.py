@@ -5,24 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from soonest.errors import SoonestError
 from soonest.runtime.comm.failures import FailureReporter
+from soonest.runtime.engine.gradient_hooks import GradientHooks
 from soonest.runtime.engine.in_flight import InFlight
+from soonest.runtime.engine.partial_grads import complete_kept
+from soonest.runtime.engine.pass_errors import repeated, unfinished
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import Lane
 from soonest.runtime.execute.pass_state import PassState
 from soonest.runtime.flat.buffers import FlatParam, has_alias
 from soonest.runtime.flat.gradients import Gradients
 from soonest.runtime.guard import pending
-from soonest.runtime.guard.accumulation import AccumulationHooks, InnerPasses
+from soonest.runtime.guard.accumulation import InnerPasses
 from soonest.runtime.guard.hooks import weak_hook
 from soonest.runtime.timing.lateness import Lateness
 from soonest.runtime.timing.profiler import Profiler
+
+if TYPE_CHECKING:
+    from soonest.runtime.engine.join import Uneven
 
 
 class Backward:
@@ -32,15 +37,16 @@ class Backward:
         lane: executes the passes.
         failures: who the ranks are.
         profiler: keeps their records.
-        ended: called at the end of each that was combined, with the parameters it gave nothing.
+        ended: called at the end of each that was synchronized, with the parameters it gave nothing.
 
     Attributes:
-        siblings: the same of other parameters of the same model: a pass combines all.
+        siblings: the same of other parameters of the same model: a pass synchronizes all.
         lateness: compares this rank's passes with those of the others, where that is known.
         uneven: what to do when others have no more input, while that may be.
-        everyone: all ranks took part in the last one that was combined.
-        synchronizing: gradients are combined, instead of only being accumulated here.
-        passes: how many have been combined, or are being so.
+        everyone: all ranks took part in the last one that was synchronized.
+        hooks: see the gradients come.
+        synchronizing: gradients are reduced, instead of only being accumulated here.
+        passes: how many have been synchronized, or are being so.
         latest: the last of those.
     """
 
@@ -67,8 +73,7 @@ class Backward:
         self._accumulated: set[int] = set()  # ids of parameters that a pass under no_sync has used
         self._ends_with_all = False
         self._inner = InnerPasses()
-        self._hooks: list[AccumulationHooks] = []
-        self._frozen: list[nn.Parameter] = []
+        self.hooks = GradientHooks(self._before, self._after, self._newcomer)
 
     def bind(
         self,
@@ -90,37 +95,9 @@ class Backward:
         self.latest = None
         self._fresh = bytearray(len(self._params))
         self._aliased: list[FlatParam] = []
-        self._remove_hooks()
         for param in self._params:
             param.pass_state = None
-            self._hooks.append(self._hooks_of(param))
-        self._frozen = list(newcomers)
-        self._look_out()
-
-    def _look_out(self) -> None:
-        """Hooks on what is trained by now: on a frozen one they would count as a use of it."""
-        trained = [parameter for parameter in self._frozen if parameter.requires_grad]
-        if not trained:
-            return
-        self._frozen = [parameter for parameter in self._frozen if not parameter.requires_grad]
-        for parameter in trained:
-            self._hooks.append(AccumulationHooks(parameter, after=weak_hook(self._newcomer)))
-
-    def _hooks_of(self, param: FlatParam) -> AccumulationHooks:
-        # Not the parameter itself, which may lead here.
-        before, after = weak_hook(self._before, param.order), weak_hook(self._after, param.order)
-        return AccumulationHooks(param.parameter, before=before, after=after)
-
-    def renew_hooks(self, param: FlatParam) -> None:
-        """The parameter may be another to autograd than it was."""
-        if self._hooks[param.order].is_outdated:
-            self._hooks[param.order].remove()
-            self._hooks[param.order] = self._hooks_of(param)
-
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self.hooks.bind(self._params, newcomers)
 
     @property
     def under_way(self) -> bool:
@@ -130,33 +107,14 @@ class Backward:
     def check(self) -> None:
         """Raises SoonestError if one has begun and not ended: then it never will."""
         if self._open is not None:
-            raise self._unfinished(self._open)
-
-    def _unfinished(self, pass_state: PassState) -> SoonestError:
-        missing = [m.name for m in self._params if math.isnan(pass_state.record.ready[m.order])]
-        names = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
-        error = SoonestError(
-            f"backward pass {pass_state.number} did not finish (did backward() raise?): this rank "
-            f"has not shared the gradients of {names or 'any parameter twice'}, and the others "
-            "wait for them; restart from a checkpoint"
-        )
-        return self._failures.at_fault(error)
-
-    def _repeated(self, param: FlatParam) -> SoonestError:
-        return self._failures.at_fault(
-            SoonestError(
-                f"{param.name!r} got a second gradient in one backward pass, from a checkpoint, "
-                "when its only one so far was shared already: give torch.utils.checkpoint "
-                "use_reentrant=False"
-            )
-        )
+            raise self._failures.at_fault(unfinished(self._open, self._params))
 
     # From begin to end
 
     def forward_begins(self) -> None:
         """A new graph is made; an earlier pass through the whole model may have raised."""
         self._ends_with_all = False
-        self._look_out()
+        self.hooks.look_out()
 
     def expect(self, output: Any) -> None:
         """A pass through the whole model may begin at this output of it."""
@@ -181,7 +139,8 @@ class Backward:
         """A gradient is about to be written where another may still be in flight."""
         param = self._params[order]
         if self._open is not None and not math.isnan(self._open.record.ready[order]):
-            raise self._repeated(param) if self._inner.here() else self._unfinished(self._open)
+            again = repeated(param) if self._inner.here() else unfinished(self._open, self._params)
+            raise self._failures.at_fault(again)
         if self._open is None and self._looked_at is not self.latest:
             self._look_at_kept()
         if order in self._in_flight.unknown:
@@ -197,7 +156,7 @@ class Backward:
         """A pass begins, before anything is written to the buffers."""
         self._looked_at = latest = self.latest
         if latest is not None and latest.step is None and not latest.whole:
-            self._in_flight.complete_kept()
+            complete_kept(self._in_flight)
 
     def _after(self, order: int, *_: Any) -> None:
         """A gradient has been written to ``parameter.grad``."""
@@ -216,7 +175,7 @@ class Backward:
         self._pass_state()
 
     def _pass_state(self) -> PassState | None:
-        """What combines the gradients of this pass, if they are to be."""
+        """What reduces the gradients of this pass, if they are to be."""
         if not self.synchronizing:
             return None
         if self._open is None:
@@ -227,7 +186,7 @@ class Backward:
         return self._open
 
     def _begin(self, *, active: bool = True) -> PassState:
-        """The first gradient of a pass that is to be combined.
+        """The first gradient of a pass that is to be synchronized.
 
         Args:
             active: it is one of this rank.
@@ -331,19 +290,6 @@ class Backward:
 
     def detach(self) -> None:
         """Passes are the user's own again."""
-        self._remove_hooks()
+        self.hooks.remove()
         for sibling in self.siblings:
             sibling.siblings.remove(self)
-
-
-class Uneven(Protocol):
-    """What is to be known while ranks may run out of input."""
-
-    @property
-    def enabled(self) -> bool:
-        """Whether that may be now."""
-        ...
-
-    def all_are_active(self) -> bool:
-        """Called by a rank that has input: whether all have; a collective call."""
-        ...

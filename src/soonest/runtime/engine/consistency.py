@@ -59,7 +59,7 @@ class Comparison:
         self._due = every
 
     def __call__(self, engine: Engine) -> None:
-        """To be called after every step that used combined gradients; a collective call.
+        """To be called after every step that used averaged gradients; a collective call.
 
         Raises:
             SoonestError: on every rank, with the first that differs.

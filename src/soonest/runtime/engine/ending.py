@@ -50,18 +50,36 @@ def _send_the_rest(engine: Engine, error: BaseException | None) -> bool:
     if engine.lane.error is not None:
         return False
     try:
-        what = engine.finish(_HURRY_S if error else _QUIET_S)
+        what = _under_way(engine, _HURRY_S if error else _QUIET_S)
         if what is not None and error is None:
             _log.warning(
                 "this process ends when what other ranks need is sent, and waits for them: %s; "
                 "Ctrl-C ends it at once",
                 what,
             )
-            what = engine.finish(math.inf)
+            what = _under_way(engine, math.inf)
     except SoonestError as failure:
         _log.error("at the end of this process: %s", failure)
         return False
     return what is None
+
+
+def _under_way(engine: Engine, limit_s: float) -> str | None:
+    """Waits until nothing is under way that other ranks need, or for so long.
+
+    Returns:
+        What is under way then, in words; None if nothing is.
+    """
+    if (what := engine.lane.waits_for(limit_s)) is not None:
+        return what
+    if engine.buffers is not None:
+        engine.buffers.wait_sent()
+    latest = engine.backward.latest
+    if latest is not None and latest.users is not None:
+        with engine.failures.together("ending"):
+            if not latest.users.are_known(limit_s):
+                return f"step {latest.number}: which parameters each rank has used"
+    return None
 
 
 def _say_goodbye(engine: Engine, error: BaseException | None) -> None:

@@ -5,34 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from soonest.errors import SoonestError
+from soonest.runtime.engine.partial_grads import PartialGrad, complete, is_partial
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import Lane
 from soonest.runtime.execute.pass_state import PassState
 from soonest.runtime.flat.buffers import FlatParam
 from soonest.runtime.guard import pending, transforms
 from soonest.runtime.timing.profiler import Profiler
-
-
-class _Part(NamedTuple):
-    """A gradient of which ranks may have only their parts.
-
-    Args:
-        param: whose.
-        pass_state: has combined it.
-        held: this rank has only its part, which nobody may read.
-        copy: the user's own tensor that is still to be given the whole, if it is not the buffer's.
-    """
-
-    param: FlatParam
-    pass_state: PassState
-    held: bool
-    copy: Tensor | None
 
 
 class InFlight:
@@ -49,7 +32,7 @@ class InFlight:
         unknown: parameters that got no gradient on this rank, as long as it is not known whether
             another rank had one, and with it whether ``parameter.grad`` is None.
         copies: by order of the parameter, gradients of the user's own that still have to be given
-            the combined values.
+            the reduced values.
     """
 
     def __init__(
@@ -57,25 +40,25 @@ class InFlight:
     ) -> None:
         transforms.wait_first()
         self._bound_plan = bound_plan
-        self._lane = lane
+        self.lane = lane
         self._hooks = hooks
         self._profiler = profiler
-        self._params = bound_plan.layout.params
+        self.params = bound_plan.layout.params
         self._parameters = [
             pending.PendingTensor(
                 m.parameter, partial(self.wait_param, m), set_grad=partial(self._know, m)
             )
-            for m in self._params
+            for m in self.params
         ]
-        self._gradients = [self._hold_of(m) for m in self._params]
-        self._held: list[pending.PendingTensor | None] = [None] * len(self._params)
+        self._gradients = [self._hold_of(m) for m in self.params]
+        self.held: list[pending.PendingTensor | None] = [None] * len(self.params)
         self.copies: dict[int, Tensor] = {}  # by order of the parameter
         self._awaited: set[int] = set()  # buckets
         self._zeroing: dict[int, Callable[[], None]] = {}  # by order of the parameter
         self.flying = False
         self.unknown: set[int] = set()
 
-    def give_up(self) -> list[_Part]:
+    def give_up(self) -> list[PartialGrad]:
         """Holds nothing any more, nor keeps any tensor; nothing may be in flight.
 
         What it kept until the next full garbage collection would seem to be the user's.
@@ -84,8 +67,8 @@ class InFlight:
             Gradients of which ranks have only their parts, also where this rank does not: all
             ranks have to agree on what there is to complete.
         """
-        parts: list[_Part] = []
-        for param, held in zip(self._params, self._held, strict=True):
+        parts: list[PartialGrad] = []
+        for param, held in zip(self.params, self.held, strict=True):
             self._parameters[param.order].release()
             pass_state, param.pass_state = param.pass_state, None  # it leads back to this one
             if pass_state is None or pass_state.whole:
@@ -94,14 +77,14 @@ class InFlight:
             if held is not None:
                 held.release()
             copy = self.copies.get(param.order)
-            parts.append(_Part(param, pass_state, held is not None, copy))
-        self._parameters, self._gradients, self._held = [], [], []
+            parts.append(PartialGrad(param, pass_state, held is not None, copy))
+        self._parameters, self._gradients, self.held = [], [], []
         self.copies = {}
         return parts
 
-    def hold_parts(self, parts: Sequence[_Part]) -> None:
+    def hold_parts(self, parts: Sequence[PartialGrad]) -> None:
         """Holds what another one has given up."""
-        here = {id(param.parameter): param for param in self._params}
+        here = {id(param.parameter): param for param in self.params}
         for before, pass_state, held, copy in parts:
             param = here.get(id(before.parameter))
             if param is None:
@@ -115,7 +98,7 @@ class InFlight:
     def watch(self) -> None:
         """Nothing is in flight, but note when each parameter is needed."""
         if self._profiler.record.closely:
-            for param in self._params:
+            for param in self.params:
                 self.hold(param)
 
     def hold(self, param: FlatParam) -> None:
@@ -139,7 +122,7 @@ class InFlight:
         self.unknown.discard(param.order)
 
     def hold_copy(self, param: FlatParam, gradient: Tensor) -> None:
-        """The user's own gradient gets the combined values once they are there."""
+        """The user's own gradient gets the reduced values once they are there."""
         self._hold(param, pending.PendingTensor(gradient, *self._ways(param, self._forget_copy)))
         self.copies[param.order] = gradient
 
@@ -152,7 +135,7 @@ class InFlight:
 
     def hold_gradient(self, param: FlatParam, gradient: Tensor) -> None:
         """This gradient of the parameter is to change or still to be read."""
-        before = self._held[param.order]
+        before = self.held[param.order]
         if before is not None and before.tensor is gradient:
             return
         if gradient is param.grad:
@@ -161,10 +144,10 @@ class InFlight:
             self._hold(param, pending.PendingTensor(gradient, partial(self.wait_grad, param)))
 
     def _hold(self, param: FlatParam, hold: pending.PendingTensor) -> None:
-        before = self._held[param.order]
+        before = self.held[param.order]
         if before is not None:
             before.release()
-        self._held[param.order] = hold
+        self.held[param.order] = hold
         hold.mark_pending()
 
     def expect(self, pass_state: PassState, gradients: Mapping[int, Tensor | None]) -> None:
@@ -175,7 +158,7 @@ class InFlight:
             gradients: that it uses, by order of the parameter.
         """
         for order, gradient in gradients.items():
-            param = self._params[order]
+            param = self.params[order]
             if gradient is not None and order in self.copies:
                 self.wait_grad(param)
             param.pass_state = pass_state
@@ -183,17 +166,17 @@ class InFlight:
             if order not in self.copies:
                 self.hold_gradient(param, param.grad if gradient is None else gradient)
         if pass_state.plan.sharded:  # gathering writes to all parameters, if only what is there
-            for param in self._params:
+            for param in self.params:
                 if param.order not in gradients:
                     param.pass_state = pass_state
                     self.hold(param)
         self.flying = True
 
     def _release_gradient(self, param: FlatParam) -> None:
-        held = self._held[param.order]
+        held = self.held[param.order]
         if held is not None:
             held.release()
-            self._held[param.order] = None
+            self.held[param.order] = None
         copy = self.copies.pop(param.order, None)
         if copy is not None:
             with torch.no_grad(), pending.DisableGuard():
@@ -201,36 +184,23 @@ class InFlight:
 
     def wait_grad(self, param: FlatParam) -> None:
         """Waits until the parameter's gradient has its value, and nothing still reads it."""
-        if self._held[param.order] is not None:
+        if self.held[param.order] is not None:
             self._wait_for_gradient(param)
-            if self._partial(param):
-                self._complete(param)
+            if is_partial(self, param):
+                complete(self, param)
             self._release_gradient(param)
 
     def free(self, param: FlatParam) -> None:
         """Waits until nothing writes to, or still reads, the parameter's gradient."""
-        if self._held[param.order] is not None:
+        if self.held[param.order] is not None:
             self._wait_for_gradient(param)
             self._release_gradient(param)
-
-    def complete_kept(self) -> None:
-        """Completes gradients that are still somebody's, before a backward pass overwrites others.
-
-        It is a collective call if there are any.
-        """
-        for param in self._params:
-            if param.order in self.unknown:
-                pending.wait_for(param.parameter)
-            with pending.DisableGuard():
-                kept = param.parameter.grad is param.grad
-            if (kept or param.order in self.copies) and self._partial(param):
-                self.wait_grad(param)
 
     def wait_writable(self, param: FlatParam) -> None:
         """Waits until the parameter's gradient can be written, or added to if it is still there."""
         with pending.DisableGuard():
             added_to = param.parameter.grad is param.grad
-            if self._held[param.order] is not None:
+            if self.held[param.order] is not None:
                 (self.wait_grad if added_to or param.order in self.copies else self.free)(param)
             if added_to or not param.gradient_is_kept:
                 return
@@ -242,49 +212,6 @@ class InFlight:
         self._bound_plan.layout.give_away(param)
         self._gradients[param.order] = self._hold_of(param)
 
-    def _partial(self, param: FlatParam) -> bool:
-        """Whether this rank has only its part of the parameter's gradient."""
-        held, pass_state = self._held[param.order], param.pass_state
-        if pass_state is None or pass_state.whole:
-            return False
-        if pass_state.step is not None and param.order in pass_state.step.zeroed:
-            return False
-        return held is not None and (held.tensor is param.grad or param.order in self.copies)
-
-    def _complete(self, param: FlatParam) -> None:
-        """A gradient of which this rank has but a part is to be read."""
-        pass_state = param.pass_state
-        assert pass_state is not None
-        if pass_state.step is not None:
-            raise SoonestError(
-                f"the gradient of {param.name!r} was read after optimizer.step(), but each rank "
-                "has only its part of it, as shard_optimizer=True: read it before step(), on every "
-                "rank, or clear gradients before the next backward pass"
-            )
-        for bucket in range(len(pass_state.plan.buckets)):
-            self._lane.wait(pass_state, bucket, updated=False)
-        pass_state.bound_plan.gather_gradients(pass_state)
-        self._lane.spread()
-
-    def complete_all(self) -> None:
-        """Completes every gradient of which ranks have only their parts; a collective call.
-
-        Nothing may be in flight.
-        """
-        parted = {
-            m.pass_state
-            for m in self._params
-            if m.pass_state is not None and not m.pass_state.whole
-        }
-        for pass_state in sorted(parted, key=lambda pass_state: pass_state.number):
-            with pending.DisableGuard(), torch.no_grad():
-                here = [m for m in self._params if m.parameter.grad is m.grad]
-                own = [(m, m.raw_grad.clone()) for m in here if not self._partial(m)]
-                pass_state.bound_plan.gather_gradients(pass_state)
-                for param, gradient in own:  # others may have only their parts of these
-                    param.raw_grad.copy_(gradient)
-        self._lane.spread()
-
     def wait_param(self, param: FlatParam) -> None:
         """Waits until the parameter has the value that the last ``step()`` gave it."""
         record, pass_state = self._profiler.record, param.pass_state
@@ -292,28 +219,28 @@ class InFlight:
         if self.flying:
             self._wait(param)
         if record.closely or pass_state is None or pass_state.step is None:
-            self._landed(param)
+            self._release(param)
         else:
-            self._land_bucket(pass_state, self._bound_plan.last_of[param.order])
+            self._release_bucket(pass_state, self._bound_plan.last_of[param.order])
         if math.isnan(record.needed[param.order]):
             record.needed[param.order] = needed
             record.landed[param.order] = record.now()
 
-    def _land_bucket(self, pass_state: PassState, bucket: int) -> None:
+    def _release_bucket(self, pass_state: PassState, bucket: int) -> None:
         """What was updated together lands together: one look at a time costs more."""
         for param in self._bound_plan.awaiting[bucket]:
             if param.pass_state is pass_state:
-                self._landed(param)
+                self._release(param)
                 self._parameters[param.order].release()
         self._awaited.discard(bucket)
         if not self._awaited:
             self._hooks.remove()
 
-    def _landed(self, param: FlatParam) -> None:
+    def _release(self, param: FlatParam) -> None:
         if param.order in self.unknown:
             self._resolve(param)
         stepped = param.pass_state is None or param.pass_state.step is not None
-        if stepped and param.order not in self._zeroing and not self._partial(param):
+        if stepped and param.order not in self._zeroing and not is_partial(self, param):
             self._release_gradient(param)
 
     def _wait(self, param: FlatParam) -> None:
@@ -326,10 +253,10 @@ class InFlight:
             pass_state.step is None and pass_state.plan.sharded
         ):  # ``last_of`` is the last to be shared
             for bucket in self._bound_plan.buckets_of[param.order]:
-                self._lane.wait(pass_state, bucket, updated=False)
+                self.lane.wait(pass_state, bucket, updated=False)
             return
         last = self._bound_plan.last_of[param.order]
-        self._lane.wait(pass_state, last, updated=pass_state.step is not None)
+        self.lane.wait(pass_state, last, updated=pass_state.step is not None)
 
     def _wait_for_gradient(self, param: FlatParam) -> None:
         self._wait(param)
@@ -338,7 +265,7 @@ class InFlight:
             zeroed()
 
     def _resolve(self, param: FlatParam) -> None:
-        """Its gradient is combined: now it shows whether any rank had one."""
+        """Its gradient is reduced: now it shows whether any rank had one."""
         self.unknown.discard(param.order)
         with pending.DisableGuard():
             if param.parameter.grad is None and self._bound_plan.used_anywhere(param):
@@ -348,7 +275,7 @@ class InFlight:
         """The user zeroes a gradient in flight: that happens when nobody needs it any more."""
         pass_state = param.pass_state
         assert pass_state is not None
-        zeroed = self._lane.zero(pass_state, param)
+        zeroed = self.lane.zero(pass_state, param)
         if zeroed is None:
             self.free(param)
             param.raw_grad.zero_()
@@ -357,7 +284,7 @@ class InFlight:
 
     def all(self) -> None:
         """Everything has arrived: releases it all."""
-        for param in self._params:
+        for param in self.params:
             if param.order in self.unknown:
                 self._resolve(param)
         self.drop(parts=False)
@@ -369,9 +296,9 @@ class InFlight:
         Args:
             parts: also gradients of which this rank has only its part.
         """
-        for param in self._params:
+        for param in self.params:
             self._parameters[param.order].release()
-            if parts or not self._partial(param):
+            if parts or not is_partial(self, param):
                 self._release_gradient(param)
         self._awaited.clear()
         self._zeroing.clear()

@@ -1,4 +1,4 @@
-"""Ranks without further input take part in what the others combine."""
+"""Ranks without further input take part in what the others reduce."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Uneven(JoinHook):
 
     Args:
         engine: takes part.
-        model: whose parameters it combines.
+        model: whose parameters it reduces.
         joinable: what was given to ``Join``.
         divide_by_all: gradients are divided by the number of all ranks, not of those with input.
     """
@@ -33,6 +33,7 @@ class Uneven(JoinHook):
 
     @property
     def enabled(self) -> bool:
+        """Whether ranks may run out of input now."""
         return self._joinable._join_config.enable
 
     def all_are_active(self) -> bool:

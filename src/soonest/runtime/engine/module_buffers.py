@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from soonest.errors import SoonestError
 from soonest.runtime import comm
 from soonest.runtime.comm import Group, Sent, ended, waiting
 from soonest.runtime.comm.failures import FailureReporter
+from soonest.runtime.engine.sent_buffers import Broadcast, BufferSet
 from soonest.runtime.execute.lane import Lane
 from soonest.runtime.guard import modes
 from soonest.runtime.guard.pending import DisableGuard
-from soonest.runtime.validate.checks import check_buffer
 
 _AFTER_BACKWARD, _BEFORE_FORWARD = 0, 1
 """When buffers were sent."""
@@ -26,12 +25,12 @@ class Buffers:
     """A model's buffers.
 
     As with ``DistributedDataParallel``, every rank gets the first one's before a forward pass, if
-    the one before it was to be followed by a backward pass that is combined. They are sent early,
-    at the end of that backward pass, so they are there when the forward pass begins, and it is no
-    collective call: one rank may evaluate by itself. Only where a rank sees that its own have
+    the one before it was to be followed by a backward pass that is synchronized. They are sent
+    early, at the end of that backward pass, so they are there when the forward pass begins, and it
+    is no collective call: one rank may evaluate by itself. Only where a rank sees that its own have
     changed meanwhile, as they do in two forward passes in a row, are they sent at that moment.
 
-    A short head precedes them, which says what follows; see ``_Sending``.
+    A short head precedes them, which says what follows; see ``Broadcast``.
 
     Args:
         model: whose.
@@ -52,11 +51,11 @@ class Buffers:
         self._group: Group | None = None
         self._lane = lane
         self._failures = failures
-        self._sent: _Sending | None = None
+        self._sent: Broadcast | None = None
         self._needed = True
         self._step = 0
         self._model_is_called = False
-        self._now = _Set({})
+        self._now = BufferSet({})
         self.look()
 
     def look(self) -> None:
@@ -66,12 +65,12 @@ class Buffers:
         if self._agreed.buffers and self._group is None:
             self._group = self._make_group()
 
-    def _present(self) -> _Set:
+    def _present(self) -> BufferSet:
         """Those that the model has now."""
         buffers = dict(self._model.named_buffers())
         if not self._now.consists_of(buffers):
             try:
-                self._now = _Set(buffers)
+                self._now = BufferSet(buffers)
             except ValueError as error:
                 raise self._failures.at_fault(error) from None
         return self._now
@@ -102,7 +101,7 @@ class Buffers:
         now = self._present()
         with self._carefully():
             source = 0 if active is None else comm.last_of(self._group, mine=active)
-            self._sent = _Sending(self._group, source, _AFTER_BACKWARD, now, self._agreed)
+            self._sent = Broadcast(self._group, source, _AFTER_BACKWARD, now, self._agreed)
         self._seen = now.state()
         if not self._model_is_called:  # but parts of it, so that no forward pass is seen to begin
             self._give_out()
@@ -136,22 +135,22 @@ class Buffers:
         """Whether to share them before the next one, too.
 
         Args:
-            synchronizing: this one will be followed by a backward pass that is combined.
+            synchronizing: this one will be followed by a backward pass that is synchronized.
         """
         self._needed = synchronizing
 
-    def _send_now(self, now: _Set) -> None:
+    def _send_now(self, now: BufferSet) -> None:
         """Sends them as they are; every rank must do so at the same point."""
         assert self._group
         with self._carefully():
-            head = _Sending(self._group, 0, _BEFORE_FORWARD, now, None)
+            head = Broadcast(self._group, 0, _BEFORE_FORWARD, now, None)
         self._wait(head)
         self._compare(head, _BEFORE_FORWARD)
         self._agreed = now
         with self._carefully():
             comm.broadcast(self._group, list(now.buffers.values()))
 
-    def _compare(self, sent: _Sending, when: int) -> None:
+    def _compare(self, sent: Broadcast, when: int) -> None:
         """Raises SoonestError if this rank's buffers, or the moment, are others than sent."""
         if sent.when != when:
             there, here = (
@@ -187,7 +186,7 @@ class Buffers:
         if self._sent is not None:
             self._wait(self._sent)
 
-    def _wait(self, sent: _Sending) -> None:
+    def _wait(self, sent: Broadcast) -> None:
         with self._carefully():
             for part in sent.under_way():
                 if part.on_device:
@@ -215,88 +214,3 @@ class Buffers:
     def drop(self) -> None:
         """Leaves them as they are."""
         self._sent = None
-
-
-class _Set:
-    """The buffers of a model at one moment.
-
-    Args:
-        buffers: by name.
-    """
-
-    def __init__(self, buffers: dict[str, Tensor]) -> None:
-        self.buffers = buffers
-        self._known = [(name, id(buffer), buffer.shape) for name, buffer in buffers.items()]
-        for name, buffer in buffers.items():
-            check_buffer(name, buffer)
-        self.described = [f"{n} {tuple(b.shape)} {b.dtype}" for n, b in buffers.items()]
-        text = "\n".join(self.described).encode()
-        self.signature = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
-
-    def consists_of(self, buffers: dict[str, Tensor]) -> bool:
-        """Whether it is made of these very tensors, and they are as they were."""
-        return len(buffers) == len(self._known) and all(
-            (name, id(buffer), buffer.shape) == known
-            for (name, buffer), known in zip(buffers.items(), self._known, strict=True)
-        )
-
-    def state(self) -> list[tuple[int, int]]:
-        """Differs once one has been replaced or written to."""
-        return [
-            (id(b), 0 if b.is_inference() else b._version)  # pyright: ignore[reportAttributeAccessIssue]
-            for b in self.buffers.values()
-        ]
-
-    def difference(self, before: _Set) -> str:
-        """What there is here and was not before, and the other way round, in words."""
-        new = [one for one in self.described if one not in before.described]
-        gone = [one for one in before.described if one not in self.described]
-        if not new and not gone:
-            return "here they are as before"
-        words = [("new here: ", new), ("no longer here: ", gone)]
-        return "; ".join(what + ", ".join(some) for what, some in words if some)
-
-
-class _Sending:
-    """Buffers on their way from one rank to all, behind a head of two numbers.
-
-    The head says with what buffers and at what moment they were sent, so that a rank which has
-    others, or is elsewhere, notices.
-
-    Args:
-        group: all ranks.
-        source: the rank whose buffers they are.
-        when: they are sent.
-        now: this rank's.
-        agreed: so many bytes follow, as all ranks know; None if nothing follows. Where this rank
-            has others by now, their place is taken by zeros.
-    """
-
-    def __init__(
-        self, group: Group, source: int, when: int, now: _Set, agreed: _Set | None
-    ) -> None:
-        self.now = now
-        self.source = source
-        self._head = torch.tensor([now.signature, when], dtype=torch.int64)
-        (self._sent_head,) = comm.start_broadcast(group, [self._head], source)
-        self.values: list[Sent] = []
-        if agreed is not None:
-            alike = agreed.signature == now.signature
-            some = now.buffers if alike else agreed.buffers
-            tensors = [b if alike else torch.zeros_like(b) for b in some.values()]
-            self.values = comm.start_broadcast(group, tensors, source)
-
-    def under_way(self) -> Sequence[Sent]:
-        """What is to be waited for."""
-        return (self._sent_head, *self.values)
-
-    @property
-    def signature(self) -> int:
-        """Of the sender's buffers, once they have been waited for."""
-        self._sent_head.unpack()
-        return int(self._head[0])
-
-    @property
-    def when(self) -> int:
-        self._sent_head.unpack()
-        return int(self._head[1])

@@ -57,7 +57,7 @@ def _may_train(parameter: nn.Parameter) -> bool:
 
 
 def admit(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
-    """Gives every rank the first rank's values, and combines gradients; a collective call."""
+    """Gives every rank the first rank's values, and reduces gradients; a collective call."""
     group = ranks.group
     here = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
     comm.broadcast(group, parameters)

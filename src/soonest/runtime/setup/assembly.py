@@ -193,6 +193,7 @@ def _assemble(
     options, given = request.options, request.plan
     group, ranks, failures = connection.group, connection.ranks, connection.failures
     network, methods, lane = planned.sources.network, planned.sources.methods, planned.lane
+    sharded = planned.sharded
     separable = options.separable
     by_bucket = bucket_update.is_separable(optimizer) if separable is None else separable
     resumed = bool(optimizer.state)
@@ -210,7 +211,7 @@ def _assemble(
     tuner.start_with(planned.layout)
 
     def anew(engine: Engine, parameters: Sequence[nn.Parameter]) -> None:
-        if planned.sharded:
+        if sharded:  # not ``planned``, whose buffers would live as long as this
             check_parts(model, part.without)
         with failures.together("taking in parameters"):
             agreement.agree_on_model(ranks.talk, model, part.without)
@@ -232,7 +233,7 @@ def _assemble(
         plan=planned.plan,
         ranks=ranks,
         lane=lane,
-        sharing=comm.Ranks(ranks.second, ranks.second) if planned.sharded else None,
+        sharing=comm.Ranks(ranks.second, ranks.second) if sharded else None,
         wire=options.wire,
         failures=failures,
         after_step=_after_step(request, connection, planned, tuner),

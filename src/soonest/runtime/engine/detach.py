@@ -1,14 +1,73 @@
-"""What a step has not come to do when training ends in the middle of it."""
+"""How training by priority ends: model and optimizer are plain objects again, in any case."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
+from soonest.errors import PeerLostError, SoonestError
+from soonest.runtime.engine.partial_grads import complete_all
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.pass_state import PassState
 from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.optim import patch
 
+if TYPE_CHECKING:
+    from soonest.runtime.engine.engine import Engine
+
+_log = logging.getLogger(__name__)
 _NAMED = 3
+
+
+def detach(engine: Engine) -> None:
+    """Leaves the model and the optimizer as they would be without soonest, in any case.
+
+    Raises:
+        SoonestError: a rank was lost or an update failed, and nobody has been told so yet; the
+            message says what is missing.
+    """
+    known, found = engine.lane.error, None
+    try:
+        if known is None:
+            engine.flush()
+            if engine.state.parts is not None:
+                complete_all(engine.in_flight)
+            engine.state.hand_back()
+    except SoonestError as error:
+        found = error
+        if isinstance(error, PeerLostError):
+            engine.lane.fail(error)
+    finally:
+        missing = _missing(engine) if known or found else ""
+        _let_go(engine)
+    if found is not None:
+        raise type(found)(f"{found}{missing and f'. {missing}'}") from found
+    if missing:
+        _log.warning("detach() after a failure: %s", missing)
+
+
+def _missing(engine: Engine) -> str:
+    """What is not as it would be had nothing failed, in words."""
+    missing = undone(engine.bound_plan)
+    if engine.state.parts is not None:
+        missing += "; " * bool(missing) + (
+            "the optimizer's state is sharded over the ranks, and this one has only its "
+            "part: handle.local_optimizer_state() gives it"
+        )
+    return missing
+
+
+def _let_go(engine: Engine) -> None:
+    engine.lane.close()  # so that nothing is written any more
+    engine.backward.detach()
+    for hook in (*engine.model_hooks, engine.module_hooks, engine.entries):
+        hook.remove()
+    if engine.buffers is not None:
+        engine.buffers.drop()
+    engine.in_flight.drop()
+    patch.hand_back(engine.optimizer)
+    engine.layout.move_out()
 
 
 def undone(bound_plan: BoundPlan) -> str:
