@@ -197,6 +197,16 @@ class Fault:
         step, rank = dice.randrange(1, STEPS - 1), dice.randrange(ranks)
         return cls(seed, kind, ranks, rank, configuration, step, point, hosts_store)
 
+    @property
+    def checked(self) -> bool:
+        """Whether ``SOONEST_CHECK`` is to find it.
+
+        The drop-in class alone sees no ``step()``: one that is left out is as silent as with
+        torch's class.
+        """
+        unseen = self.configuration == "drop-in" and self.kind == "skip step"
+        return KINDS[self.kind].checked or unseen
+
     def quiet(self) -> Fault:
         """The same training in which nothing happens."""
         return Fault(

@@ -26,7 +26,7 @@ import soonest
 from soonest.runtime import comm
 from soonest.runtime.comm import groups
 from soonest.writing import write_json
-from storm_faults import CONFIGURATIONS, KINDS, STEPS, Fault
+from storm_faults import CONFIGURATIONS, STEPS, Fault
 
 TIMEOUT_S = 6.0
 """Of the process group."""
@@ -61,7 +61,7 @@ class Rank:
             os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
         if fault.configuration == "hierarchical":  # two to a host
             groups.host_name = lambda: f"{socket.gethostname()} {me // 2}"
-        if KINDS[fault.kind].checked:
+        if fault.checked:
             os.environ["SOONEST_CHECK"] = "1"
 
     def run(self) -> None:
