@@ -33,7 +33,9 @@ def _package() -> Iterator[str]:
     for name in sorted(soonest.__all__):
         value = getattr(soonest, name)
         if inspect.isclass(value):
-            yield f"class {name}({', '.join(base.__name__ for base in value.__bases__)})"
+            above = value.__mro__[1:]
+            base = next(b for b in above if not _is_ours(b) or b.__name__ in soonest.__all__)
+            yield f"class {name}({base.__name__})"
             yield from (f"    {line}" for line in _members(value))
         elif inspect.isfunction(value):
             yield f"{name}{_signature(value)}"
