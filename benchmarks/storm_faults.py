@@ -201,10 +201,10 @@ class Fault:
     def checked(self) -> bool:
         """Whether ``SOONEST_CHECK`` is to find it.
 
-        The drop-in class alone sees no ``step()``: one that is left out is as silent as with
-        torch's class.
+        The drop-in class alone sees no optimizer: a step that is left out, or another rate, is as
+        silent as with torch's class.
         """
-        unseen = self.configuration == "drop-in" and self.kind == "skip step"
+        unseen = self.configuration == "drop-in" and self.kind in ("skip step", "other rate")
         return KINDS[self.kind].checked or unseen
 
     def quiet(self) -> Fault:
