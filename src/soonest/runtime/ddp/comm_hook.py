@@ -11,7 +11,7 @@ from torch._C import _distributed_c10d  # pyright: ignore[reportAttributeAccessI
 
 from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan
 from soonest.errors import ReadTooEarlyError, SoonestError
-from soonest.runtime.execute.pass_state import PassState
+from soonest.runtime.execute.pass_state import REDUCED, PassState
 from soonest.runtime.flat.buffers import FlatParam, flats_for
 
 Hook = Callable[[Any, Any], "torch.futures.Future[Any]"]
@@ -121,7 +121,7 @@ class HookLane:
         params = pass_state.bound_plan.awaiting[pass_state.plan.ops[op].bucket]
         bucket = GradBucket(op, params, is_last=op == len(pass_state.plan.ops) - 1)
         self._called.append(_Called(bucket, self._hook(self._state, bucket)))
-        pass_state.issued += 1
+        pass_state.issue_op()
 
     def _answer(self, pass_state: PassState) -> None:
         """Waits for all futures, as ``DistributedDataParallel`` does at the end of a pass."""
@@ -136,7 +136,7 @@ class HookLane:
                 pass_state.bound_plan.put_back(pass_state, bucket)
 
     def wait(self, pass_state: PassState, bucket: int, *, updated: bool) -> None:
-        if not pass_state.reduced[bucket]:
+        if pass_state.states[bucket] < REDUCED:
             raise ReadTooEarlyError(
                 f"a gradient was read inside backward pass {pass_state.number}, before the "
                 "communication hook was called: read it after backward()"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime.engine.partial_grads import complete_all
 from soonest.runtime.execute.bound_plan import BoundPlan
-from soonest.runtime.execute.pass_state import PassState
+from soonest.runtime.execute.pass_state import UPDATED, PassState
 from soonest.runtime.flat.buffers import FlatParam
 from soonest.runtime.optim import patch
 
@@ -99,7 +99,7 @@ def _owned(bound_plan: BoundPlan, pass_state: PassState) -> Iterator[FlatParam]:
 
 
 def _touched(pass_state: PassState, bucket: int) -> bool:
-    return bool(pass_state.updated[bucket] or pass_state.shared[bucket])
+    return pass_state.states[bucket] >= UPDATED
 
 
 def _is_torn(bound_plan: BoundPlan, pass_state: PassState, param: FlatParam) -> bool:
@@ -107,14 +107,14 @@ def _is_torn(bound_plan: BoundPlan, pass_state: PassState, param: FlatParam) -> 
     if not pass_state.plan.sharded:  # then it is updated as a whole
         return False
     buckets = bound_plan.buckets_of[param.order]
-    whole = all(pass_state.updated[bucket] for bucket in buckets)
+    whole = all(pass_state.states[bucket] >= pass_state.final for bucket in buckets)
     return not whole and any(_touched(pass_state, bucket) for bucket in buckets)
 
 
 def _is_stale(bound_plan: BoundPlan, pass_state: PassState, param: FlatParam) -> bool:
     """Whether it is as the step before has left it."""
     if not pass_state.plan.sharded:
-        return not pass_state.updated[bound_plan.last_of[param.order]]
+        return not _touched(pass_state, bound_plan.last_of[param.order])
     return not any(_touched(pass_state, bucket) for bucket in bound_plan.buckets_of[param.order])
 
 

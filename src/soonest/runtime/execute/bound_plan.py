@@ -191,8 +191,25 @@ class BoundPlan:
         if waiting:
             self.updater.apply(pass_state.step, waiting)
 
-    def zero(self, pass_state: PassState, bucket: int) -> None:
-        """Zeroes those gradients that the user has zeroed while they were in flight."""
+    def complete_op(self, pass_state: PassState) -> None:
+        """Takes note that the oldest op in flight is done."""
+        op = self.plan.ops[pass_state.completed]
+        if op.kind == SHARED_PARAMETERS:
+            self._zero(pass_state, op.bucket)
+        pass_state.complete_op()
+
+    def complete_update(self, pass_state: PassState, bucket: int) -> None:
+        """Takes note that a bucket's update is done."""
+        if not self.plan.sharded:
+            self._zero(pass_state, bucket)
+        pass_state.complete_update(bucket)
+
+    def _zero(self, pass_state: PassState, bucket: int) -> None:
+        """Zeroes those gradients that the user has zeroed while they were in flight.
+
+        This comes before the state says that the parameters have their values: whoever waits for
+        that looks without a lock, and may read the gradients right then.
+        """
         for param in self.awaiting[bucket]:
             if param.order in pass_state.step.zeroed:
                 param.raw_grad.zero_()

@@ -1,16 +1,19 @@
-"""One pass through a plan: the gradients of one backward pass, from ready to updated.
+"""The state of one pass through a plan: the gradients of one backward pass, from ready to updated.
 
-This is the pure state that a training loop's main thread and a lane share. It knows the rules of
-the static order and nothing of tensors, threads or networks.
+A training loop's main thread and its lane share this state. It knows the rules of the static order
+and nothing of tensors, threads or networks.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
+from enum import IntEnum
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.errors import SoonestError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,27 +23,55 @@ if TYPE_CHECKING:
     from soonest.runtime.timing.step_record import Record
 
 
+class BucketState(IntEnum):
+    """How far a bucket is in one pass. It goes from each state to the next, and skips none."""
+
+    WAITING = 0
+    """At least one of its parameters has no gradient on this rank yet."""
+    READY = 1
+    """All of its gradients are there; none of its ops is issued."""
+    REDUCING = 2
+    """Its first op is issued; its gradients belong to the lane."""
+    REDUCED = 3
+    """Its gradients are the average over all ranks; with a sharded plan, in this rank's part."""
+    UPDATED = 4
+    """The parameters that wait for it are updated; with a sharded plan, this rank's part of it."""
+    GATHERED = 5
+    """Only with a sharded plan: the parts that the other ranks have updated are here, too."""
+
+
+# A name of a module is read in a tenth of the time that a member of an Enum takes.
+WAITING, READY, REDUCING, REDUCED, UPDATED, GATHERED = BucketState
+
+_EVENTS = 20
+"""How many transitions a pass remembers, to tell them when something goes wrong."""
+
+
 class PassState:
     """The state of one pass.
 
+    Threads read ``states`` without a lock: each change is one assignment, made when all that the
+    new state promises is done.
+
     Args:
         number: counts the passes of a training run, from 0.
-        bound_plan: what the lane executes.
+        bound_plan: what the lane executes. Its plan and order of need are all that counts here.
         record: where the lane and the engine note what happened when.
-        local: no gradients are sent; the pass only updates.
+        local: the gradients are not sent, as there was no backward pass: they count as reduced,
+            and only the updates are to be done.
 
     Attributes:
-        missing: per bucket, how many of its parameters have no gradient yet.
+        plan: of the pass.
+        states: per bucket, how far it is.
+        final: the state in which the parameters that wait for a bucket have their values.
         unused: the parameters that have no gradient on this rank.
         kept: by order of the parameter, a copy of the earlier gradient of those to which this
             backward pass added nothing on this rank.
         issued: how many ops of the plan have been issued.
-        combined: how many ops of the plan have been completed, in plan order.
+        completed: how many ops of the plan have been completed, in plan order.
         closed: the backward pass is over.
         step: what ``optimizer.step()`` was called with; None before.
-        reduced: per bucket, whether its gradients are combined.
-        shared: per bucket, whether this rank has updated its part; only where each updates one.
-        updated: per bucket, whether the parameters that wait for it are updated.
+        superseded: a later pass has begun, so that no ``step()`` can come any more.
         whole: this rank has all of the gradients, not only its parts.
         users: says which parameters any rank has used, where ranks have parts of the gradients.
     """
@@ -48,37 +79,37 @@ class PassState:
     def __init__(
         self, number: int, bound_plan: BoundPlan, record: Record, *, local: bool = False
     ) -> None:
-        plan = bound_plan.plan
         self.number = number
         self.bound_plan = bound_plan
+        self.plan: Plan = bound_plan.plan
         self.record = record
         self.local = local
-        self.missing = [0 if local else len(slots) for slots in plan.slots_of]
+        self.final = GATHERED if self.plan.sharded else UPDATED
+        self._missing = [0 if local else len(slots) for slots in self.plan.slots_of]
+        ready = REDUCED if local else READY
+        self.states = [WAITING if missing else ready for missing in self._missing]
+        self._left = len(self.states)  # buckets that are not in their final state
+        self._events: deque[tuple[int, BucketState]] = deque(maxlen=_EVENTS)
         self.unused: set[int] = set()
         self.kept: dict[int, Tensor] = {}
-        self.issued = self.combined = plan.combining if local else 0
+        self.issued = self.completed = self.plan.combining if local else 0
         self.closed = local
         self.step: Any = None
         self.superseded = False
-        self.reduced = bytearray([local] * len(plan.buckets))
-        self.shared = bytearray(len(plan.buckets))
-        self.updated = bytearray(len(plan.buckets))
-        self.whole = not plan.sharded
+        self.whole = not self.plan.sharded
         self.users: Users | None = None
 
     @property
-    def plan(self) -> Plan:
-        return self.bound_plan.plan
-
-    @property
     def in_flight(self) -> int:
-        return self.issued - self.combined
+        return self.issued - self.completed
 
     @property
     def ops(self) -> int:
-        """How many ops of the plan are to be done: without an update there is nothing to share."""
-        unused = self.superseded and self.step is None
-        return self.plan.combining if unused else len(self.plan.ops)
+        """How many ops of the plan are to be done: without an update, nothing is gathered."""
+        unwanted = self.superseded and self.step is None
+        return self.plan.combining if unwanted else len(self.plan.ops)
+
+    # From state to state
 
     def arrived(self, buckets: Sequence[int]) -> bool:
         """Takes note of one more gradient.
@@ -87,13 +118,15 @@ class PassState:
             buckets: those that carry it.
 
         Returns:
-            Whether a bucket became complete.
+            Whether a bucket became ready.
         """
         complete = False
+        missing = self._missing
         for bucket in buckets:
-            self.missing[bucket] -= 1
-            assert self.missing[bucket] >= 0, self.plan.describe(bucket)
-            complete |= not self.missing[bucket]
+            missing[bucket] -= 1
+            if missing[bucket] <= 0:
+                self._move(bucket, READY)
+                complete = True
         return complete
 
     def next_op(self) -> int | None:
@@ -102,96 +135,139 @@ class PassState:
         Ops are issued strictly in the plan's order, so that every rank issues the same sequence
         whatever its timing.
         """
-        ops = self.plan.ops
-        if self.issued >= self.ops or self.in_flight >= self.plan.window:
+        plan, issued, completed = self.plan, self.issued, self.completed
+        in_flight = issued - completed
+        if issued >= self.ops or in_flight >= plan.window:
             return None
-        if self.in_flight and ops[self.issued - 1].alone:
+        if in_flight and plan.ops[issued - 1].alone:
             return None
-        op = ops[self.issued]
-        if self.missing[op.bucket] or self.plan.before[self.issued] >= self.combined:
+        op = plan.ops[issued]
+        state = self.states[op.bucket]
+        if state < READY or plan.before[issued] >= completed:
             return None
-        if op.kind == SHARED_PARAMETERS and not self.shared[op.bucket]:
+        if state < UPDATED and op.kind == SHARED_PARAMETERS:
             return None
-        return self.issued
+        return issued
+
+    def issue_op(self) -> None:
+        """The op that ``next_op`` gave is issued."""
+        if self.plan.before[self.issued] < 0:
+            self._move(self.plan.ops[self.issued].bucket, REDUCING)
+        self.issued += 1
 
     def complete_op(self) -> None:
         """The oldest op in flight is done."""
-        op = self.plan.ops[self.combined]
+        op = self.plan.ops[self.completed]
         if op.kind == SHARED_PARAMETERS:
-            self.bound_plan.zero(self, op.bucket)
-            self.updated[op.bucket] = True
-        elif self.combined in self.plan.reduces:
-            self.reduced[op.bucket] = True
-        self.combined += 1
+            self._move(op.bucket, GATHERED)
+        elif self.completed in self.plan.reduces:
+            self._move(op.bucket, REDUCED)
+        self.completed += 1
 
     def complete_update(self, bucket: int) -> None:
-        """The parameters that wait for a bucket are updated, or this rank's part of them."""
-        if self.plan.sharded:
-            self.shared[bucket] = True
-        else:
-            self.bound_plan.zero(self, bucket)
-            self.updated[bucket] = True
+        """The parameters that wait for a bucket are updated, or this rank's part of the bucket."""
+        self._move(bucket, UPDATED)
+
+    def _move(self, bucket: int, to: BucketState) -> None:
+        """The one way from a state to the next.
+
+        Raises:
+            SoonestError: it is not the next one; the message tells what has happened before.
+        """
+        if to != self.states[bucket] + 1 or to > self.final:
+            raise self._illegal(bucket, to)
+        self._events.append((bucket, to))
+        self.states[bucket] = to
+        if to is self.final:
+            self._left -= 1
+
+    def _illegal(self, bucket: int, to: BucketState) -> SoonestError:
+        events = [
+            f"{BucketState(new - 1).name} to {new.name} (bucket {of})"
+            for of, new in self._events.copy()
+        ]
+        return SoonestError(
+            f"step {self.number}: {self.plan.describe(bucket)} cannot go from "
+            f"{self.states[bucket].name} to {to.name}. This is a mistake in soonest: please report "
+            f"it with this message. Until now: {', '.join(events) or 'nothing'}. It is {self!r}"
+        )
+
+    # What there is to do
 
     def next_update(self) -> int | None:
         """The bucket whose parameters to update now: of those that can be, the first needed."""
         if self.step is None:
             return None
-        return next(self._updatable(), None)
-
-    def _updatable(self) -> Iterator[int]:
+        states = self.states
         for bucket in self.bound_plan.by_need:
-            if self.reduced[bucket] and not self.updated[bucket] and not self.shared[bucket]:
-                yield bucket
+            if states[bucket] is REDUCED:
+                return bucket
+        return None
 
     @property
     def owes(self) -> bool:
         """Whether other ranks wait for ops of this one, whatever happens to it here."""
         sent = self.plan.combining if self.step is None else self.ops
-        return self.closed and self.combined < sent
+        return self.closed and self.completed < sent
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do, or nothing that anybody still wants."""
-        if self.combined < self.ops:
+        if self.completed < self.ops:
             return False
-        return self.superseded if self.step is None else all(self.updated)
+        return self.superseded if self.step is None else not self._left
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to do until the training loop goes on."""
+        if self.step is None and self.completed >= self.plan.combining:
+            return True
+        return self.finished or not self.closed
 
-class PassStates:
-    """Those that are not finished, in order.
+    # In words
 
-    What others wait for is kept alive here. Apart from that, updates matter to nobody but those who
-    may read the parameters, and so a pass lives as long as its bound plan does.
-    """
+    def place(self, bucket: int | None = None) -> str:
+        """What is waited for, in words: a bucket, by default that of the next op to complete."""
+        if bucket is None:
+            bucket = self.plan.ops[min(self.completed, len(self.plan.ops) - 1)].bucket
+        return place(self.plan, self.number, bucket, local=self.local)
 
-    def __init__(self) -> None:
-        self._known: tuple[weakref.ref[PassState], ...] = ()  # replaced, never changed
-        self._owing: tuple[PassState, ...] = ()
+    def where(self) -> str:
+        """Where in this step the training loop is, in words."""
+        if not self.closed:
+            return f"in the backward pass of step {self.number}"
+        if self.step is None:
+            return f"between the backward pass and optimizer.step() of step {self.number}"
+        return f"behind optimizer.step() of step {self.number}"
 
-    def __iter__(self) -> Iterator[PassState]:
-        return (pass_state for known in self._known if (pass_state := known()) is not None)
+    def __repr__(self) -> str:
+        runs: list[str] = []
+        for state, group in groupby(range(len(self.states)), self.states.__getitem__):
+            first, *more = group
+            runs.append(f"{first}{f'-{more[-1]}' if more else ''} {state.name}")
+        return (
+            f"<PassState: step {self.number}, of {len(self.plan.ops)} ops {self.issued} issued and "
+            f"{self.completed} completed, buckets {', '.join(runs)}>"
+        )
 
-    def add(self, pass_state: PassState) -> None:
-        for earlier in self:
-            earlier.superseded = True
-        self._known = (*self._known, weakref.ref(pass_state))
-        pass_state.bound_plan.unfinished.add(pass_state)
-
-    def first(self) -> PassState | None:
-        """The first that is not finished."""
-        for pass_state in self:
-            if not pass_state.finished:
-                return pass_state
-            pass_state.bound_plan.unfinished.discard(pass_state)
-            self._known = tuple(known for known in self._known if known() not in (None, pass_state))
-        return None
-
-    def note_owing(self) -> None:
-        """To be called whenever one may have begun or ceased to owe others something."""
-        self._owing = tuple(pass_state for pass_state in self if pass_state.owes)
-
-    def clear(self) -> None:
-        self._known = self._owing = ()
+    def validate(self) -> None:
+        """Raises AssertionError if counts and states contradict each other; for tests."""
+        plan = self.plan
+        assert 0 <= self.completed <= self.issued <= len(plan.ops), self
+        assert self.in_flight <= plan.window, self
+        for bucket, (state, missing) in enumerate(zip(self.states, self._missing, strict=True)):
+            assert missing >= 0, self
+            assert (state is WAITING) == (missing > 0), self
+            assert state <= self.final, self
+            assert state < UPDATED or self.step is not None, self
+            numbers = [number for number, op in enumerate(plan.ops) if op.bucket == bucket]
+            reducing = [number for number in numbers if plan.ops[number].kind != SHARED_PARAMETERS]
+            assert (state >= REDUCING) == (self.issued > reducing[0]), self
+            assert (state >= REDUCED) == (self.completed > reducing[-1]), self
+            if plan.sharded:
+                assert state >= UPDATED or self.issued <= numbers[-1], self
+                assert (state is GATHERED) == (self.completed > numbers[-1]), self
+        assert self._left == sum(state < self.final for state in self.states), self
 
 
 def place(plan: Plan, step: int, bucket: int, *, local: bool) -> str:

@@ -39,7 +39,7 @@ from soonest.runtime.device.clock import DeviceClock
 from soonest.runtime.device.streams import Event, Stream, Streams
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import read_too_early
-from soonest.runtime.execute.pass_state import PassState, place
+from soonest.runtime.execute.pass_state import REDUCED, PassState, place
 from soonest.runtime.execute.watchdog import Enqueued
 from soonest.runtime.flat.buffers import FlatParam
 from soonest.runtime.guard import modes, pending
@@ -194,8 +194,8 @@ class StreamLane:
                     raise
                 raise self._enqueued.stopped(what(), error) from error
             pass_state.record.op_ended(op)
-            pass_state.issued += 1
-            pass_state.complete_op()
+            pass_state.issue_op()
+            pass_state.bound_plan.complete_op(pass_state)
         mark = self._mark(self._ops)
         self._enqueued.add(mark.event, what)
         return mark
@@ -218,7 +218,7 @@ class StreamLane:
                 except Exception as error:
                     raise self._enqueued.fail(error) from error
                 pass_state.record.update_ended(bucket)
-                pass_state.complete_update(bucket)
+                pass_state.bound_plan.complete_update(pass_state, bucket)
                 marks[bucket] = self._mark(self._updates)
 
     def _keep(self, pass_state: PassState) -> None:
@@ -232,10 +232,8 @@ class StreamLane:
             self._streams.keep(tensor, self._updates)
 
     def zero(self, pass_state: PassState, param: FlatParam) -> Callable[[], None] | None:
-        if (
-            pass_state.step is None
-            or not pass_state.updated[pass_state.bound_plan.last_of[param.order]]
-        ):
+        last = pass_state.bound_plan.last_of[param.order]
+        if pass_state.step is None or pass_state.states[last] < pass_state.final:
             return None
         pass_state.step.zeroed.add(param.order)
         with self._streams.use(self._updates):
@@ -245,13 +243,13 @@ class StreamLane:
     # Landing
 
     def wait(self, pass_state: PassState, bucket: int, *, updated: bool) -> None:
-        if not (pass_state.updated if updated else pass_state.reduced)[bucket]:
+        if pass_state.states[bucket] < (pass_state.final if updated else REDUCED):
             if not pass_state.closed:
                 raise read_too_early(pass_state, bucket)
             self.check()
             raise SoonestError(
-                f"{place(pass_state.plan, pass_state.number, bucket, local=pass_state.local)} was "
-                "read, but has not been sent: restart from a checkpoint"
+                f"{pass_state.place(bucket)} was read, but has not been sent: restart from a "
+                "checkpoint"
             )
         flight = self._flights[pass_state]
         mark = (flight.updated if updated else flight.reduced)[bucket]

@@ -19,7 +19,8 @@ from soonest.runtime.comm import LOOK_S, Running, ended, waiting
 from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.device.threads import PROCESS_ENDS, Helper
 from soonest.runtime.execute.lane import read_too_early
-from soonest.runtime.execute.pass_state import PassState, PassStates, place
+from soonest.runtime.execute.pass_queue import PassQueue
+from soonest.runtime.execute.pass_state import REDUCED, PassState
 from soonest.runtime.guard import modes
 from soonest.runtime.timing.spans import of_bucket, of_op, span
 
@@ -43,7 +44,7 @@ class ThreadLane:
     def __init__(self, *, timeout_s: float, failures: FailureReporter) -> None:
         self._timeout_s = timeout_s
         self._failures = failures
-        self._passes = PassStates()
+        self._passes = PassQueue()
         self._news: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: no more
         # In the order in which they were started.
         self._running: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
@@ -80,28 +81,26 @@ class ThreadLane:
         self._news.put(True)
 
     def zero(self, pass_state: PassState, param: FlatParam) -> Callable[[], None] | None:
+        last = pass_state.bound_plan.last_of[param.order]
         with self._changed:
-            if (
-                pass_state.step is None
-                or pass_state.updated[pass_state.bound_plan.last_of[param.order]]
-            ):
+            if pass_state.step is None or pass_state.states[last] >= pass_state.final:
                 return None
             pass_state.step.zeroed.add(param.order)
             return _nothing
 
     def wait(self, pass_state: PassState, bucket: int, *, updated: bool) -> None:
-        done = pass_state.updated if updated else pass_state.reduced
-        if done[bucket]:
+        states, enough = pass_state.states, pass_state.final if updated else REDUCED
+        if states[bucket] >= enough:
             return
         if not pass_state.closed:
             raise read_too_early(pass_state, bucket)
         began_at = time.monotonic()
         with span(of_bucket, "wait for", pass_state.plan, bucket), self._updates_here() as here:
             here = here and updated
-            while not done[bucket]:
+            while states[bucket] < enough:
                 self.check()
                 if not (here and self._update()):
-                    self._wait_for_news_until(lambda: bool(done[bucket]), here=here)
+                    self._wait_for_news_until(lambda: states[bucket] >= enough, here=here)
                 self._give_up_in_time(began_at, pass_state, bucket)
 
     def spread(self, used: Iterable[Tensor] = ()) -> None: ...
@@ -119,24 +118,21 @@ class ThreadLane:
         over_at = time.monotonic() + limit_s
         if self._wait_all(over_at):
             return None
-        pass_state = next((r for r in self._passes if not self._settled(r)), None)
-        return self._place(pass_state) if pass_state else "what is in flight"
+        pass_state = self._passes.unsettled
+        return pass_state.place() if pass_state else "what is in flight"
 
     def _wait_all(self, over_at: float | None) -> bool:
         """Whether all is done, by a point in time if there is one."""
         began_at = time.monotonic()
         with self._updates_here() as here:
-            while not self._all_settled():
+            while self._passes.unsettled is not None:
                 self.check()
                 if not (here and self._update()):
-                    self._wait_for_news_until(self._all_settled, here=here)
+                    self._wait_for_news_until(lambda: self._passes.unsettled is None, here=here)
                 if over_at is not None and time.monotonic() > over_at:
-                    return self._all_settled()
-                if (
-                    pass_state := next((r for r in self._passes if not self._settled(r)), None)
-                ) is None:
-                    continue
-                self._give_up_in_time(began_at, pass_state)
+                    return self._passes.unsettled is None
+                if (pass_state := self._passes.unsettled) is not None:
+                    self._give_up_in_time(began_at, pass_state)
         if self._error is not None:  # then there is nothing left to wait for
             self.check()
         return True
@@ -148,7 +144,7 @@ class ThreadLane:
         idle_s = time.monotonic() - max(began_at, self._progressed_at)
         if idle_s <= self._timeout_s + LOOK_S or self._blaming:
             return
-        what = self._place(pass_state, bucket)
+        what = pass_state.place(bucket)
         late = TimeoutError(f"nothing has moved for {idle_s:.0f} s")
         self.fail(self._failures.failed(what, "could not be combined over the ranks", late))
         self.check()
@@ -174,18 +170,9 @@ class ThreadLane:
     def _wait_for_news_until(self, over: Callable[[], bool], *, here: bool) -> None:
         """Waits, unless it is over by now or there is something to update here."""
         with self._changed:
-            if not over() and not (here and self._next_update()):
+            if not over() and not (here and self._passes.next_update()):
                 with waiting():
                     self._changed.wait(LOOK_S)
-
-    def _all_settled(self) -> bool:
-        return all(self._settled(pass_state) for pass_state in self._passes)
-
-    @staticmethod
-    def _settled(pass_state: PassState) -> bool:
-        if pass_state.step is None and pass_state.combined >= pass_state.plan.combining:
-            return True
-        return pass_state.finished or not pass_state.closed
 
     def close(self) -> None:
         self._over.set()
@@ -227,10 +214,10 @@ class ThreadLane:
 
     def _complete(self, running: Running) -> bool:
         """Waits for the oldest op in flight; False if it is still so after a while."""
-        pass_state = next((r for r in self._passes if r.in_flight), None)
+        pass_state = self._passes.in_flight
         if pass_state is None:  # all was taken away from here: something failed
             return False
-        op = pass_state.combined
+        op = pass_state.completed
         try:
             with span(of_op, pass_state.plan, op):
                 while running.work is not None:
@@ -241,7 +228,7 @@ class ThreadLane:
             raise self._stopped(pass_state, error) from error
         pass_state.record.op_ended(op)
         with self._changed:
-            pass_state.complete_op()
+            pass_state.bound_plan.complete_op(pass_state)
             self._passes.note_owing()
             self._changed.notify_all()
         self._progressed_at = time.monotonic()
@@ -253,11 +240,12 @@ class ThreadLane:
 
     def _look_around(self) -> None:
         """Ends the lane if another rank has found out that somebody is lost."""
-        pass_state = next((r for r in self._passes if r.in_flight), None)
+        pass_state = self._passes.in_flight
         if pass_state is None:
-            self._failures.answer(self._where())
+            latest = self._latest() if self._latest is not None else None
+            self._failures.answer("not in a step" if latest is None else latest.where())
             return
-        what = self._place(pass_state)
+        what = pass_state.place()
         who = None if self._blaming else self._failures.blame(what, False)
         if who is not None:
             raise PeerLostError(f"{what} will not be combined over the ranks: {who}")
@@ -265,31 +253,12 @@ class ThreadLane:
     def _stopped(self, pass_state: PassState, error: Exception) -> SoonestError:
         self._blaming = True
         how = "could not be combined over the ranks"
-        return self._failures.failed(self._place(pass_state), how, error)
-
-    @staticmethod
-    def _place(pass_state: PassState, bucket: int | None = None) -> str:
-        """What is waited for, in words: by default what comes next."""
-        if bucket is None:
-            op = min(pass_state.combined, len(pass_state.plan.ops) - 1)
-            bucket = pass_state.plan.ops[op].bucket
-        return place(pass_state.plan, pass_state.number, bucket, local=pass_state.local)
-
-    def _where(self) -> str:
-        """Where the training loop is, in words."""
-        pass_state = self._latest() if self._latest is not None else None
-        if pass_state is None:
-            return "not in a step"
-        if not pass_state.closed:
-            return f"in the backward pass of step {pass_state.number}"
-        if pass_state.step is None:
-            return f"between the backward pass and optimizer.step() of step {pass_state.number}"
-        return f"behind optimizer.step() of step {pass_state.number}"
+        return self._failures.failed(pass_state.place(), how, error)
 
     def _issue(self) -> bool:
         """Starts the next op; False if that cannot be yet."""
         with self._issuing:
-            found = self._next_op()
+            found = self._passes.next_op()
             if found is None:
                 return False
             pass_state, op = found
@@ -299,19 +268,15 @@ class ThreadLane:
                     running = pass_state.bound_plan.issue(pass_state, op)
             except RuntimeError as error:
                 raise self._stopped(pass_state, error) from error
-            pass_state.issued += 1
+            pass_state.issue_op()
             self._running.put(running)
             return True
-
-    def _next_op(self) -> tuple[PassState, int] | None:
-        pass_state = next((r for r in self._passes if r.issued < r.ops), None)
-        op = pass_state.next_op() if pass_state is not None else None
-        return None if pass_state is None or op is None else (pass_state, op)
 
     def _update(self) -> bool:
         """Updates the parameters needed first among those that can be; False if there are none."""
         with self._updating, torch._C.DisableTorchFunctionSubclass(), modes.usual():
-            found = self._next_update()
+            with self._changed:
+                found = self._passes.next_update()
             if found is None:
                 return False
             pass_state, bucket = found
@@ -324,18 +289,12 @@ class ThreadLane:
                 self.check()
             pass_state.record.update_ended(bucket)
             with self._changed:
-                pass_state.complete_update(bucket)
+                pass_state.bound_plan.complete_update(pass_state, bucket)
                 self._changed.notify_all()
         if pass_state.plan.sharded:  # what is updated can be shared now
             self._news.put(True)
         self._progressed_at = time.monotonic()
         return True
-
-    def _next_update(self) -> tuple[PassState, int] | None:
-        with self._changed:
-            pass_state = self._passes.first()
-            bucket = pass_state.next_update() if pass_state is not None else None
-            return None if pass_state is None or bucket is None else (pass_state, bucket)
 
     def fail(self, error: Exception) -> None:
         known = (
