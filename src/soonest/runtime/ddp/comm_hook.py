@@ -131,7 +131,7 @@ class HookLane:
                 pass_state.record.op_ended(op)
                 pass_state.complete_op()
             self._called = []
-            pass_state.bound_plan.note_users(pass_state, together=self._counting)
+            pass_state.bound_plan.usage.write_sums(pass_state, ranks_differ=self._counting)
             for bucket in range(len(pass_state.plan.buckets)):
                 pass_state.bound_plan.put_back(pass_state, bucket)
 

@@ -319,7 +319,7 @@ class Reducer:
         if self.engine is not None:
             self.engine.flush()
             for param in self.engine.layout.params:
-                counts[self._index_of[param.name]] = self.engine.bound_plan.users_of(param)
+                counts[self._index_of[param.name]] = self.engine.bound_plan.usage.users_of(param)
         return counts
 
     def _remove_autograd_hooks(self) -> None:
@@ -348,7 +348,7 @@ class Reducer:
         self._skip_unused = False
         engine.flush()
         params = engine.layout.params
-        unused = [m.name for m in params if not engine.bound_plan.users_of(m)]
+        unused = [m.name for m in params if not engine.bound_plan.usage.users_of(m)]
         if not unused:
             return False
         self._without |= set(unused)

@@ -268,7 +268,7 @@ class InFlight:
         """Its gradient is reduced: now it shows whether any rank had one."""
         self.unknown.discard(param.order)
         with pending.DisableGuard():
-            if param.parameter.grad is None and self._bound_plan.used_anywhere(param):
+            if param.parameter.grad is None and self._bound_plan.usage.used_anywhere(param):
                 param.parameter.grad = param.grad
 
     def _zero(self, param: FlatParam) -> None:
