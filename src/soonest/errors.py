@@ -14,4 +14,4 @@ class PeerLostError(SoonestError):
 
 
 class ReadTooEarlyError(SoonestError):
-    """A gradient was read inside the backward pass, before it could be combined over the ranks."""
+    """A gradient was read inside the backward pass, before it could be reduced over the ranks."""

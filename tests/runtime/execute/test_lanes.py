@@ -377,7 +377,7 @@ def test_buffers_that_land_on_one_stream_are_there_for_all(spreads: bool) -> Non
         with watched(streams, *model.buffers()):
             lane.wait_all()
             lane.enter()
-            lane._see_user()
+            lane._order.see_user()
             buffers.share(0)
             streams.follow(side, streams.main)
             with streams.use(side):

@@ -41,9 +41,9 @@ LIMITS = {
     "comm.failures._missing time.sleep": "its deadline",
     "execute.stream_lane._enqueue_ops self._streams.wait": _DEVICE,
     "execute.stream_lane._run_op running.work.wait": _DEVICE,
-    "execute.stream_lane.spread self._streams.wait": _DEVICE,
-    "execute.stream_lane._follow self._streams.wait": _DEVICE,
-    "execute.stream_lane._wait_for_now self._streams.wait": _DEVICE,
+    "execute.stream_order.spread self._streams.wait": _DEVICE,
+    "execute.stream_order.follow self._streams.wait": _DEVICE,
+    "execute.stream_order.follow_user self._streams.wait": _DEVICE,
     "execute.stream_lane._drain self._enqueued.drain": "its limit, or the time-out",
     "execute.thread_lane._start_ops self._news.get": (
         "``close`` and ``fail``, which put an end there"

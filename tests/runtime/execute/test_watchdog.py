@@ -9,6 +9,7 @@ import pytest
 
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime.execute import watchdog
+from soonest.runtime.execute.lane_failure import LaneFailure
 from soonest.runtime.execute.watchdog import Enqueued
 
 
@@ -55,8 +56,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Any:
     time, failures = Time(), FailureReporter()
     monkeypatch.setattr(watchdog, "time", time)
     given: Any = failures
-    found = Enqueued(timeout_s=60, failures=given, broken=lambda: None)
-    return SimpleNamespace(time=time, failures=failures, enqueued=found)
+    failure = LaneFailure(given, lambda: found.clear())
+    found = Enqueued(timeout_s=60, failure=failure, broken=lambda: None)
+    return SimpleNamespace(time=time, failures=failures, failure=failure, enqueued=found)
 
 
 def add(world: Any, name: str, at_s: float) -> None:
@@ -92,7 +94,7 @@ def test_others_are_asked_once_a_second_about_what_takes_long(world: Any) -> Non
     assert set(world.failures.asked) == {("bucket 7", False)}
     world.failures.given_up = "rank 2 failed"
     world.time.now_s += 1.5
-    with pytest.raises(PeerLostError, match=r"bucket 7 will not be combined.*: rank 2 failed"):
+    with pytest.raises(PeerLostError, match=r"bucket 7 will not be reduced.*: rank 2 failed"):
         world.enqueued.look()
     assert world.failures.told == []  # the others know
 
@@ -109,7 +111,7 @@ def test_after_the_timeout_it_is_an_error_for_good(world: Any) -> None:
 
 
 def test_what_is_wrong_here_is_told_to_the_others(world: Any) -> None:
-    known = world.enqueued.fail(KeyError("boom"))
+    known = world.failure.fail(KeyError("boom"))
     assert str(known) == "an update failed: KeyError('boom')"
     assert world.failures.told == [str(known)]
     with pytest.raises(SoonestError, match="boom"):
@@ -132,6 +134,6 @@ def test_it_can_be_waited_for_until_a_limit(world: Any) -> None:
 
 def test_waiting_for_it_does_not_hang(world: Any) -> None:
     add(world, "op", 10_000)
-    with pytest.raises(PeerLostError, match="op could not be combined"):
+    with pytest.raises(PeerLostError, match="op could not be reduced"):
         world.enqueued.drain()
     assert world.time.now_s < 170

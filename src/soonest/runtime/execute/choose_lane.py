@@ -1,4 +1,4 @@
-"""What depends on the device that a model is on."""
+"""Which lane a model gets: that depends on the device that it is on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def lane_for(group: Group, device: torch.device, failures: FailureReporter) -> L
     """The lane for a model on this device.
 
     Args:
-        group: over which to combine.
+        group: over which gradients are reduced.
         device: of all buffers.
-        failures: the other ranks.
+        failures: asks the other ranks who is at fault, and tells them what is wrong here.
     """
     timeout_s = groups.timeout_of(group)
     if device.type == "cpu":
@@ -29,7 +29,7 @@ def lane_for(group: Group, device: torch.device, failures: FailureReporter) -> L
 
 
 def has_lane(device: torch.device) -> bool:
-    """Whether there is one for a device of this type."""
+    """Whether there is a lane for a device of this type."""
     if device.type == "cpu":
         return True
     here = torch.accelerator.current_accelerator()
@@ -38,11 +38,11 @@ def has_lane(device: torch.device) -> bool:
 
 
 def check_group(group: Group, device: torch.device) -> None:
-    """Raises ValueError if a group cannot combine what is on this device."""
+    """Raises ValueError if a group cannot reduce what is on this device."""
     backends = dist.get_backend_config(group)
     if f"{device.type}:" not in backends:
         raise ValueError(
-            f"the model is on {device}, but the process group combines only what is on "
+            f"the model is on {device}, but the process group reduces only what is on "
             f"{backends.replace(':', ' (by ').replace(',', '), ')}): give "
             "init_process_group() a backend for it"
         )

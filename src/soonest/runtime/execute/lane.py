@@ -1,4 +1,7 @@
-"""What executes the ops of a plan, in order."""
+"""What a lane is: it executes the ops of a plan in order, and lets others wait for them.
+
+There is one on threads, one on streams, and one that calls a communication hook of the user's.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Lane(Protocol):
 
     @property
     def clock(self) -> DeviceClock | None:
-        """Of the device that it lets work; None if that is the host."""
+        """The clock of the device that does the work; None if that is the host."""
         ...
 
     def begin(self, pass_state: PassState) -> None:
@@ -52,7 +55,7 @@ class Lane(Protocol):
         ...
 
     def wait(self, pass_state: PassState, bucket: int, *, updated: bool) -> None:
-        """Returns when a bucket is combined or, with ``updated``, its parameters are updated.
+        """Returns when a bucket is reduced or, with ``updated``, its parameters have their values.
 
         Raises:
             SoonestError: that will not happen; the message says why.
@@ -64,7 +67,10 @@ class Lane(Protocol):
         ...
 
     def waits_for(self, limit_s: float) -> str | None:
-        """As ``wait_all``, but not for longer than so many seconds.
+        """Waits as ``wait_all`` does, but not for longer than a limit.
+
+        Args:
+            limit_s: seconds.
 
         Returns:
             What is not done then, in words; None if all is.
@@ -72,10 +78,10 @@ class Lane(Protocol):
         ...
 
     def spread(self, used: Iterable[Tensor] = ()) -> None:
-        """What was done just now, outside of the lane, has happened for all who read it.
+        """Makes work on the current stream, outside of the lane, visible to all user streams.
 
         Args:
-            used: by it, and perhaps freed right away.
+            used: by that work, and perhaps freed right away.
         """
         ...
 
@@ -93,13 +99,13 @@ class Lane(Protocol):
 
     @property
     def error(self) -> SoonestError | None:
-        """What ended the lane."""
+        """What ended the lane; None if nothing has."""
         ...
 
 
 def read_too_early(pass_state: PassState, bucket: int) -> ReadTooEarlyError:
-    """What is wrong with waiting for a bucket of a backward pass that still goes on."""
+    """The error of whoever waits for a bucket of a backward pass that still goes on."""
     return ReadTooEarlyError(
         f"a gradient in {pass_state.plan.describe(bucket)} was read inside the backward pass, "
-        "where it is not combined over the ranks yet: read it after backward() has returned"
+        "where it is not reduced over the ranks yet: read it after backward() has returned"
     )

@@ -18,6 +18,7 @@ class PassQueue:
     def __init__(self) -> None:
         self._known: tuple[weakref.ref[PassState], ...] = ()  # replaced, never changed
         self._owing: tuple[PassState, ...] = ()
+        self._latest: weakref.ref[PassState] | None = None
 
     def __iter__(self) -> Iterator[PassState]:
         return (pass_state for known in self._known if (pass_state := known()) is not None)
@@ -28,7 +29,8 @@ class PassQueue:
     def add(self, pass_state: PassState) -> None:
         for earlier in self:
             earlier.superseded = True
-        self._known = (*self._known, weakref.ref(pass_state))
+        self._latest = weakref.ref(pass_state)
+        self._known = (*self._known, self._latest)
         pass_state.bound_plan.unfinished.add(pass_state)
 
     def _first(self) -> PassState | None:
@@ -61,6 +63,11 @@ class PassQueue:
     def unsettled(self) -> PassState | None:
         """The first for which something is left to do before the training loop goes on."""
         return next((p for p in self if not p.settled), None)
+
+    def where(self) -> str:
+        """Where the training loop is, in words."""
+        latest = self._latest() if self._latest is not None else None
+        return "not in a step" if latest is None else latest.where()
 
     def note_owing(self) -> None:
         """To be called whenever one may have begun or ceased to owe others something."""

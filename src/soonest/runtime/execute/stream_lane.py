@@ -10,8 +10,8 @@ on which the user computes:
 - an update waits for its bucket's op, and for all that the user had enqueued before ``step()``;
 - whoever reads or overwrites a tensor in flight waits for the op or update that it is in.
 
-So to land is to let streams wait: the current one, and all others that the user has been seen to
-compute on, as what has landed is no longer guarded.
+So to wait for a tensor is to let streams wait: the current one, and all others that the user has
+been seen to compute on, as a tensor is no longer guarded once somebody has waited for it.
 
 Memory is safe without further care: buffers live until the host has seen the end of all that uses
 them; temporaries are made and used on one stream, and what a backend uses on a stream of its own it
@@ -26,7 +26,6 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,55 +38,51 @@ from soonest.runtime.device.clock import DeviceClock
 from soonest.runtime.device.streams import Event, Stream, Streams
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import read_too_early
-from soonest.runtime.execute.pass_state import REDUCED, PassState, place
+from soonest.runtime.execute.lane_failure import LaneFailure
+from soonest.runtime.execute.pass_state import (
+    GATHERED,
+    REDUCED,
+    UPDATED,
+    BucketState,
+    PassState,
+    place,
+)
+from soonest.runtime.execute.stream_order import Mark, StreamOrder
 from soonest.runtime.execute.watchdog import Enqueued
 from soonest.runtime.flat.buffers import FlatParam
 from soonest.runtime.guard import modes, pending
 from soonest.runtime.timing.spans import of_bucket, of_op, span
 
 
-class _Mark(NamedTuple):
-    """A point in one of the lane's streams.
-
-    Args:
-        stream: which one.
-        number: how many marks of it came before.
-        event: the point.
-    """
-
-    stream: Stream
-    number: int
-    event: Event
-
-
 class _Flight:
-    """Where a pass is on the streams.
+    """How far a pass is on the streams of the device, which run behind the host.
 
     Args:
         buckets: how many.
 
     Attributes:
         producers: per bucket, the streams on which its gradients are produced.
-        reduced, shared, updated: per bucket, the point at which this is so; None before it is
-            enqueued, and where nothing needs to be waited for.
+        marks: per state and bucket, the point at which the device gets the bucket there; None
+            before that is enqueued, and where nothing needs to be waited for. The host's own
+            ``PassState.states`` says only what is enqueued.
         stepped: the updates have been enqueued.
     """
 
     def __init__(self, buckets: int) -> None:
         self.producers: list[dict[Stream, None]] = [{} for _ in range(buckets)]
-        self.reduced: list[_Mark | None] = [None] * buckets
-        self.shared: list[_Mark | None] = [None] * buckets
-        self.updated: list[_Mark | None] = [None] * buckets
+        self.marks: dict[BucketState, list[Mark | None]] = {
+            state: [None] * buckets for state in (REDUCED, UPDATED, GATHERED)
+        }
         self.stepped = False
 
 
 class StreamLane:
-    """A lane for devices with streams.
+    """The lane of a device with streams: it enqueues ops on one stream and updates on another.
 
     Args:
         streams: of the device.
-        timeout_s: how long nothing may come to an end that has been enqueued.
-        failures: the other ranks.
+        timeout_s: how long nothing may come to an end that has been enqueued, seconds.
+        failures: asks the other ranks who is at fault, and tells them what is wrong here.
         broken: says what the backend knows to have failed; None if nothing has.
     """
 
@@ -101,12 +96,10 @@ class StreamLane:
     ) -> None:
         self._streams = streams
         self.clock = DeviceClock(streams)
-        self._enqueued = Enqueued(timeout_s=timeout_s, failures=failures, broken=broken)
+        self._order = StreamOrder(streams)
+        self._failure = LaneFailure(failures, self._drop)
+        self._enqueued = Enqueued(timeout_s=timeout_s, failure=self._failure, broken=broken)
         self._ops, self._updates = streams.make(), streams.make()
-        self._last: dict[Stream, _Mark] = {}
-        # By stream that waits and stream of the lane: up to which mark it has waited.
-        self._reached: dict[tuple[Stream, Stream], int] = {}
-        self._users: tuple[Stream, ...] = ()  # replaced, never changed: any thread may read
         # Neither keeps alive a training that nobody refers to any more; only its memory, while the
         # device may still use that.
         self._pass_state: weakref.ref[PassState] | None = None
@@ -114,12 +107,16 @@ class StreamLane:
         self._memory: list[Tensor] = []
         self._flights: weakref.WeakKeyDictionary[PassState, _Flight] = weakref.WeakKeyDictionary()
 
+    def __repr__(self) -> str:
+        pass_state = self._pass_state() if self._pass_state is not None else None
+        return f"<StreamLane: {pass_state or 'no pass'}, {self._enqueued!r}>"
+
     @property
     def error(self) -> SoonestError | None:
-        return self._enqueued.error
+        return self._failure.error
 
     def begin(self, pass_state: PassState) -> None:
-        self._see_user()
+        self._order.see_user()
         if self._pass_state is not None and (earlier := self._pass_state()) is not None:
             earlier.superseded = True
         if self._bound_plan is None or self._bound_plan() is not pass_state.bound_plan:
@@ -130,10 +127,10 @@ class StreamLane:
         self._flights[pass_state] = _Flight(len(pass_state.plan.buckets))
 
     def enter(self) -> None:
-        self._refuse_graphs()
+        self._order.refuse_graphs()
 
     def ready(self, pass_state: PassState, buckets: Sequence[int]) -> None:
-        producer = self._see_user()
+        producer = self._order.see_user()
         flight = self._flights[pass_state]
         for bucket in buckets:
             flight.producers[bucket][producer] = None
@@ -142,7 +139,7 @@ class StreamLane:
         pass_state = self._pass_state() if self._pass_state is not None else None
         if pass_state is None or self.error is not None:
             return
-        # Held tensors belong to the user; what passes here is always taken as it is.
+        # Pending tensors wait when they are used, but what is used here is what they wait for.
         with torch._C.DisableTorchFunctionSubclass():
             flight = self._flights[pass_state]
             self._enqueue_ops(pass_state, flight)
@@ -163,15 +160,15 @@ class StreamLane:
                     if stream not in produced:
                         produced[stream] = self._streams.record(stream)
                         self._streams.wait(self._ops, produced[stream])
-            if (updated := flight.shared[bucket]) is not None:
-                self._follow(self._ops, updated)
+            if (updated := flight.marks[UPDATED][bucket]) is not None:
+                self._order.follow(self._ops, updated)
             mark = self._run_op(pass_state, op)
             if pass_state.plan.ops[op].kind == SHARED_PARAMETERS:
-                flight.updated[bucket] = mark
+                flight.marks[GATHERED][bucket] = mark
             elif op in pass_state.plan.reduces:
-                flight.reduced[bucket] = mark
+                flight.marks[REDUCED][bucket] = mark
 
-    def _run_op(self, pass_state: PassState, op: int) -> _Mark:
+    def _run_op(self, pass_state: PassState, op: int) -> Mark:
         plan, number = pass_state.plan, pass_state.number
         what = partial(place, plan, number, plan.ops[op].bucket, local=pass_state.local)
         with self._streams.use(self._ops):
@@ -185,44 +182,44 @@ class StreamLane:
                         running.work.wait()
                         running.go_on()
             except torch.OutOfMemoryError as error:  # no other rank is at fault
-                raise self._enqueued.fail(
-                    SoonestError(f"{what()} was not sent: {error}")
-                ) from error
+                raise self._failure.fail(SoonestError(f"{what()} was not sent: {error}")) from error
             except RuntimeError as error:
                 if is_from_handler(error):
-                    self._enqueued.fail(SoonestError(f"{what()} was interrupted: {error}"))
+                    self._failure.fail(SoonestError(f"{what()} was interrupted: {error}"))
                     raise
-                raise self._enqueued.stopped(what(), error) from error
+                raise self._failure.not_reduced(what(), error) from error
             pass_state.record.op_ended(op)
             pass_state.issue_op()
             pass_state.bound_plan.complete_op(pass_state)
-        mark = self._mark(self._ops)
+        mark = self._order.mark(self._ops)
         self._enqueued.add(mark.event, what)
         return mark
 
     # Updates
 
     def _enqueue_updates(self, pass_state: PassState, flight: _Flight) -> None:
-        """What is needed first comes first: in the plan's order that would often be the last."""
-        self._wait_for_now(self._updates)
+        """Enqueues all updates, what the forward pass needs first in front.
+
+        In the order of ops, what is needed first would often be the last.
+        """
+        self._order.follow_user(self._updates)
         self._keep(pass_state)
-        marks = flight.shared if pass_state.plan.sharded else flight.updated
         with self._streams.use(self._updates), modes.usual():
             for bucket in pass_state.bound_plan.by_need:
-                if (reduced := flight.reduced[bucket]) is not None:
-                    self._follow(self._updates, reduced)
+                if (reduced := flight.marks[REDUCED][bucket]) is not None:
+                    self._order.follow(self._updates, reduced)
                 pass_state.record.update_started(bucket)
                 try:
                     with span(of_bucket, "update", pass_state.plan, bucket):
                         pass_state.bound_plan.update(pass_state, bucket)
                 except Exception as error:
-                    raise self._enqueued.fail(error) from error
+                    raise self._failure.fail(error) from error
                 pass_state.record.update_ended(bucket)
                 pass_state.bound_plan.complete_update(pass_state, bucket)
-                marks[bucket] = self._mark(self._updates)
+                flight.marks[UPDATED][bucket] = self._order.mark(self._updates)
 
     def _keep(self, pass_state: PassState) -> None:
-        """Protects the memory of what the updates are given from outside."""
+        """Keeps the memory of what the updates are given from outside until they have run."""
         call, updater = pass_state.step, pass_state.bound_plan.updater
         given = [call.attributes, call.groups, list(call.gradients.values())]
         if updater.state is not updater.seen_state:  # the user has loaded another
@@ -238,12 +235,13 @@ class StreamLane:
         pass_state.step.zeroed.add(param.order)
         with self._streams.use(self._updates):
             param.raw_grad.zero_()
-        return partial(self._land, self._mark(self._updates))
+        return partial(self._order.users_follow, self._order.mark(self._updates))
 
-    # Landing
+    # Waiting
 
     def wait(self, pass_state: PassState, bucket: int, *, updated: bool) -> None:
-        if pass_state.states[bucket] < (pass_state.final if updated else REDUCED):
+        enough = pass_state.final if updated else REDUCED
+        if pass_state.states[bucket] < enough:
             if not pass_state.closed:
                 raise read_too_early(pass_state, bucket)
             self.check()
@@ -251,78 +249,29 @@ class StreamLane:
                 f"{pass_state.place(bucket)} was read, but has not been sent: restart from a "
                 "checkpoint"
             )
-        flight = self._flights[pass_state]
-        mark = (flight.updated if updated else flight.reduced)[bucket]
-        if mark is not None:
-            self._land(mark)
+        if (mark := self._flights[pass_state].marks[enough][bucket]) is not None:
+            self._order.users_follow(mark)
 
     def wait_all(self) -> None:
         if self.error is not None:
             self.check()
-        for mark in self._last.values():
-            self._land(mark)
+        self._order.users_follow_all()
 
     def spread(self, used: Iterable[Tensor] = ()) -> None:
-        current = self._see_user()
-        others = [stream for stream in self._users if stream != current]
-        if others:
-            self._refuse_graphs()
-            now = self._streams.record(current)
-            for stream in others:
-                self._streams.wait(stream, now)
-        for tensor in used:
-            self._streams.keep(tensor, current)
-
-    def _land(self, mark: _Mark) -> None:
-        self._see_user()
-        for stream in self._users:
-            self._follow(stream, mark)
-
-    def _follow(self, stream: Stream, mark: _Mark) -> None:
-        """Lets a stream wait for a mark, unless it has waited for that or for a later one."""
-        way = (stream, mark.stream)
-        if self._reached.get(way, -1) < mark.number:
-            self._refuse_graphs()
-            self._streams.wait(stream, mark.event)
-            self._reached[way] = mark.number
-
-    def _mark(self, stream: Stream) -> _Mark:
-        before = self._last.get(stream)
-        number = 0 if before is None else before.number + 1
-        mark = self._last[stream] = _Mark(stream, number, self._streams.record(stream))
-        return mark
-
-    def _see_user(self) -> Stream:
-        """The current stream, which from now on waits for all that lands."""
-        current = self._streams.current()
-        if current not in self._users:
-            self._users = (*self._users, current)
-            for mark in self._last.values():  # some of it may have landed elsewhere already
-                self._follow(current, mark)
-        return current
-
-    def _wait_for_now(self, stream: Stream) -> None:
-        """Lets a stream of the lane wait for all that is enqueued on the user's current one."""
-        current = self._see_user()
-        self._streams.wait(stream, self._streams.record(current))
+        self._order.spread(used)
 
     # What may fail
 
     def check(self) -> None:
         if self.error is None:
-            self._refuse_graphs()
+            self._order.refuse_graphs()
         self._enqueued.look()
 
     def fail(self, error: Exception) -> None:
-        self._enqueued.fail(error)
+        self._failure.fail(error)
 
-    def _refuse_graphs(self) -> None:
-        if self._streams.capturing():
-            raise SoonestError(
-                "a graph of the device's operations is being captured, and when it runs again "
-                "nothing in it would wait for parameters that are still on their way: train "
-                "without graphs, or detach() the handle before"
-            )
+    def _drop(self) -> None:
+        self._enqueued.clear()
 
     # The end
 
@@ -332,8 +281,8 @@ class StreamLane:
 
     def _drain(self, limit_s: float = math.inf) -> str | None:
         """Lets the host wait until nothing is under way; never in a step of training."""
-        if self._updates in self._last:
-            self._enqueued.add(self._last[self._updates].event, lambda: "an update")
+        if (last := self._order.last(self._updates)) is not None:
+            self._enqueued.add(last.event, lambda: "an update")
         return self._enqueued.drain(limit_s)
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,11 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from soonest.errors import PeerLostError, SoonestError
+from soonest.errors import SoonestError
 from soonest.runtime.comm import LOOK_S, Running, ended, waiting
 from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.device.threads import PROCESS_ENDS, Helper
 from soonest.runtime.execute.lane import read_too_early
+from soonest.runtime.execute.lane_failure import LaneFailure
 from soonest.runtime.execute.pass_queue import PassQueue
 from soonest.runtime.execute.pass_state import REDUCED, PassState
 from soonest.runtime.guard import modes
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 
 class ThreadLane:
-    """One thread starts gloo's asynchronous ops, another waits for their ends.
+    """The lane of the CPU: one thread starts gloo's asynchronous ops, another waits for their ends.
 
     Updates run in the thread that waits for them, or in the starting one where that one cannot. A
     third looks whether another rank has given up, and lets such a rank know where this one is.
 
     Args:
-        timeout_s: how long to wait without any progress; an op's own timeout comes before.
-        failures: the other ranks.
+        timeout_s: how long to wait without any progress, seconds; an op's own timeout comes before.
+        failures: asks the other ranks who is at fault, and tells them what is wrong here.
     """
 
     clock = None
 
     def __init__(self, *, timeout_s: float, failures: FailureReporter) -> None:
         self._timeout_s = timeout_s
-        self._failures = failures
+        self._failure = LaneFailure(failures, self._drop)
         self._passes = PassQueue()
         self._news: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: no more
         # In the order in which they were started.
@@ -52,24 +52,24 @@ class ThreadLane:
         self._issuing = threading.Lock()
         self._updating = threading.Lock()
         self._delegated = 0
-        self._latest: weakref.ref[PassState] | None = None
         self._progressed_at = time.monotonic()
         self._over = threading.Event()
-        self._blaming = False
-        self._error: SoonestError | None = None
         runs = {"start": self._start_ops, "end": self._end_ops, "watch": self._watch}
         self._threads = [
-            Helper(partial(self._run, run), name, self._let_go) for name, run in runs.items()
+            Helper(partial(self._run, run), name, failures.cut_connections)
+            for name, run in runs.items()
         ]
+
+    def __repr__(self) -> str:
+        return f"<ThreadLane: passes {self._passes!r}>"
 
     @property
     def error(self) -> SoonestError | None:
-        return self._error
+        return self._failure.error
 
     def begin(self, pass_state: PassState) -> None:
         with self._changed:
             self._passes.add(pass_state)
-            self._latest = weakref.ref(pass_state)
 
     def enter(self) -> None: ...
 
@@ -106,8 +106,7 @@ class ThreadLane:
     def spread(self, used: Iterable[Tensor] = ()) -> None: ...
 
     def check(self) -> None:
-        if self._error is not None:
-            raise type(self._error)(*self._error.args)
+        self._failure.check()
         if not all(thread.is_alive() for thread in self._threads):
             raise SoonestError("a thread that communicates has ended, so nothing can arrive")
 
@@ -133,8 +132,7 @@ class ThreadLane:
                     return self._passes.unsettled is None
                 if (pass_state := self._passes.unsettled) is not None:
                     self._give_up_in_time(began_at, pass_state)
-        if self._error is not None:  # then there is nothing left to wait for
-            self.check()
+        self._failure.check()  # after a failure nothing is left to wait for
         return True
 
     def _give_up_in_time(
@@ -142,11 +140,10 @@ class ThreadLane:
     ) -> None:
         """Ends the lane if nothing has moved for too long; what ends its own waits comes before."""
         idle_s = time.monotonic() - max(began_at, self._progressed_at)
-        if idle_s <= self._timeout_s + LOOK_S or self._blaming:
+        if idle_s <= self._timeout_s + LOOK_S or self._failure.is_asking:
             return
-        what = pass_state.place(bucket)
         late = TimeoutError(f"nothing has moved for {idle_s:.0f} s")
-        self.fail(self._failures.failed(what, "could not be combined over the ranks", late))
+        self._failure.not_reduced(pass_state.place(bucket), late)
         self.check()
 
     @contextmanager
@@ -174,20 +171,19 @@ class ThreadLane:
                 with waiting():
                     self._changed.wait(LOOK_S)
 
-    def close(self) -> None:
+    def _end_threads(self) -> None:
         self._over.set()
         self._news.put(False)
         self._running.put(None)
+
+    def close(self) -> None:
+        self._end_threads()
         for thread in self._threads:
             if threading.current_thread() is not thread:
                 thread.join(timeout=LOOK_S)
 
-    def _let_go(self) -> None:
-        """Ends a wait for a message that cannot come, as the process is about to end."""
-        self._failures.cut_connections()
-
     def _run(self, run: Callable[[], None]) -> None:
-        # Held tensors belong to the main thread; what passes here is always taken as it is.
+        # Pending tensors wait when they are used, but what is used here is what they wait for.
         with torch._C.DisableTorchFunctionSubclass():
             try:
                 run()
@@ -195,7 +191,7 @@ class ThreadLane:
                 self.fail(error)
 
     def _start_ops(self) -> None:
-        while self._news.get() and self._error is None:
+        while self._news.get() and self.error is None:
             while self._issue() or (self._updates_in_lane() and self._update()):
                 pass
 
@@ -206,7 +202,7 @@ class ThreadLane:
     def _end_ops(self) -> None:
         while (running := self._running.get()) is not None:
             while not self._complete(running):
-                if self._error is not None or PROCESS_ENDS.is_set():
+                if self.error is not None or PROCESS_ENDS.is_set():
                     return
             self._issue()
             if self._updates_in_lane():
@@ -225,7 +221,7 @@ class ThreadLane:
                         return False
                     running.go_on()
         except RuntimeError as error:
-            raise self._stopped(pass_state, error) from error
+            raise self._failure.not_reduced(pass_state.place(), error) from error
         pass_state.record.op_ended(op)
         with self._changed:
             pass_state.bound_plan.complete_op(pass_state)
@@ -242,18 +238,9 @@ class ThreadLane:
         """Ends the lane if another rank has found out that somebody is lost."""
         pass_state = self._passes.in_flight
         if pass_state is None:
-            latest = self._latest() if self._latest is not None else None
-            self._failures.answer("not in a step" if latest is None else latest.where())
+            self._failure.answer(self._passes.where())
             return
-        what = pass_state.place()
-        who = None if self._blaming else self._failures.blame(what, False)
-        if who is not None:
-            raise PeerLostError(f"{what} will not be combined over the ranks: {who}")
-
-    def _stopped(self, pass_state: PassState, error: Exception) -> SoonestError:
-        self._blaming = True
-        how = "could not be combined over the ranks"
-        return self._failures.failed(pass_state.place(), how, error)
+        self._failure.ask(pass_state.place())
 
     def _issue(self) -> bool:
         """Starts the next op; False if that cannot be yet."""
@@ -267,7 +254,7 @@ class ThreadLane:
                 with span(of_op, pass_state.plan, op):
                     running = pass_state.bound_plan.issue(pass_state, op)
             except RuntimeError as error:
-                raise self._stopped(pass_state, error) from error
+                raise self._failure.not_reduced(pass_state.place(), error) from error
             pass_state.issue_op()
             self._running.put(running)
             return True
@@ -291,28 +278,19 @@ class ThreadLane:
             with self._changed:
                 pass_state.bound_plan.complete_update(pass_state, bucket)
                 self._changed.notify_all()
-        if pass_state.plan.sharded:  # what is updated can be shared now
+        if pass_state.plan.sharded:  # what is updated can be gathered now
             self._news.put(True)
         self._progressed_at = time.monotonic()
         return True
 
     def fail(self, error: Exception) -> None:
-        known = (
-            error
-            if isinstance(error, SoonestError)
-            else SoonestError(f"an update failed: {error!r}")
-        )
+        self._failure.fail(error)
+
+    def _drop(self) -> None:
         with self._changed:
-            # What follows in the other thread, whose work is taken away here, is not the cause.
-            # Without what a traceback would keep alive.
-            self._error = self._error or type(known)(*known.args)
             self._passes.clear()
             self._changed.notify_all()
-        self._over.set()
-        self._news.put(False)
-        self._running.put(None)
-        if not isinstance(known, PeerLostError):
-            self._failures.tell(str(known))
+        self._end_threads()
 
 
 def _nothing() -> None:

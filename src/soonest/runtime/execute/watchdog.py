@@ -8,22 +8,22 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from soonest.errors import PeerLostError, SoonestError
-from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.device.streams import Event
+from soonest.runtime.execute.lane_failure import LaneFailure
 
 _LOOK_S = 1.0
-"""An op that takes longer lets this ask whether another rank has given up."""
+"""If nothing ends for so long, others are asked whether one of them has given up."""
 _DRAIN_LOOK_S = 1e-3
+"""How often a host that waits looks whether something has ended."""
 
 
 class _Entry(NamedTuple):
-    """Something enqueued.
+    """One op or update that the device has been given.
 
     Args:
-        end: of it.
-        what: says it in words.
-        since_s: when it was enqueued.
+        end: the point in its stream behind it.
+        what: says in words what it is.
+        since_s: when it was enqueued, seconds on the monotonic clock.
     """
 
     end: Event
@@ -32,63 +32,58 @@ class _Entry(NamedTuple):
 
 
 class Enqueued:
-    """What is under way, the oldest first; looking at it never waits.
+    """The ops and updates that are under way on a device, the oldest first.
 
     Args:
-        timeout_s: how long nothing may come to an end.
-        failures: the other ranks.
+        timeout_s: how long nothing may come to an end, seconds.
+        failure: what ended the lane, or will when something here does not end.
         broken: says what the backend knows to have failed; None if nothing has.
-
-    Attributes:
-        error: what ended it all.
     """
 
     def __init__(
         self,
         *,
         timeout_s: float,
-        failures: FailureReporter,
+        failure: LaneFailure,
         broken: Callable[[], str | None],
     ) -> None:
         self._timeout_s = timeout_s
-        self._failures = failures
+        self._failure = failure
         self._broken = broken
         self._entries: deque[_Entry] = deque()
         self._progressed_s = self._asked_s = time.monotonic()
-        self.error: SoonestError | None = None
 
     def add(self, end: Event, what: Callable[[], str]) -> None:
         self._entries.append(_Entry(end, what, time.monotonic()))
 
     def look(self) -> None:
-        """Forgets what has ended.
+        """Forgets what has ended; never waits.
 
         Raises:
             SoonestError: something failed, or does not end.
         """
-        if self.error is not None:
-            raise type(self.error)(*self.error.args)
+        self._failure.check()
         entries = self._entries
         try:
             while entries and entries[0].end.query():
                 entries.popleft()
                 self._progressed_s = time.monotonic()
         except RuntimeError as error:
-            raise self.stopped(entries[0].what(), error) from error
+            raise self._failure.not_reduced(entries[0].what(), error) from error
         if not entries:
             return
         oldest = entries[0]
         if (why := self._broken()) is not None:
-            raise self.stopped(oldest.what(), RuntimeError(why))
+            raise self._failure.not_reduced(oldest.what(), RuntimeError(why))
         now = time.monotonic()
         idle_s = now - max(oldest.since_s, self._progressed_s)
         if idle_s > self._timeout_s:
-            raise self.stopped(oldest.what(), TimeoutError(f"nothing has moved for {idle_s:.0f} s"))
+            raise self._failure.not_reduced(
+                oldest.what(), TimeoutError(f"nothing has moved for {idle_s:.0f} s")
+            )
         if idle_s > _LOOK_S and now - self._asked_s > _LOOK_S:
             self._asked_s = now
-            what = oldest.what()
-            if (who := self._failures.blame(what, False)) is not None:
-                raise self.fail(PeerLostError(f"{what} will not be combined over the ranks: {who}"))
+            self._failure.ask(oldest.what())
 
     def drain(self, limit_s: float = math.inf) -> str | None:
         """Lets the host wait until nothing is under way, or for so long.
@@ -108,24 +103,10 @@ class Enqueued:
                 time.sleep(_DRAIN_LOOK_S)
         return None
 
-    def stopped(self, what: str, error: Exception) -> SoonestError:
-        """Takes note that something could not be done, and who is at fault; to be raised."""
-        how = "could not be combined over the ranks"
-        return self.fail(self._failures.failed(what, how, error))
-
-    def fail(self, error: Exception) -> SoonestError:
-        """Takes note of an error, also for the other ranks.
-
-        Returns:
-            What is to be raised now, and is raised again whenever this is used.
-        """
-        known = (
-            error
-            if isinstance(error, SoonestError)
-            else SoonestError(f"an update failed: {error!r}")
-        )
-        self.error = self.error or type(known)(*known.args)
+    def clear(self) -> None:
+        """Forgets everything: nothing will come of it."""
         self._entries.clear()
-        if not isinstance(known, PeerLostError):
-            self._failures.tell(str(known))
-        return known
+
+    def __repr__(self) -> str:
+        oldest = f", first {self._entries[0].what()}" if self._entries else ""
+        return f"<Enqueued: {len(self._entries)} under way{oldest}>"
