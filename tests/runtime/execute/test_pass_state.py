@@ -371,6 +371,13 @@ def test_an_op_of_a_bucket_that_is_not_ready_cannot_be_issued() -> None:
     assert pass_state.issued == 0
 
 
+def test_only_a_sharded_pass_gathers() -> None:
+    pass_state = pass_through(LAST_FIRST, local=True)
+    pass_state.complete_update(0)
+    with pytest.raises(SoonestError, match=r"bucket 0 .* cannot go from UPDATED to GATHERED"):
+        pass_state._move(0, GATHERED)
+
+
 # Any order of events
 
 
