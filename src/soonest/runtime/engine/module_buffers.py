@@ -112,7 +112,8 @@ class Buffers:
         Args:
             step: the number of the backward pass that follows.
         """
-        self._step = step
+        if self._sent is None:  # otherwise what is waited for belongs to the step before
+            self._step = step
         self._model_is_called = True
         if self._group is not None and self._needed:
             self._give_out()
