@@ -12,7 +12,8 @@ from torch._C import _distributed_c10d  # pyright: ignore[reportAttributeAccessI
 from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan
 from soonest.errors import ReadTooEarlyError, SoonestError
 from soonest.runtime.execute.pass_state import PassState
-from soonest.runtime.flat.buffers import FlatParam, flats_for
+from soonest.runtime.flat.buffers import flats_for
+from soonest.runtime.flat.param import FlatParam
 
 Hook = Callable[[Any, Any], "torch.futures.Future[Any]"]
 

@@ -20,7 +20,8 @@ from soonest.runtime.ddp.unused_parameters import UnusedParameterCheck
 from soonest.runtime.device.clock import now_s
 from soonest.runtime.engine.engine import Engine
 from soonest.runtime.execute.pass_state import PassState
-from soonest.runtime.flat.buffers import FlatParam, trainable
+from soonest.runtime.flat.buffers import trainable
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.handle import Handle
 from soonest.runtime.options import Options
 from soonest.runtime.setup import WINDOW, TrainingPart, build

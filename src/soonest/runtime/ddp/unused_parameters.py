@@ -10,7 +10,7 @@ from torch._C import _distributed_c10d  # pyright: ignore[reportAttributeAccessI
 
 from soonest.runtime.ddp import logger
 from soonest.runtime.engine.engine import Engine
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 
 
 class UnusedParameterCheck:

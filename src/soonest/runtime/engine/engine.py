@@ -56,9 +56,10 @@ from soonest.runtime.engine.step import step
 from soonest.runtime.engine.structure import Structure
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import Lane
-from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
+from soonest.runtime.flat.buffers import FlatBuffers
 from soonest.runtime.flat.bystanders import Aliases
 from soonest.runtime.flat.gradients import Gradients
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.guard import compiled, modes, pending
 from soonest.runtime.guard.hooks import Calling, noop
 from soonest.runtime.optim import patch

@@ -13,7 +13,7 @@ from soonest.runtime.engine.partial_grads import PartialGrad, complete, is_parti
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import Lane
 from soonest.runtime.execute.pass_state import PassState
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.guard import pending, transforms
 from soonest.runtime.timing.profiler import Profiler
 

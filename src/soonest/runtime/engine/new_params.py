@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from soonest.runtime import comm
 from soonest.runtime.comm import Ranks
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 
 
 class Newcomers:

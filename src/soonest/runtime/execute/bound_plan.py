@@ -11,7 +11,8 @@ from torch import Tensor
 from soonest.core.plan import SHARED_PARAMETERS, Plan
 from soonest.runtime import comm
 from soonest.runtime.comm import EXACT, Op, Piece, Ranks, Running, Wire
-from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
+from soonest.runtime.flat.buffers import FlatBuffers
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.optim.bucket_update import Updater
 from soonest.runtime.optim.shard import ParamShard, firsts_of, part_of
 from soonest.runtime.optim.sharded_state import ShardedState

@@ -41,7 +41,7 @@ from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import read_too_early
 from soonest.runtime.execute.pass_state import PassState, place
 from soonest.runtime.execute.watchdog import Enqueued
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.guard import modes, pending
 from soonest.runtime.timing.spans import of_bucket, of_op, span
 

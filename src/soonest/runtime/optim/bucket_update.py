@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.optim.shard import ParamShard
 
 _SEPARABLE = (

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from soonest.core.plan import Plan, borders
 from soonest.runtime.comm import Wire
-from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
+from soonest.runtime.flat.buffers import FlatBuffers
+from soonest.runtime.flat.param import FlatParam
 
 Key = tuple[str, int, int]
 """A part of a parameter: its name, and the first and last but one of its elements in memory."""

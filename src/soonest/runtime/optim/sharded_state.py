@@ -15,7 +15,8 @@ from soonest.runtime import comm
 from soonest.runtime.comm import EXACT, Piece, Ranks, Wire
 from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.comm.groups import again
-from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
+from soonest.runtime.flat.buffers import FlatBuffers
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.optim.shard import Key, ParamShard, in_memory, shares_of
 from soonest.runtime.optim.usage import Users
 

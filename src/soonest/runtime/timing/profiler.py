@@ -11,7 +11,7 @@ from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
 from soonest.core.trace import Trace
 from soonest.runtime.device.clock import DeviceClock, now_s
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.timing.step_record import NEVER, Record
 from soonest.runtime.timing.trace import (
     Measured,

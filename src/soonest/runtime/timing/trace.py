@@ -12,7 +12,7 @@ from soonest.core.plan import Plan
 from soonest.core.planner.report import busy_s
 from soonest.core.timeline import Span, Timeline, covered_s
 from soonest.core.trace import Layer, Trace
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.timing.step_record import NEVER, Record
 
 _ENOUGH_OPS = 4

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from soonest.core.plan import METHODS
 from soonest.runtime.comm import Wire
 from soonest.runtime.execute.choose_lane import has_lane
-from soonest.runtime.flat.buffers import overlap, trainable
+from soonest.runtime.flat.buffers import trainable
+from soonest.runtime.flat.storage import overlap
 from soonest.runtime.optim.patch import is_taken_over
 from soonest.runtime.validate import wrappers
 
