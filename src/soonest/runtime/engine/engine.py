@@ -62,6 +62,7 @@ from soonest.runtime.flat.gradients import Gradients
 from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.guard import compiled, modes, pending
 from soonest.runtime.guard.hooks import Calling, noop
+from soonest.runtime.guard.module_hooks import ModuleHooks
 from soonest.runtime.optim import patch
 from soonest.runtime.optim.bucket_update import Updater
 from soonest.runtime.optim.state import OptimizerState
@@ -135,7 +136,7 @@ class Engine:
         self.after_backward: Callable[[Engine, Sequence[FlatParam]], None] = noop
         self.structure = Structure(model)
         self.entries = compiled.Entries(model)
-        self.module_hooks = pending.ModuleHooks(self.entries.outside())
+        self.module_hooks = ModuleHooks(self.entries.outside())
         self.aliases = Aliases()
         self.settled = False
         self.history: list[str] = []

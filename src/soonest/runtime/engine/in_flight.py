@@ -15,6 +15,7 @@ from soonest.runtime.execute.lane import Lane
 from soonest.runtime.execute.pass_state import PassState
 from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.guard import pending, transforms
+from soonest.runtime.guard.module_hooks import ModuleHooks
 from soonest.runtime.timing.profiler import Profiler
 
 
@@ -36,7 +37,7 @@ class InFlight:
     """
 
     def __init__(
-        self, bound_plan: BoundPlan, lane: Lane, hooks: pending.ModuleHooks, profiler: Profiler
+        self, bound_plan: BoundPlan, lane: Lane, hooks: ModuleHooks, profiler: Profiler
     ) -> None:
         transforms.wait_first()
         self._bound_plan = bound_plan
