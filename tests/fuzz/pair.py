@@ -30,7 +30,7 @@ from fuzz.loops import Loop
 from fuzz.run import Run
 from helpers.ranks import context, join
 from soonest import SoonestError
-from soonest.runtime.comm.failures import is_of_backend
+from soonest.runtime.comm.error_text import is_of_backend
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.tuning import autotuner, candidates
 

@@ -69,7 +69,7 @@ def admit(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
                     parameter.grad = torch.zeros_like(parameter)
                 gradient = _as_real(parameter.grad)
                 gradient.mul_(torch.tensor(1.0 / group.size()))
-                comm.combine("allreduce", ranks, gradient)
+                comm.reduce("allreduce", ranks, gradient)
 
 
 def _as_real(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from soonest.errors import SoonestError
 from soonest.runtime import comm
 from soonest.runtime.comm import EXACT, Piece, Ranks, Wire
 from soonest.runtime.comm.failures import FailureReporter
-from soonest.runtime.comm.groups import again
+from soonest.runtime.comm.groups import private_group
 from soonest.runtime.flat.buffers import FlatBuffers
 from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.optim.shard import Key, ParamShard, in_memory, shares_of
@@ -55,7 +55,7 @@ class ShardedState:
     ) -> None:
         self.ranks = ranks
         self._failures = failures
-        self._users_group = ranks.group if ranks.native else again(ranks.group)
+        self._users_group = ranks.group if ranks.native else private_group(ranks.group)
         self.parts: dict[Key, dict[str, Any]] = {}
         self._wire = wire
         self._bind(plan, layout, self._shares(plan, layout))
