@@ -15,13 +15,13 @@ _GROUP = "the group's own time-out, after which the backend raises"
 _LANE = "``check`` after each look, and the lane's time-out without progress"
 _DEVICE = "lets a stream wait, not the host"
 LIMITS = {
-    "tuning.calibrate._finish running.work.wait": _GROUP,
+    "tuning.op_times._finish running.work.wait": _GROUP,
     "comm.messages.wait self._work.wait": _GROUP,
     "comm.objects.result self._work.wait": "has ended already",
     "comm.waiting.ended work.wait": "a look of half a second, or what has ended already",
     "comm.waiting.look _look.get": "a variable",
     "comm.waiting.finish work.wait": _DEVICE,
-    "tuning.calibrate._now_s torch.accelerator.synchronize": "the backend's watchdog",
+    "tuning.op_times.now_s torch.accelerator.synchronize": "the backend's watchdog",
     "ddp.reducer._set_forward_pass_work_handle work.wait": _GROUP,
     "ddp.reducer._set_forward_pass_work_handle work.result": "has ended already",
     "engine.module_buffers._wait part.work.wait": _DEVICE,

@@ -34,7 +34,7 @@ class Notes:
         store_is_gone: the store did not do what it was asked for.
     """
 
-    def __init__(self, store: dist.Store, rank: int, ranks: int) -> None:
+    def __init__(self, store: dist.distributed_c10d.Store, rank: int, ranks: int) -> None:
         self._store = store
         self._rank = rank
         self._ranks = ranks

@@ -27,7 +27,7 @@ _look: ContextVar[Callable[[], None] | None] = ContextVar("soonest_look", defaul
 
 @contextmanager
 def looking(look: Callable[[], None]) -> Iterator[None]:
-    """Lets ``finish`` call this every so often within this context; what it raises ends the wait."""
+    """Lets ``finish`` call this now and then within this context; what it raises ends the wait."""
     token = _look.set(look)
     try:
         yield

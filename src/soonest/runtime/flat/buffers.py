@@ -79,7 +79,9 @@ class FlatBuffers:
         return f"FlatBuffers({sizes}; {len(self.params)} parameters: {names})"
 
     def in_order(self, order: Sequence[str]) -> FlatBuffers:
-        """New buffers for the same parameters, laid out in another order of first use."""
+        """These buffers if their parameters have this order, or else new ones in which they do."""
+        if list(order) == [param.name for param in self.params]:
+            return self
         here = {id(param.parameter) for param in self.params}
         without = self.without
         return FlatBuffers(self._model, order, without=without, frozen=here, before=self, only=here)

@@ -218,7 +218,7 @@ def _assemble(
                 admit(ranks, parameters)
             grown = engine.layout.grown()
             engine.bind(grown, _agreed_plan(ranks.talk, grown, network, methods))
-            tuner.start_over(engine, stays=given is not None)
+            tuner.start_over(engine, selected=given is not None)
 
     with failures.together("prioritize()"):
         buffers = Buffers(
