@@ -63,7 +63,7 @@ from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.guard import compiled, modes, pending
 from soonest.runtime.guard.hooks import Calling, noop
 from soonest.runtime.guard.module_hooks import ModuleHooks
-from soonest.runtime.optim import patch
+from soonest.runtime.optim import grad_norm, patch
 from soonest.runtime.optim.bucket_update import Updater
 from soonest.runtime.optim.state import OptimizerState
 from soonest.runtime.timing.profiler import Profiler
@@ -296,6 +296,8 @@ class Engine:
                 "there are no gradients to clip: call clip_grad_norm_ between backward() and step()"
             )
         with pending.DisableGuard():
-            return self.state.parts.clip(
-                self.bound_plan.parts_with_gradient(pass_state), max_norm, norm_type, error
+            gradients = self.bound_plan.parts_with_gradient(pass_state)
+            device = self.layout.grads[0].device
+            return grad_norm.clip(
+                self.state.parts, gradients, max_norm, norm_type, error, device=device
             )

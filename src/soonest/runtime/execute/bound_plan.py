@@ -145,9 +145,9 @@ class BoundPlan:
         piece, start = self._pieces[bucket], self.plan.buckets[bucket].start
         with torch.no_grad():  # for lack of a place in which they lie one behind the other
             whole = torch.empty_like(piece.gradients)
-            for share in self.state.shares[bucket]:
-                mine = share.alias.detach() if share.shown is None else share.shown
-                at = share.param.slot.start + share.start - start
+            for shard in self.state.shards[bucket]:
+                mine = shard.alias.detach() if shard.shown is None else shard.shown
+                at = shard.param.slot.start + shard.start - start
                 whole[at : at + mine.numel()] = mine
         yield from comm.op(SHARED_PARAMETERS, self._ranks, Piece(whole, whole, piece.wire))
         with torch.no_grad():
@@ -184,9 +184,9 @@ class BoundPlan:
     def update(self, pass_state: PassState, bucket: int) -> None:
         """Updates the parameters whose gradients this bucket completes, or this rank's parts."""
         if self.state is not None:
-            shares = [s for s in self.state.shares[bucket] if self._wanted_part(pass_state, s)]
-            if shares:
-                self.updater.apply_shares(pass_state.step, shares, self.state.parts)
+            shards = [s for s in self.state.shards[bucket] if self._wanted_part(pass_state, s)]
+            if shards:
+                self.updater.apply_shards(pass_state.step, shards, self.state.parts)
             return
         waiting = [m for m in self.awaiting[bucket] if self.wanted(pass_state, m)]
         if waiting:
@@ -206,28 +206,28 @@ class BoundPlan:
             return True
         return param.order not in pass_state.unused or self.used_anywhere(param)
 
-    def _wanted_part(self, pass_state: PassState, share: ParamShard) -> bool:
+    def _wanted_part(self, pass_state: PassState, shard: ParamShard) -> bool:
         """Whether the optimizer sees a gradient of this part of a parameter."""
-        order = share.param.order
+        order = shard.param.order
         if order not in pass_state.step.gradients:
             return False
         if pass_state.step.gradients[order] is not None:
             return True
         if order not in pass_state.unused:
             return True
-        if not share.param.slot.numel:  # no element shows whether another rank has used it
+        if not shard.param.slot.numel:  # no element shows whether another rank has used it
             assert pass_state.users is not None
             return pass_state.users.has(order)
-        return _positive(share.raw_grad)
+        return _positive(shard.raw_grad)
 
     def parts_with_gradient(self, pass_state: PassState) -> list[Tensor]:
         """This rank's parts of all gradients that any rank has."""
         assert self.state is not None
         return [
-            share.raw_grad
-            for shares in self.state.shares
-            for share in shares
-            if share.param.order not in pass_state.unused or _positive(share.raw_grad)
+            shard.raw_grad
+            for shards in self.state.shards
+            for shard in shards
+            if shard.param.order not in pass_state.unused or _positive(shard.raw_grad)
         ]
 
     def gather_gradients(self, pass_state: PassState) -> None:
