@@ -88,7 +88,7 @@ def can_shard(optimizer: Optimizer, separable: bool | None) -> bool:
 
 
 def replaced_step(optimizer: Optimizer) -> str:
-    """Says what is wrong with a ``step`` that cannot be seen through, as the start of a sentence."""
+    """Says what is wrong with a ``step`` that cannot be seen through; the sentence goes on."""
     return (
         f"optimizer.step of this {type(optimizer).__name__} was replaced by "
         f"{vars(optimizer)['step']!r}, which does not lead to the optimizer's own step"
