@@ -43,6 +43,9 @@ class Sent:
         if not self.on_device:
             unfinished.begun(self.work)
 
+    def __repr__(self) -> str:
+        return f"Sent({self._joined.nbytes} bytes of {self._joined.dtype})"
+
     @property
     def memory(self) -> Tensor:
         """The one tensor in which they are sent."""

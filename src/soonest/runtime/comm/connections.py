@@ -113,6 +113,9 @@ class Known:
         # By several, for one breaks also where a process gives up what that one is for.
         self._reached = {who for who, count in enumerate(_standing(ends)) if count > 1}
 
+    def __repr__(self) -> str:
+        return f"Known(connections of {len(self.ends)} ranks)"
+
     def ended(self, who: Sequence[int]) -> list[int]:
         """Which of some processes have ended: no connection to them stands.
 

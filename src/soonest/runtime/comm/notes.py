@@ -41,6 +41,10 @@ class Notes:
         self._unanswered: Helper | None = None
         self.store_is_gone = False
 
+    def __repr__(self) -> str:
+        store = "gone" if self.store_is_gone else "there"
+        return f"Notes(rank {self._rank} of {self._ranks}, store {store})"
+
     def move_to(self, word: str) -> None:
         """Goes to a place in the store where only these ranks have ever been."""
         self._store = dist.distributed_c10d.PrefixStore(word, self._store)

@@ -30,6 +30,10 @@ class GradBucket:
         self._is_last = is_last
         self._buffer = torch.cat([param.raw_grad.reshape(-1) for param in params])
 
+    def __repr__(self) -> str:
+        first, last = self._params[0].name, self._params[-1].name
+        return f"GradBucket({self._index}: {first} … {last})"
+
     def index(self) -> int:
         return self._index
 
@@ -93,6 +97,10 @@ class HookLane:
 
     error: SoonestError | None = None
     clock = None
+
+    def __repr__(self) -> str:
+        name = getattr(self._hook, "__qualname__", repr(self._hook))
+        return f"HookLane({name}, {len(self._called)} calls under way)"
 
     def begin(self, pass_state: PassState) -> None:
         self._pass_state = pass_state

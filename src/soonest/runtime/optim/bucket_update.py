@@ -97,6 +97,9 @@ class Updater:
         self._params = params
         self.regroup()
 
+    def __repr__(self) -> str:
+        return f"Updater({self._cls.__name__}, {len(self.owned)} parameters)"
+
     def regroup(self) -> None:
         """Looks at the optimizer's parameter groups as they are now."""
         groups = self._optimizer.param_groups

@@ -49,6 +49,9 @@ class OptimizerState:
         self.parts: ShardedState | None = None
         self._states = States(optimizer.__dict__)
 
+    def __repr__(self) -> str:
+        return f"OptimizerState({self._cls.__name__}, {self.parts or 'whole'})"
+
     def bind(self, layout: FlatBuffers, plan: Plan) -> None:
         """Shards the state as this plan does; a collective call if that changes."""
         self._layout = layout

@@ -24,6 +24,10 @@ class Users:
         self._counts, self._work = comm.start_sum(group, used)
         self._known: list[float] | None = None
 
+    def __repr__(self) -> str:
+        state = "known" if self._known is not None else "under way"
+        return f"Users(of {self._counts.numel()} parameters, {state})"
+
     def has(self, order: int) -> bool:
         """Whether any rank has a gradient of this parameter; waits until that is known."""
         if self._known is None:

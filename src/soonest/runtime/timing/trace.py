@@ -1,4 +1,4 @@
-"""What records of steps show of the model and the network."""
+"""Traces, timelines and the network's pace from the records of steps."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.timing.step_record import NEVER, Record
 
 _ENOUGH_OPS = 4
+"""Ops behind the backward pass that suffice to leave out those in it."""
 
 
 def trace_of(
@@ -84,7 +85,7 @@ def updating_s(record: Record) -> float:
 
 
 def pace_of(record: Record, plan: Plan, network: Network) -> float | None:
-    """How many times as long as ``network`` says ops take while training; None if none was sent.
+    """The factor by which ops take longer than ``network`` says; None if none was sent.
 
     Ops in flight at the same time share the network, so only all of them together show its pace.
     Those of a backward pass may wait for a slower rank's gradients, so if there are enough others,
@@ -103,10 +104,10 @@ def pace_of(record: Record, plan: Plan, network: Network) -> float | None:
 
 
 class Measured(NamedTuple):
-    """What the ops of a plan took in some steps, as medians.
+    """Times of a plan's ops over some steps, as medians.
 
     Args:
-        busy_s: per bucket, for which it kept the network busy; None before any.
+        busy_s: per bucket, how long it kept the network busy; None before any step.
         pace: see ``pace_of``.
     """
 
@@ -115,7 +116,7 @@ class Measured(NamedTuple):
 
 
 def measured(records: Sequence[Record], plan: Plan, network: Network) -> Measured:
-    """What the records of some steps show."""
+    """Takes the times of a plan's ops from the records of some steps."""
     complete = [record for record in records if not math.isnan(sum(record.op_end))]
     for record in complete:
         record.settle()
