@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from soonest.runtime.engine.engine import Engine
-
-AfterStep = Callable[[Engine], None]
+from soonest.runtime.setup import AfterStep
 
 
 class Rebuild:

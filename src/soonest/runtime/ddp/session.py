@@ -20,10 +20,10 @@ from soonest.runtime.engine.engine import Engine
 from soonest.runtime.flat.buffers import trainable
 from soonest.runtime.handle import Handle
 from soonest.runtime.options import Options
-from soonest.runtime.setup import WINDOW, TrainingPart, build
+from soonest.runtime.setup import WINDOW, AfterStep, TrainingPart, build
 
-Turns = Callable[[Callable[[Engine], None]], Callable[[Engine], None]]
-"""Given what learns from a step, says what to do at the end of each."""
+Turns = Callable[[AfterStep], AfterStep]
+"""Given what to do after a step, says what to do then instead."""
 
 
 class NoOptimizer(Optimizer):
