@@ -225,7 +225,7 @@ class InFlight:
             self._release_bucket(pass_state, self._bound_plan.last_of[param.order])
         if math.isnan(record.needed[param.order]):
             record.needed[param.order] = needed
-            record.landed[param.order] = record.now()
+            record.arrived[param.order] = record.now()
 
     def _release_bucket(self, pass_state: PassState, bucket: int) -> None:
         """What was updated together lands together: one look at a time costs more."""

@@ -111,7 +111,7 @@ class Updater:
         self._others = [p for group in groups for p in group["params"] if id(p) not in known]
 
     @property
-    def held(self) -> set[int]:
+    def param_ids(self) -> set[int]:
         """Ids of the parameters that the optimizer had when its groups were last looked at."""
         return {one for ids in self._ids for one in ids}
 

@@ -39,7 +39,7 @@ class Record:
         self.ready = [NEVER] * params
         self.backward_ended = NEVER
         self.needed = [NEVER] * params
-        self.landed = [NEVER] * params
+        self.arrived = [NEVER] * params
         self.forward_ended = NEVER
         self.ended = NEVER
         self.op_start = [NEVER] * ops
@@ -94,4 +94,4 @@ class Record:
 
 
 _POINTS = ("backward_began", "backward_ended", "forward_ended", "ended")
-_TIMES = ("ready", "needed", "landed", "op_start", "op_end", "update_start", "update_end")
+_TIMES = ("ready", "needed", "arrived", "op_start", "op_end", "update_start", "update_end")

@@ -141,7 +141,7 @@ def _layers(record: Record, params: Sequence[FlatParam]) -> dict[str, list[int]]
 
 def _forward_spans(record: Record, layers: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
     """Per layer, when its forward began and how long it took, seconds, without waits."""
-    began = [max((record.landed[m] for m in params), default=NEVER) for params in layers]
+    began = [max((record.arrived[m] for m in params), default=NEVER) for params in layers]
     needed = [min((record.needed[m] for m in params), default=NEVER) for params in layers]
     spans: list[tuple[float, float]] = []
     for index, start in enumerate(began):
@@ -182,9 +182,9 @@ def timeline_of(
         if not math.isnan(start):
             spans.append(Span("compute", "forward", name, start - zero, start + duration - zero))
     for index, param in enumerate(params):
-        waited = record.landed[index] - record.needed[index]
+        waited = record.arrived[index] - record.needed[index]
         if waited > 1e-5:
-            start, end = record.needed[index] - zero, record.landed[index] - zero
+            start, end = record.needed[index] - zero, record.arrived[index] - zero
             spans.append(Span("compute", "wait", param.layer, start, end))
     for index, op in enumerate(plan.ops):
         start, end = record.op_start[index], record.op_end[index]
