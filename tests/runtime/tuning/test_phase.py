@@ -38,7 +38,7 @@ def test_a_training_goes_through_all_phases() -> None:
         assert history.phase is phase
 
 
-@pytest.mark.parametrize(("before", "after"), itertools.product(Phase, Phase))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(Phase, Phase)))
 def test_only_what_may_follow_is_entered(before: Phase, after: Phase) -> None:
     history = history_at(before)
     if (before, after) not in NEVER:

@@ -50,6 +50,7 @@ class ParamIndex:
             engine: which has reduced them; nothing was used if None.
         """
         counts = torch.zeros(len(self.of), dtype=torch.int32)
-        for param in engine.layout.params if engine is not None else ():
-            counts[self.of[param.name]] = engine.bound_plan.users_of(param)
+        if engine is not None:
+            for param in engine.layout.params:
+                counts[self.of[param.name]] = engine.bound_plan.users_of(param)
         return counts

@@ -22,6 +22,14 @@ class Record:
             that are updated together.
         clock: of the device that runs the step; the host's if None. With a device's, times are the
             host's until ``settle`` is called.
+
+    Attributes:
+        backward_began, backward_ended, forward_ended, ended: when that was; ``ended`` is the begin
+            of the next step's backward pass.
+        ready: per parameter, when its gradient was in the buffer.
+        needed, arrived: per parameter, when the forward pass needed it, and when it had its value.
+        op_start, op_end: per op of the plan.
+        update_start, update_end: per bucket.
     """
 
     def __init__(
