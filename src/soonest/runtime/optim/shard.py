@@ -92,7 +92,12 @@ def shards_of(plan: Plan, layout: FlatBuffers, rank: int, wire: Wire) -> list[li
 
 
 def firsts_of(plan: Plan, index: int) -> list[tuple[int, int]]:
-    """The first element of each part of each parameter in a bucket, and where its slot starts."""
+    """The first element of each part of each parameter in a bucket, and where its slot starts.
+
+    A rank without a gradient of the parameter writes -0.0 there, and all others make their zeros
+    positive. A sum is -0.0 only if all that is added is, so the owner of a part sees in its own sum
+    whether any rank had a gradient; the count behind the gradient may be in another rank's part.
+    """
     return [
         (start, slot)
         for rank in range(plan.ranks)
