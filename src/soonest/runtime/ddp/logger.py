@@ -55,7 +55,7 @@ class Data:
 
 
 class Times(NamedTuple):
-    """When the parts of one iteration were, seconds on one clock."""
+    """Begins and ends of the parts of one iteration, seconds on one clock."""
 
     forward_began: float
     backward_began: float

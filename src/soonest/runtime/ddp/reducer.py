@@ -76,7 +76,7 @@ class Reducer:
 
     @property
     def handle(self) -> Handle | None:
-        """Of the engine that reduces; None before it was first needed."""
+        """The handle of the engine that reduces; None before it was first needed."""
         leader = self._led_by()
         return leader.handle if leader else self._session.handle
 

@@ -75,7 +75,7 @@ class Session:
 
     @property
     def handle(self) -> Handle | None:
-        """Of the engine; None before the first start and after ``stop``."""
+        """The engine's handle; None before the first start and after ``stop``."""
         return self._kept.handle
 
     @property

@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 
 class _Decision(NamedTuple):
-    """What the first rank tells all others.
+    """A decision of the first rank, as it tells the others.
 
     Args:
         plan: to go on with, as JSON.
@@ -90,7 +90,7 @@ class AutoTuner:
 
     @property
     def phase(self) -> Phase:
-        """What it does with steps now."""
+        """The present phase."""
         return self._history.phase
 
     def start_with(self, layout: FlatBuffers) -> None:
@@ -165,7 +165,7 @@ class AutoTuner:
         return tuple(end - start for start, end in pairwise(ended_s))
 
     def _known_ends(self, engine: Engine) -> Sequence[float]:
-        """When steps ended, the last one or, of a device, those that it has got through."""
+        """End times of steps: the last one's or, of a device, those that it has got through."""
         clock = engine.lane.clock
         if clock is None:
             return (now_s(),)

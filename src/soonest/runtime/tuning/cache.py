@@ -37,7 +37,7 @@ def folder() -> Path | None:
 
 
 def recall(file: Path) -> Any:
-    """What the file holds; None if there is none yet, or it can no longer be read."""
+    """Reads a file; None if there is none yet, or it can no longer be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -165,7 +165,7 @@ def _next(
     *,
     stream_s: float,
 ) -> _Row:
-    """What to measure next.
+    """Chooses what to measure next.
 
     Args:
         sizes: all.
