@@ -18,8 +18,9 @@ from soonest.runtime.guard import pending
 from soonest.runtime.guard.hooks import Calling
 
 _NOTHING_OVERLAPS = (
-    "the model is compiled as a whole, so its gradients come at once and reducing them overlaps "
-    "nothing: compile its blocks instead, or torch.compile(soonest.DistributedDataParallel(model))"
+    "the model is compiled as a whole, so its gradients come all at once, and reducing them "
+    "overlaps nothing: compile its blocks instead, or "
+    "torch.compile(soonest.DistributedDataParallel(model))"
 )
 
 
