@@ -111,14 +111,14 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _recall_turns(path: Path) -> object:
+def _recall_trials(path: Path) -> object:
     memory = _remembered(path, "turns")
-    memory.recall_turns({})
-    return memory.turns, memory.searched
+    memory.recall_trials({})
+    return memory.trials, memory.searched
 
 
 def _recall_choice(path: Path) -> object:
-    return _remembered(path, "choice").choice()
+    return _remembered(path, "choice").saved_plan()
 
 
 def _remembered(path: Path, kind: str) -> TrialCache:
@@ -162,7 +162,7 @@ FORMATS = {
         lambda p: write_json(
             p, {"searched": _plan().to_json(), "turns": [Trial("usual", (0.1, 0.2))]}
         ),
-        _recall_turns,
+        _recall_trials,
     ),
     "choice": Format(
         "choice-x.json",

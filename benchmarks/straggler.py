@@ -134,11 +134,11 @@ def as_rank(asked: list[tuple[str, int]]) -> int:
 
     from soonest.core.trace import Trace
     from soonest.lab.replay import measure_overhead_s
-    from soonest.runtime.tuning import autotuner
+    from soonest.runtime.tuning import trials
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    autotuner.CANDIDATES = autotuner.CANDIDATES[:1]  # Turns of other plans would only take time.
+    trials.CANDIDATES = trials.CANDIDATES[:1]  # Turns of other plans would only take time.
     trace = Trace.load("alexnet")
     overhead_s = measure_overhead_s(trace, SLOW_MOTION, SHRINK)
     spent = Spent()

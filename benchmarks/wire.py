@@ -96,7 +96,7 @@ def errors() -> None:
     for wire in WIRES[1:]:
         for method in METHODS:
             total = mine.clone()
-            comm.combine(method, ranks, total, wire=getattr(torch, wire))
+            comm.reduce(method, ranks, total, wire=getattr(torch, wire))
             error = (total.double() - exact).norm() / exact.norm()
             found.setdefault(wire, {})[method] = float(error)
     if dist.get_rank() == 0:

@@ -136,14 +136,14 @@ def test_progress_gets_to_its_end_in_few_lines():
 
 def measured(method_that_fails: str | None) -> dict[str, Any]:
     ranks = groups.ranks_of(groups.private_group(None, None))
-    right = comm.combine
+    right = comm.reduce
 
-    def combine(method: str, ranks: comm.Ranks, tensor: torch.Tensor) -> None:
+    def reduce(method: str, ranks: comm.Ranks, tensor: torch.Tensor) -> None:
         right(method, ranks, tensor)
         if method == method_that_fails and ranks.group.rank() == 1:
             tensor[-1] += 1
 
-    comm.combine = combine
+    comm.reduce = reduce
     found = measure(ranks, ("allreduce", "exchange", "shard"), 4096, times=3)
     return {"times_s": found.times_s, "faults": found.faults}
 
@@ -170,13 +170,13 @@ def test_shares_differ_and_sum_up_exactly():
 def told(from_call: int) -> list[dict[str, Any]]:
     """What a run tells if nothing is combined any more from some call on."""
     ranks = groups.ranks_of(groups.private_group(None, None))
-    right, calls, messages = comm.combine, count(), list[dict[str, Any]]()
+    right, calls, messages = comm.reduce, count(), list[dict[str, Any]]()
 
-    def combine(method: str, ranks: comm.Ranks, tensor: torch.Tensor) -> None:
+    def reduce(method: str, ranks: comm.Ranks, tensor: torch.Tensor) -> None:
         if next(calls) < from_call:
             right(method, ranks, tensor)
 
-    comm.combine = combine
+    comm.reduce = reduce
     methods_rank.tell = lambda kind, **content: messages.append({"kind": kind, **content})
     methods_rank.run(ranks)
     return messages

@@ -30,9 +30,9 @@ from fuzz.loops import Loop
 from fuzz.run import Run
 from helpers.ranks import context, join
 from soonest import SoonestError
-from soonest.runtime.comm.failures import is_of_backend
+from soonest.runtime.comm.error_text import is_of_backend
 from soonest.runtime.execute.bound_plan import BoundPlan
-from soonest.runtime.tuning import autotuner, candidates
+from soonest.runtime.tuning import autotuner, candidates, trials
 
 RANKS = 2
 EQUAL, RAISED, REFUSED, BROKEN, DIFFERENT, HANGS = (
@@ -40,7 +40,7 @@ EQUAL, RAISED, REFUSED, BROKEN, DIFFERENT, HANGS = (
 )  # fmt: skip
 """How a loop comes out: DDP itself raises; soonest raises a sentence, or some other error."""
 BAD = (BROKEN, DIFFERENT, HANGS)
-_ALL_CANDIDATES, _TURN = autotuner.CANDIDATES, autotuner.STEPS
+_ALL_CANDIDATES, _TURN = trials.CANDIDATES, autotuner.STEPS
 _SLOW_S = 2e-3
 _AT_ONCE = 15
 """So many loops, then others take over: processes keep threads of all groups they have had."""
@@ -73,13 +73,13 @@ def _steer(loop: Loop) -> None:
     usual, *others = _ALL_CANDIDATES
     if wanted == "turns":
         Random(loop.seed).shuffle(others)
-        autotuner.CANDIDATES = (usual, *others)
+        trials.CANDIDATES = (usual, *others)
     elif wanted == "blocking":
-        autotuner.CANDIDATES = (candidates.LIKE_DDP,)
+        trials.CANDIDATES = (candidates.LIKE_DDP,)
     elif wanted == "one bucket":
-        autotuner.CANDIDATES = (_ALL_CANDIDATES[-1],)
+        trials.CANDIDATES = (_ALL_CANDIDATES[-1],)
     else:
-        autotuner.CANDIDATES = (usual,)
+        trials.CANDIDATES = (usual,)
     autotuner.STEPS = 1 if wanted == "turns" else _TURN
     BoundPlan.issue = _slowly if loop.setting("slow") else _issue  # type: ignore[method-assign]
 

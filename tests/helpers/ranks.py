@@ -22,7 +22,7 @@ import torch.distributed as dist
 from soonest.core.cost import Cost, Network
 from soonest.core.plan import METHODS
 from soonest.core.planner.planner import best_plan
-from soonest.runtime.tuning import autotuner, calibrate
+from soonest.runtime.tuning import calibrate, trials
 
 context = multiprocessing.get_context("forkserver")
 """Ranks are forked from one process that has imported all they need, which takes seconds; what
@@ -175,7 +175,7 @@ def join(rank: int, ranks: int, port: int, timeout_s: float, *, calibrated: bool
     """
     torch.set_num_threads(1)
     if not calibrated:
-        autotuner.best_plan = functools.partial(best_plan, max_work=_SEARCH_WORK)
+        trials.best_plan = functools.partial(best_plan, max_work=_SEARCH_WORK)
         calibrate.network_of = lambda ranks, **_: mixed_network(ranks.group.size())
     os.environ.setdefault("SOONEST_CACHE", "")
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)

@@ -10,7 +10,7 @@ from torch import nn
 
 import soonest
 from soonest.core.plan import Plan
-from soonest.runtime.tuning import autotuner
+from soonest.runtime.tuning import autotuner, trials
 
 StepTime = Callable[[int, Plan], float]
 """How long a step under a plan is to seem to take, seconds, by its number."""
@@ -25,7 +25,7 @@ def net() -> nn.Sequential:
 
 def keep_to_the_usual_plan() -> None:
     """No other has a turn from now on, in this process."""
-    autotuner.CANDIDATES = autotuner.CANDIDATES[:1]
+    trials.CANDIDATES = trials.CANDIDATES[:1]
 
 
 class Steered:

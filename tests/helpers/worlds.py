@@ -17,6 +17,7 @@ from helpers.strategies import any_cut
 from soonest.core.plan import METHODS, Plan, shards
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime.comm import EXACT, Ranks
+from soonest.runtime.engine.detach import detach
 from soonest.runtime.engine.engine import Engine
 from soonest.runtime.execute.stream_lane import StreamLane
 from soonest.runtime.execute.thread_lane import ThreadLane
@@ -239,7 +240,7 @@ class Soonest:
         if self.sharded:  # to hand the state back would ask for more than a fake group can do
             self.lane.close()
         else:
-            self.engine.detach()
+            detach(self.engine)
 
 
 class FakeFailures:

@@ -19,8 +19,8 @@ import torch, torch.distributed as dist
 from torch import nn
 import soonest
 from soonest.core.cost import Network
-from soonest.runtime.tuning import autotuner, calibrate
-autotuner.CANDIDATES = autotuner.CANDIDATES[:1]  # to search for plans takes long
+from soonest.runtime.tuning import calibrate, trials
+trials.CANDIDATES = trials.CANDIDATES[:1]  # to search for plans takes long
 calibrate.network_of = lambda ranks, **_: Network.ideal(3, 200e6)  # and so does to measure it
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

@@ -12,7 +12,7 @@ from helpers.ranks import by_turns
 from parity.cases import differences
 from parity.owned import FORMS, LOOPS, NOT_IN, outcome
 from soonest.core.planner.planner import best_plan
-from soonest.runtime.tuning import autotuner
+from soonest.runtime.tuning import trials
 
 Found = dict[str, dict[str, list[str]]]
 CASES = [(name, form) for name in LOOPS for form in FORMS if name not in NOT_IN.get(form, {})]
@@ -23,7 +23,7 @@ OF_THREE = [(name, form) for name, form in CASES if form != "drop-in"]
 def compare(near: float, cases: list[tuple[str, str]]) -> Found:
     """By loop and form, where soonest differs from DistributedDataParallel on this rank."""
     torch.set_default_dtype(torch.float64 if near else torch.float32)
-    autotuner.best_plan = functools.partial(best_plan, max_work=500)
+    trials.best_plan = functools.partial(best_plan, max_work=500)
     found: Found = {}
     for name in dict.fromkeys(name for name, _ in cases):
         ddp = outcome(name, "ddp")

@@ -68,7 +68,7 @@ def measure(
             tensor.copy_(mine)
             dist.barrier()
             began_s = time.perf_counter()
-            comm.combine(method, ranks, tensor)
+            comm.reduce(method, ranks, tensor)
             took[method].append(time.perf_counter() - began_s)
             if not torch.equal(tensor, whole):
                 faults.append(f"{size_bytes} bytes combined by {method} (on rank {rank})")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from soonest.core.plan import Plan
 from soonest.errors import PlanMismatchError
 from soonest.runtime import comm
-from soonest.runtime.comm.failures import said
+from soonest.runtime.comm.error_text import said
 from soonest.runtime.flat.buffers import trainable
 
 

@@ -77,7 +77,7 @@ def check(
         tensor = spread[:, 1]
     elif layout == "transposed":
         tensor = tensor[: size // 2 * 2].view(2, -1).t()
-    comm.combine(method, ranks, tensor)
+    comm.reduce(method, ranks, tensor)
     if not bool((spread[:, ::2] == -7).all()):
         return f"rank {rank} wrote outside"
     found = tensor.t().reshape(-1) if layout == "transposed" else tensor
@@ -102,9 +102,9 @@ def conform() -> dict[str, str]:
             out = check(method, ranks, size, torch.float32, layout=layout, exact=True)
             found[f"{method}, {size} {layout}"] = out
     for method in ranks.methods:
-        comm.combine(method, ranks, torch.empty(0, 3))
+        comm.reduce(method, ranks, torch.empty(0, 3))
         scalar = torch.tensor(2.0)
-        comm.combine(method, ranks, scalar)
+        comm.reduce(method, ranks, scalar)
         found[f"{method}, scalar"] = f"bits {float(scalar) / dist.get_world_size()}"
     return found
 
@@ -140,7 +140,7 @@ def narrowed(wire: torch.dtype) -> dict[str, tuple[int, float]]:
     found: dict[str, tuple[int, float]] = {}
     for method in ranks.methods:
         tensor = values(dist.get_rank(), size, torch.float32, exact=False).clone()
-        comm.combine(method, ranks, tensor, wire=wire)
+        comm.reduce(method, ranks, tensor, wire=wire)
         error = (tensor.double() - reference(n, size, torch.float32, exact=False)).abs()
         found[method] = bits(tensor), float(error.mean())
     return found
@@ -187,7 +187,7 @@ def refusals() -> list[str]:
     said: list[str] = []
     for method in ("pigeon", "hierarchical"):
         with pytest.raises(ValueError) as refused:
-            comm.combine(method, ranks, torch.zeros(3))
+            comm.reduce(method, ranks, torch.zeros(3))
         said.append(str(refused.value))
     return said
 

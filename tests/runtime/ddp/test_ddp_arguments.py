@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import soonest
 from helpers.equal import equal
 from helpers.ranks import run_ranks
-from soonest.runtime.ddp import distributed
+from soonest.runtime.ddp import arguments
 
 STEPS = 6
 ARGUMENTS = [name for name in inspect.signature(Theirs.__init__).parameters if name != "self"]
@@ -330,10 +330,10 @@ def test_it_is_honoured_or_refused(argument: str, found: list[dict[str, str]]) -
 
 
 def test_an_argument_of_a_newer_torch_is_refused() -> None:
-    refused = distributed._refusal({"module": None, "later": 1})
+    refused = arguments.refusal({"module": None, "later": 1})
     assert isinstance(refused, ValueError)
     assert str(refused).startswith("later is an argument of a torch newer")
 
 
 def test_all_arguments_are_known() -> None:
-    assert set(ARGUMENTS) == distributed._KNOWN
+    assert set(ARGUMENTS) == arguments._KNOWN

@@ -17,6 +17,7 @@ from soonest.core.plan import Plan
 from soonest.core.planner.planner import first_plan
 from soonest.runtime.comm import EXACT
 from soonest.runtime.device.clock import DeviceClock, Ends, Moment
+from soonest.runtime.engine.detach import detach
 from soonest.runtime.engine.engine import Engine
 from soonest.runtime.execute.stream_lane import StreamLane
 from soonest.runtime.flat.buffers import FlatBuffers
@@ -135,4 +136,4 @@ def test_nothing_is_learned_from_the_first_steps_of_a_device(
         optimizer.step()
     assert learner._drift._usual_s is not None
     assert 0 < learner._drift._usual_s < 1e-3, "some events, a microsecond each"
-    engine.detach()
+    detach(engine)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from soonest.errors import PeerLostError
-from soonest.runtime.comm import groups, joining
+from soonest.runtime.comm import groups, rendezvous
 from soonest.runtime.device.streams import DeviceStreams
 from soonest.runtime.execute import choose_lane as devices
 from soonest.runtime.execute.thread_lane import ThreadLane
@@ -125,7 +125,7 @@ def test_some_ranks_do_not_wait_for_all(
     group.bound_device_id = CUDA
     try:
         groups.private_group(some, 5.0)
-        groups.again(some)
+        groups.private_group(some)
         assert bound == [CUDA if ranks == group.size() else None] * 2
         assert group.bound_device_id == CUDA
     finally:
@@ -144,13 +144,13 @@ def test_ranks_that_do_not_come_are_named_before_a_device_waits(
     monkeypatch.setattr(groups, "private_group", lambda parent, timeout_s, store: made)
     place = dist.PrefixStore(f"soonest/prioritize/{parent.group_name}/1", store)
     if all_come:
-        other = threading.Thread(target=joining._Meeting(place, 1, 2).wait, args=(30,))
+        other = threading.Thread(target=rendezvous.Rendezvous(place, 1, 2).wait, args=(30,))
         other.start()
-        assert joining.private_group(parent, 30) is made
+        assert rendezvous.connect(parent, 30) is made
         other.join(30)
         return
     with pytest.raises(PeerLostError, match=r"rank 1 did not call it \(waited 0 s"):
-        joining.private_group(parent, 0.1)
+        rendezvous.connect(parent, 0.1)
 
 
 def _like(real: Callable[..., Any], *, skip: int = 0) -> Callable[..., Any]:

@@ -14,7 +14,8 @@ import soonest
 from helpers.ranks import run_ranks
 from helpers.steering import keep_to_the_usual_plan, net
 from soonest import SoonestError
-from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
+from soonest.runtime.flat.buffers import FlatBuffers
+from soonest.runtime.flat.param import FlatParam
 
 
 def change_plans(shard_optimizer: bool) -> tuple[int, int]:

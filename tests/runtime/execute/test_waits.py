@@ -15,13 +15,13 @@ _GROUP = "the group's own time-out, after which the backend raises"
 _LANE = "``check`` after each look, and the lane's time-out without progress"
 _DEVICE = "lets a stream wait, not the host"
 LIMITS = {
-    "tuning.calibrate._finish running.work.wait": _GROUP,
-    "comm.ops.wait self._work.wait": _GROUP,
+    "tuning.op_times._finish running.work.wait": _GROUP,
+    "comm.messages.wait self._work.wait": _GROUP,
     "comm.objects.result self._work.wait": "has ended already",
     "comm.waiting.ended work.wait": "a look of half a second, or what has ended already",
     "comm.waiting.look _look.get": "a variable",
     "comm.waiting.finish work.wait": _DEVICE,
-    "tuning.calibrate._now_s torch.accelerator.synchronize": "the backend's watchdog",
+    "tuning.op_times.now_s torch.accelerator.synchronize": "the backend's watchdog",
     "ddp.reducer._set_forward_pass_work_handle work.wait": _GROUP,
     "ddp.reducer._set_forward_pass_work_handle work.result": "has ended already",
     "engine.module_buffers._wait part.work.wait": _DEVICE,
@@ -31,13 +31,13 @@ LIMITS = {
     "engine.ending._end_threads time.sleep": "that long",
     "ddp.comm_hook._answer answer.wait": "the collective of the user's hook behind it",
     "ddp.unused_parameters.ended future.wait": "what the user has put there",
-    "comm.joining.wait time.sleep": "the group's time-out",
+    "comm.rendezvous.wait time.sleep": "the group's time-out",
     "timing.lateness._take_what_has_come self._under_way[0][1].result": (
         "is None while it is under way"
     ),
     "engine.in_flight._wait self.lane.wait": _LANE,
     "engine.partial_grads.complete in_flight.lane.wait": _LANE,
-    "comm.failures.look time.sleep": "the deadline of ``wait_for_notes``",
+    "comm.notes.wait_for_readers time.sleep": "the deadline of ``wait_for_notes``",
     "comm.failures._missing time.sleep": "its deadline",
     "execute.stream_lane._enqueue_ops self._streams.wait": _DEVICE,
     "execute.stream_lane._run_op running.work.wait": _DEVICE,

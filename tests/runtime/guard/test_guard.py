@@ -21,7 +21,7 @@ from helpers import reads, writes
 from helpers.flights import Found, fly
 from helpers.ranks import run_ranks
 from helpers.steering import keep_to_the_usual_plan
-from soonest.runtime.guard import pending, transforms
+from soonest.runtime.guard import module_hooks, pending, transforms
 
 SAFETY = Path(__file__).parents[3] / "docs" / "safety.md"
 
@@ -146,7 +146,7 @@ def test_a_module_lands_its_own_parameters_only() -> None:
     ]
     for hold in holds:
         hold.mark_pending()
-    pending.wait_module(model[1])
+    module_hooks.wait_module(model[1])
     assert landed == ["1.weight", "1.bias"]
     for hold in holds:
         hold.release()

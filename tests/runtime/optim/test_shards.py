@@ -73,7 +73,7 @@ def test_one_rank_that_asks_for_the_state_is_told_what_to_call() -> None:
     assert took_s < 20, "nobody waits for anybody"
     for sentence in said:
         assert sentence == (
-            "the state of this AdamW is shared out over 2 ranks (shard_optimizer=True): call "
+            "the state of this AdamW is sharded over 2 ranks (shard_optimizer=True): call "
             "handle.optimizer_state_dict(), or handle.state_dict() for torch.distributed."
             "checkpoint, on every rank instead, which gathers it; or, where a step() asks that was "
             "kept or wrapped before prioritize, call optimizer.step() itself"
@@ -246,15 +246,15 @@ def unshardable() -> tuple[list[str], bool, list[Tensor]]:
         handle = soonest.prioritize(model, optimizer, shard_optimizer=True)
     train(model, optimizer, range(3))
     assert handle.plan
-    said = [str(warning.message) for warning in caught if "shared out" in str(warning.message)]
+    said = [str(warning.message) for warning in caught if "is not sharded" in str(warning.message)]
     return said, handle.plan.sharded, parameters(model)
 
 
 def test_an_optimizer_that_looks_at_whole_parameters_is_not_sharded() -> None:
     for said, sharded, _ in run_ranks(unshardable, 2):
         assert said == [
-            "Adafactor is not known to update each element by itself, so its state is not shared "
-            "out: every rank keeps all of it"
+            "Adafactor is not known to update each element by itself, so its state is not "
+            "sharded: every rank keeps all of it"
         ]
         assert not sharded
 

@@ -65,7 +65,7 @@ def trained(slow_s: float, form: str, steps: int = 45) -> dict[str, Any]:
             dist.barrier()
         optimizer.step()
     if handle is None:
-        handle = trains.reducer._kept.handle  # type: ignore[union-attr]
+        handle = trains.reducer.handle  # type: ignore[union-attr]
     handle.flush()
     timeline = handle.timeline()
     found = {

@@ -19,7 +19,7 @@ from soonest.core.cost import Network
 from soonest.core.plan import METHODS
 from soonest.runtime import comm
 from soonest.runtime.comm import groups
-from soonest.runtime.tuning import calibrate
+from soonest.runtime.tuning import calibrate, op_times
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ def hopeless() -> tuple[list[int], list[str]]:
         times = {"all_reduce": 0.5 + kilobytes, "all_gather": kilobytes**2, "exchange": kilobytes}
         return [times[kind]] * many
 
-    calibrate._time = time
+    calibrate.times_of = time
     sizes = [32 << 10, 64 << 10, 128 << 10, 256 << 10]
     network = calibrate.measure(
         ranks_here(), methods=["gather", "exchange"], device=CPU, sizes=sizes, budget_s=1e3
@@ -90,11 +90,11 @@ def test_what_a_device_makes_first_is_no_cost(device: str, monkeypatch: pytest.M
         now_s += 1e-3 if kind in made else 5.0
         made.add(kind)
 
-    piece = calibrate._piece(1024, CPU, comm.EXACT)
+    piece = calibrate.piece_of(1024, CPU, comm.EXACT)
     monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: now_s))
-    monkeypatch.setattr(calibrate, "_now_s", lambda piece: now_s)
-    monkeypatch.setattr(calibrate, "_piece", lambda *_: piece)
-    monkeypatch.setattr(calibrate, "_stream", lambda *_: calibrate._Stream(6, 6e-3))
+    monkeypatch.setattr(op_times, "now_s", lambda piece: now_s)
+    monkeypatch.setattr(calibrate, "piece_of", lambda *_: piece)
+    monkeypatch.setattr(calibrate, "stream_of", lambda *_: op_times.Stream(6, 6e-3))
     monkeypatch.setattr(comm, "run", run)
     monkeypatch.setattr(comm, "first_rank_object", lambda group, mine: mine)
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""Which plans take turns, and which stays: decided from times that are told."""
+"""Which plans take trials, and which stays: decided from times that are told."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from soonest.runtime.tuning.candidates import (
     Candidate,
     Trial,
     distinct,
-    next_turn,
+    next_trial,
     of_equal_numbers,
-    told,
-    turns_of,
+    reason_for,
+    trials_of,
     with_searched,
 )
 
@@ -25,14 +25,14 @@ USUAL, _, _, REDUCED, COARSE, TWO, ONE = CANDIDATES
 
 
 def played(step_s: dict[Candidate, float]) -> tuple[list[Trial], Candidate]:
-    """All turns, where steps under each candidate always take as long, and who stays."""
-    turns: list[Trial] = []
+    """All trials, where steps under each candidate always take as long, and who stays."""
+    trials: list[Trial] = []
     while True:
-        candidate, stays = next_turn(turns, CANDIDATES)
+        candidate, stays = next_trial(trials, CANDIDATES)
         if stays:
-            return turns, candidate
-        turns.append(Trial(candidate.name, (step_s[candidate],) * 3))
-        assert len(turns) < 30, "it comes to an end"
+            return trials, candidate
+        trials.append(Trial(candidate.name, (step_s[candidate],) * 3))
+        assert len(trials) < 30, "it comes to an end"
 
 
 def times(**other_s: float) -> dict[Candidate, float]:
@@ -42,19 +42,19 @@ def times(**other_s: float) -> dict[Candidate, float]:
 
 
 @pytest.mark.parametrize(("coarse_s", "more"), [(1.2, 1), (1.05, 2)])
-def test_every_candidate_has_a_turn_and_those_near_the_fastest_have_more(
+def test_every_candidate_is_tried_and_those_near_the_fastest_again(
     coarse_s: float, more: int
 ) -> None:
-    turns, stays = played(times(usual=1.0, coarse=coarse_s))
+    trials, stays = played(times(usual=1.0, coarse=coarse_s))
     every = len(CANDIDATES)
-    assert [turn.name for turn in turns[:every]] == [candidate.name for candidate in CANDIDATES]
-    assert [turn.name for turn in turns[every:]] == [USUAL.name, COARSE.name] * more
+    assert [trial.name for trial in trials[:every]] == [candidate.name for candidate in CANDIDATES]
+    assert [trial.name for trial in trials[every:]] == [USUAL.name, COARSE.name] * more
     assert stays is USUAL
 
 
-def test_none_has_another_turn_if_none_is_near() -> None:
-    turns, stays = played(times(ddp=1.0))
-    assert len(turns) == len(CANDIDATES)
+def test_none_is_tried_again_if_none_is_near() -> None:
+    trials, stays = played(times(ddp=1.0))
+    assert len(trials) == len(CANDIDATES)
     assert stays is LIKE_DDP
 
 
@@ -91,26 +91,26 @@ def test_what_stays_is_never_slower_than_what_ddp_does(ddp_s: float, coarse_s: f
 
 
 def test_single_slow_steps_do_not_decide() -> None:
-    turns = [Trial(c.name, (3.0,)) for c in CANDIDATES[2:]]
-    turns += [Trial(USUAL.name, (1.0, 1.0, 5.0))] * 3 + [Trial(LIKE_DDP.name, (1.1,) * 3)] * 3
-    assert next_turn(turns, CANDIDATES) == (USUAL, True)
+    trials = [Trial(c.name, (3.0,)) for c in CANDIDATES[2:]]
+    trials += [Trial(USUAL.name, (1.0, 1.0, 5.0))] * 3 + [Trial(LIKE_DDP.name, (1.1,) * 3)] * 3
+    assert next_trial(trials, CANDIDATES) == (USUAL, True)
 
 
 def test_a_single_fast_step_does_not_decide() -> None:
-    turns = [Trial(candidate.name, (1.5, 1.5, 1.5)) for candidate in CANDIDATES]
-    turns[0] = Trial(USUAL.name, (1.0, 2.0, 2.0))
-    assert next_turn(turns, CANDIDATES) == (USUAL, False)
+    trials = [Trial(candidate.name, (1.5, 1.5, 1.5)) for candidate in CANDIDATES]
+    trials[0] = Trial(USUAL.name, (1.0, 2.0, 2.0))
+    assert next_trial(trials, CANDIDATES) == (USUAL, False)
     for _ in range(2):
-        turns += [Trial(USUAL.name, (2.0, 2.0, 2.0))]
-        turns += [Trial(candidate.name, (1.5, 1.5, 1.5)) for candidate in CANDIDATES[1:]]
-    assert next_turn(turns, CANDIDATES) == (LIKE_DDP, True)
+        trials += [Trial(USUAL.name, (2.0, 2.0, 2.0))]
+        trials += [Trial(candidate.name, (1.5, 1.5, 1.5)) for candidate in CANDIDATES[1:]]
+    assert next_trial(trials, CANDIDATES) == (LIKE_DDP, True)
 
 
 def test_candidates_of_equal_buckets_are_one() -> None:
     flat = Flat.lay_out("float32", 4, [("a", "a", 20), ("b", "b", 20)])
     network = mixed_network(2)
     cuts = {
-        c: c.cut([flat], network, ranks=2, methods=["allreduce"])
+        c: c.bucketing([flat], network, ranks=2, methods=["allreduce"])
         for c in CANDIDATES
         if c != SEARCHED
     }
@@ -139,34 +139,34 @@ def test_the_same_numbers_come_of_the_same_cut_only() -> None:
         overlapping, waiting = of_equal_numbers(candidate, buckets)
         assert (overlapping.blocking, waiting.blocking) == (False, True)
         for one in (overlapping, waiting):
-            cut = one.cut([flat], mixed_network(2), ranks=2, methods=["allreduce"])
+            cut = one.bucketing([flat], mixed_network(2), ranks=2, methods=["allreduce"])
             assert cut == buckets
     assert of_equal_numbers(waiting, buckets) == (overlapping, waiting)
 
 
 def test_it_is_told_why() -> None:
-    turns = [Trial(USUAL.name, (0.4, 0.41, 0.42)), Trial(LIKE_DDP.name, (0.5,))]
-    assert told(turns, USUAL) == (
+    trials = [Trial(USUAL.name, (0.4, 0.41, 0.42)), Trial(LIKE_DDP.name, (0.5,))]
+    assert reason_for(USUAL, trials) == (
         "the usual cut takes 410 ms a step (DDP's buckets, waiting in step() 500 ms)"
     )
 
 
-def test_turns_survive_json() -> None:
-    turns = [Trial("a", (1.0, 2.0)), Trial("b", (3.0,))]
-    assert turns_of([["a", [1.0, 2.0]], ["b", [3.0]]]) == turns
+def test_trials_survive_json() -> None:
+    trials = [Trial("a", (1.0, 2.0)), Trial("b", (3.0,))]
+    assert trials_of([["a", [1.0, 2.0]], ["b", [3.0]]]) == trials
 
 
 @pytest.mark.parametrize("broken", [None, {"a": 1}, [["a"]], [["a", ["x"]]], [["a", []]], 3])
-def test_turns_that_cannot_be_read_are_none(broken: object) -> None:
-    assert turns_of(broken) == []
+def test_trials_that_cannot_be_read_are_none(broken: object) -> None:
+    assert trials_of(broken) == []
 
 
-def test_all_reduce_alone_has_a_turn_where_others_were_chosen() -> None:
+def test_all_reduce_alone_is_tried_where_others_were_chosen() -> None:
     flat = Flat.lay_out("float32", 4, [(f"{i}.weight", str(i), 1 << 15) for i in range(8)])
     network = mixed_network(4)
 
     def cuts(methods: list[str]) -> dict[Candidate, tuple[Bucket, ...]]:
-        return {c: c.cut([flat], network, ranks=4, methods=methods) for c in CANDIDATES}
+        return {c: c.bucketing([flat], network, ranks=4, methods=methods) for c in CANDIDATES}
 
     mixed = cuts(["allreduce", "exchange"])
     assert {bucket.method for bucket in mixed[USUAL]} == {"allreduce", "exchange"}

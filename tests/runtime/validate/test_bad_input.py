@@ -189,7 +189,7 @@ BAD: dict[Callable[[], tuple[Any, Any]], tuple[type[Exception], str]] = {
     in_data_parallel: (ValueError, "wrapped by DataParallel from outside"),
     in_our_class: (ValueError, "call the prioritize(optimizer) of that one"),
     our_class: (ValueError, "call its own prioritize(optimizer)"),
-    of_another_library: (ValueError, "wrapped by horovod, which shares gradients itself"),
+    of_another_library: (ValueError, "wrapped by horovod, which synchronizes gradients itself"),
     wrapper_of_two: (TypeError, "holds 2 optimizers: give prioritize the torch.optim.Optimizer"),
     expanded_buffer: (ValueError, "buffer 'odd' is expanded (shape (4,), strides (0,))"),
     sparse_buffer: (ValueError, "buffer 'odd' is torch.sparse_coo"),
@@ -233,7 +233,7 @@ def test_bad_input(build: Callable[..., Any], refused: dict[str, tuple[str, str]
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"method": "pigeon"}, "no method 'pigeon': there are allreduce, gather"),
     ({"method": "hierarchical"}, "needs several hosts with the same number of ranks"),
-    ({"method": "shard"}, "method 'shard' shares out the optimizer's state: say shard_optimizer"),
+    ({"method": "shard"}, "method 'shard' shards the optimizer's state: say shard_optimizer"),
     ({"method": "gather", "shard_optimizer": True}, "take method='shard'"),
     ({"shard_optimizer": True, "separable": False}, "leave out one of them"),
     ({"wire_dtype": torch.int8}, "must be torch.bfloat16, torch.float16, or None"),
@@ -323,7 +323,10 @@ def wrapped_later() -> list[str]:
 def test_a_model_that_is_wrapped_later_is_refused_when_it_is_called() -> None:
     for said in run_ranks(wrapped_later, 2):
         for sentence in said:
-            assert "wrapped by DistributedDataParallel, which shares gradients itself" in sentence
+            assert (
+                "wrapped by DistributedDataParallel, which synchronizes gradients itself"
+                in sentence
+            )
             assert "soonest.DistributedDataParallel(model) in its place" in sentence
 
 

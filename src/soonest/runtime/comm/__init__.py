@@ -1,4 +1,4 @@
-"""What goes over the network; nothing else names torch's collectives."""
+"""All that goes over the network: ops, groups, messages; nothing else calls torch's collectives."""
 
 from soonest.runtime.comm.broadcast import Sent, broadcast, broadcast_of, start_broadcast
 from soonest.runtime.comm.bucket_view import EXACT, Piece, Wire
@@ -12,7 +12,7 @@ from soonest.runtime.comm.objects import (
     start_sum,
     sum_small,
 )
-from soonest.runtime.comm.ops import Op, Running, combine, op, run, start
+from soonest.runtime.comm.ops import Op, Running, op, reduce, run, start
 from soonest.runtime.comm.topology import Group, Ranks, check_method
 from soonest.runtime.comm.unfinished import never_free
 from soonest.runtime.comm.waiting import (
@@ -41,7 +41,6 @@ __all__ = [
     "broadcast",
     "broadcast_of",
     "check_method",
-    "combine",
     "ended",
     "finish",
     "first_rank_object",
@@ -53,6 +52,7 @@ __all__ = [
     "looking",
     "never_free",
     "op",
+    "reduce",
     "run",
     "start",
     "start_broadcast",

@@ -1,4 +1,4 @@
-"""Tensors of one rank, for all."""
+"""Sends tensors of one rank to all others."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Sent:
         group: all ranks.
         tensors: what the source has is sent as it is now; the others' are overwritten.
         source: the rank from which.
-        apart: they may be written to meanwhile.
+        apart: the tensors may be written to before the work is done.
 
     Attributes:
-        on_device: to wait for the work is then no matter of the host.
+        on_device: the work runs on a device, so that the host need not wait for it.
     """
 
     def __init__(
@@ -43,9 +43,12 @@ class Sent:
         if not self.on_device:
             unfinished.begun(self.work)
 
+    def __repr__(self) -> str:
+        return f"Sent({self._joined.nbytes} bytes of {self._joined.dtype})"
+
     @property
     def memory(self) -> Tensor:
-        """What they are sent in."""
+        """The one tensor in which they are sent."""
         return self._joined
 
     def unpack(self) -> None:
@@ -67,17 +70,17 @@ def broadcast(group: Group, tensors: Sequence[Tensor], source: int = 0) -> None:
 
 
 def broadcast_of(group: Group, tensors: Sequence[Tensor], *, mine: bool) -> None:
-    """As ``broadcast``, from the last rank that has what counts."""
+    """As ``broadcast``, from the last rank for which ``mine`` is true."""
     broadcast(group, tensors, last_of(group, mine=mine))
 
 
 def start_broadcast(group: Group, tensors: Sequence[Tensor], source: int) -> list[Sent]:
-    """As ``broadcast``, but what it returns is to be waited for and then unpacked."""
+    """As ``broadcast``, but returns at once; the results are to be waited for, then unpacked."""
     return [Sent(group, batch, source, apart=True) for batch in _batches(tensors)]
 
 
 def _batches(tensors: Sequence[Tensor], limit_bytes: int = 64 << 20) -> list[list[Tensor]]:
-    """Tensors of one dtype on one device, so many that a batch needs not much extra memory."""
+    """Groups tensors by dtype and device into batches small enough to need little extra memory."""
     alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         alike.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())

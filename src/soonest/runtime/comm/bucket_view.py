@@ -1,4 +1,4 @@
-"""One bucket's part of the buffers, and how it is sent."""
+"""A bucket as a view of the flat buffers, and the dtypes in which it is sent."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Wire:
-    """The dtypes in which things are sent; None stands for their own.
+    """The dtypes in which gradients and parameters are sent; None stands for their own.
 
     Args:
-        gradients: sums are rounded to it in between where the backend makes them, and accumulate
-            in float32 where this rank does.
-        parameters: that ranks share out.
+        gradients: where the backend sums, partial sums are rounded to it; where this rank does,
+            they accumulate in float32.
+        parameters: of which each rank updates its shard and sends it to the others.
     """
 
     gradients: torch.dtype | None = None
     parameters: torch.dtype | None = None
 
     def of(self, itemsize: int) -> Wire:
-        """For elements of so many bytes: dtypes that are no narrower are left out."""
+        """The same, without dtypes that are not narrower than elements of so many bytes."""
 
         def narrower(dtype: torch.dtype | None) -> torch.dtype | None:
             return dtype if dtype and dtype.itemsize < itemsize else None
@@ -31,6 +31,7 @@ class Wire:
 
 
 EXACT = Wire()
+"""Everything is sent in its own dtype."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class Piece:
     itemsize: int | None = None
 
     def packed(self, part: slice = slice(None)) -> Tensor:
-        """Gradients as they are sent."""
+        """Gradients in the dtype in which they are sent; a view if that is their own."""
         wire = self.wire.gradients
         return self.gradients[part].to(wire) if wire else self.gradients[part]
 
     def unpack(self, received: Tensor, part: slice = slice(None)) -> None:
-        """Takes over what was sent; equal on every rank, as the sender takes it over as well."""
+        """Overwrites gradients by what was sent, on the sender, too: so all ranks have the same."""
         if self.wire.gradients:
             self.gradients[part].copy_(received)

@@ -18,15 +18,15 @@ from ipaddress import ip_address
 from typing import Any, NamedTuple
 
 Ends = Mapping[str, Collection[int]]
-"""The ends of a process's connections: ports by address of an interface."""
+"""This end of each of a process's connections: ports by address of an interface."""
 
 
 class Connection(NamedTuple):
-    """One of this process's own.
+    """A connection from this process to another rank.
 
     Args:
         descriptor: of its socket.
-        inode: by which one sees that it is still that socket.
+        inode: of the socket; another one shows that the descriptor is used for something else.
         rank: who is at the other end.
     """
 
@@ -38,11 +38,11 @@ class Connection(NamedTuple):
 _ADDRESS = re.compile(r"\[([0-9a-fA-F.:]+)\]:(\d+)")
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _STANDS, _LISTENS = 1, 10
-"""States of a connection, as Linux numbers them."""
+"""TCP_ESTABLISHED and TCP_LISTEN, as Linux numbers the states of a connection."""
 
 
 class _Socket(NamedTuple):
-    """One of this process's own: address and port of both ends, if it has them, and its state."""
+    """A TCP socket of this process: address and port of both ends, and the state."""
 
     descriptor: int
     inode: int
@@ -52,7 +52,7 @@ class _Socket(NamedTuple):
 
 
 def ends() -> Ends:
-    """Those of this process; none where the system does not tell."""
+    """The ends of this process's connections; none where the system does not tell."""
     found: dict[str, set[int]] = {}
     for address, port in (one.here for one in _sockets()):
         found.setdefault(address, set()).add(port)
@@ -79,10 +79,10 @@ def _listens(process: int, port: int) -> bool:
 
 
 def leading_to(known: Sequence[Ends]) -> Iterator[Connection]:
-    """Connections of this process to others on other hosts.
+    """Iterates over the connections of this process to ranks on other hosts.
 
     Args:
-        known: ends of all that there are.
+        known: the ends of all ranks' connections, by rank.
     """
     for one in _sockets():
         if one.there is None or not _has_link(one.here[0], one.there[0]):
@@ -102,7 +102,7 @@ class Known:
     """The connections from this process to others, as they were when all was well.
 
     Args:
-        ends: of all processes; those to this one itself are never asked for.
+        ends: of all processes, by rank; those of this one are never asked for.
 
     Attributes:
         ends: the same.
@@ -113,8 +113,11 @@ class Known:
         # By several, for one breaks also where a process gives up what that one is for.
         self._reached = {who for who, count in enumerate(_standing(ends)) if count > 1}
 
+    def __repr__(self) -> str:
+        return f"Known(connections of {len(self.ends)} ranks)"
+
     def ended(self, who: Sequence[int]) -> list[int]:
-        """Those of some processes that are no more: no connection to them stands.
+        """Which of some processes have ended: no connection to them stands.
 
         However a process ends, its system closes all of them at once.
         """
@@ -124,7 +127,7 @@ class Known:
         return [one for one, count in zip(reached, standing, strict=True) if not count]
 
     def cut(self) -> None:
-        """Ends all that this process has to them; a backend that waits for one gives up."""
+        """Shuts down all connections to them; a backend that waits for one gives up."""
         for one in _sockets(anew=True):
             if one.there is None:
                 continue
@@ -134,7 +137,7 @@ class Known:
                     found.shutdown(socket.SHUT_RDWR)
 
     def broken(self, error: Exception) -> int | None:
-        """To whom a connection has broken; None if the error of a backend does not say so."""
+        """The rank to which a connection has broken; None if a backend's error does not say so."""
         text = str(error)
         if "imed out" in text:  # who did not answer may just wait for another
             return None
@@ -147,22 +150,22 @@ class Known:
 
 
 def _standing(known: Sequence[Ends], *, anew: bool = False) -> list[int]:
-    """How many connections stand from this process to each of some."""
+    """Counts the connections that stand from this process to each of some others."""
     there = [one.there for one in _sockets(anew=anew) if one.there is not None]
     return [sum(port in ends.get(address, ()) for address, port in there) for ends in known]
 
 
 def _swapped(port: int) -> int:
-    """As gloo prints it: the other way round."""
+    """A port with its bytes swapped, as gloo prints it."""
     return struct.unpack("<H", struct.pack(">H", port & 0xFFFF))[0]
 
 
 _seen: dict[tuple[int, int], _Socket | None] = {}
-"""By descriptor and inode, what was found there: there may be thousands, which hardly change."""
+"""The sockets seen last, by descriptor and inode: there may be thousands, which hardly change."""
 
 
 def _sockets(*, anew: bool = False) -> list[_Socket]:
-    """All of them.
+    """All TCP sockets of this process.
 
     Args:
         anew: look at each again, as connections may have ended since.
@@ -189,6 +192,7 @@ def _sockets(*, anew: bool = False) -> list[_Socket]:
 
 
 def _look_at(file: int, inode: int) -> _Socket | None:
+    """The TCP socket behind a descriptor; None if it is of another kind."""
     blocking = os.get_blocking(file)
     with socket.socket(fileno=os.dup(file)) as one:
         if socket.getdefaulttimeout() is not None:  # then Python has made it ask for that
@@ -205,6 +209,6 @@ def _end(name: tuple[Any, ...]) -> tuple[str, int]:
 
 
 def _readable(address: str) -> str:
-    """As backends write it."""
+    """An address as backends write it."""
     there = ip_address(address.partition("%")[0])
     return str(getattr(there, "ipv4_mapped", None) or there)

@@ -1,10 +1,9 @@
-"""Who is still there: what the ranks tell each other when something has failed.
+"""Which rank is at fault when something has failed.
 
-The ranks talk through torch's key-value store, which does not depend on the broken collective. A
-rank that fails leaves a note there. It says what is wrong with that rank; or else what it waited
-for in vain. All others then say where they are, and whoever has left no note after a short while is
-at fault, as far as can be known. Of a rank whose connection has broken without a note it is known
-sooner.
+A rank that fails leaves a note, see ``notes``. It says what is wrong with that rank; or else what
+it waited for in vain. All others then say where they are, and whoever has left no note after a
+short while is at fault, as far as can be known. Of a rank whose connection has broken without a
+note it is known sooner.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TypeVar
@@ -25,33 +24,22 @@ import torch.distributed as dist
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime import comm
 from soonest.runtime.comm import connections, groups
+from soonest.runtime.comm.error_text import is_of_backend, reason_of, said
+from soonest.runtime.comm.notes import BUSY, FAULT, LOOK_S, LOST, Notes
 from soonest.runtime.comm.signals import is_from_handler
-from soonest.runtime.device.threads import Helper
 
 _E = TypeVar("_E", bound=Exception)
 _GRACE_S = 4.0
+"""How long a rank may take to leave a note, seconds, before it is taken to be lost."""
 _BROKEN_S = 1.0
-"""So long may a rank to which one connection has broken, and others stand, leave a note: that one
-breaks also when the rank gives up."""
-_LOOK_S = 0.05
+"""How long it may take if one connection to it has broken and others stand: that one breaks also
+when the rank gives up."""
 _FIRST_LOOK_S = 0.002
-_OF_BACKENDS = (
-    "gloo",
-    "nccl",
-    "connection",
-    "socket",
-    "peer",
-    "timed out",
-    "timeout",
-    "process group",
-)
-_FAULT, _LOST, _BUSY = "!", "-", "~"
-"""How a note begins that says what is wrong with the rank that left it; that others left of a rank
-that is gone; and that says where a rank is that waits for nobody. Others say what is waited for."""
+"""The first pause between two looks for notes; each is twice as long as the one before."""
 
 
 class FailureReporter:
-    """The ranks of a group, with their names.
+    """Knows the ranks of a group by name, and finds out which one is at fault for a failure.
 
     Args:
         group: over which to talk at the start.
@@ -64,13 +52,12 @@ class FailureReporter:
         store = groups.store_of(group)
         _meetings[group.group_name] += 1
         name = f"soonest/{group.group_name}/{_meetings[group.group_name]}"
-        self._store = dist.distributed_c10d.PrefixStore(name, store)
+        place = dist.distributed_c10d.PrefixStore(name, store)
+        self._notes = Notes(place, self.rank, group.size())
         self._notes_are_ours = groups.has_own_store(group)
         self._waits_for: str | None = None
         self._connections = connections.Known()
         self._store_host: int | None = None
-        self._store_is_gone = False
-        self._unanswered: Helper | None = None
         self.names = [f"rank {rank}" for rank in range(group.size())]
         me = f"rank {self.rank} (host {socket.gethostname()}, process {os.getpid()})"
         with self.together(what):
@@ -79,17 +66,21 @@ class FailureReporter:
         hosts = [rank for rank, (_, is_host, _) in enumerate(every) if is_host]
         self._store_host = hosts[0] if len(hosts) == 1 else None
         if not self._notes_are_ours:  # those of processes before these may still be there
-            self._store = dist.distributed_c10d.PrefixStore(every[0][-1], self._store)
+            self._notes.move_to(every[0][-1])
             self._notes_are_ours = True
 
+    def __repr__(self) -> str:
+        waiting = f", waits for {self._waits_for}" if self._waits_for else ""
+        return f"FailureReporter({self.names[self.rank]} of {len(self.names)}{waiting})"
+
     def learn_connections(self) -> None:
-        """Takes note of whose are which, as they are now; a collective call."""
+        """Remembers whose connections are which, as they are now; a collective call."""
         every = comm.gather_objects(self._group, connections.ends())
         self._connections = connections.Known(every)
 
     @property
     def ends(self) -> Sequence[connections.Ends]:
-        """Those, by rank; none before."""
+        """The ends of all ranks' connections, by rank; none before ``learn_connections``."""
         return self._connections.ends
 
     @property
@@ -98,14 +89,14 @@ class FailureReporter:
         return self.rank == self._store_host
 
     def cut_connections(self) -> None:
-        """So that nothing of this process waits for another rank any more."""
+        """Ends all connections, so that nothing of this process waits for another rank any more."""
         self._connections.cut()
 
     # Errors
 
     @contextmanager
     def together(self, what: str, advice: str = "") -> Iterator[None]:
-        """Around collective calls: says who is at fault if they fail.
+        """Says who is at fault if the collective calls within this context fail.
 
         Args:
             what: they are for.
@@ -156,15 +147,15 @@ class FailureReporter:
     def tell(self, fault: str) -> None:
         """Lets the others know what is wrong with this rank, so that they need not wait for it."""
 
-        def note() -> None:
+        def leave() -> None:
             with suppress(Exception):
-                self._note(_FAULT + fault)
-                self._store.set(f"read/{self.rank}", "yes")  # it asks for no other's
+                self._notes.leave(FAULT + fault)
+                self._notes.mark_read()  # it asks for no other's
 
-        self._in_time(note)
+        self._notes.in_time(leave, _GRACE_S + 1)
 
     def at_fault(self, error: _E) -> _E:
-        """As ``tell``, of an error that is to be raised on this rank."""
+        """Lets the others know of an error of this rank, as ``tell``, and returns it."""
         self.tell(said(error))
         return error
 
@@ -182,86 +173,60 @@ class FailureReporter:
             None if nobody is known to be at fault.
         """
         gone = self._connections.broken(error) if error is not None else None
-        if self._store_is_gone:
+        if self._notes.store_is_gone:
             return self._without_store(gone, "is gone") if failed else None
         answer: list[str | None] = [self._without_store(gone, "does not answer")]
 
         def ask() -> None:
             try:
-                answer[0] = self._missing(what, gone) if failed else self._given_up(what)
+                asked = failed or self._notes.exist()
+                answer[0] = self._missing(what, gone) if asked else None
                 if failed or answer[0] is not None:
-                    self._store.set(f"read/{self.rank}", "yes")
+                    self._notes.mark_read()
             except Exception:  # the store is what has failed
-                self._store_is_gone = True
+                self._notes.store_is_gone = True
                 answer[0] = self._without_store(gone, "is gone") if failed else None
 
-        return answer[0] if self._in_time(ask) or failed else None
+        return answer[0] if self._notes.in_time(ask, _GRACE_S + 1) or failed else None
 
     def answer(self, where: str) -> None:
-        """If another rank has given up: lets it know that this one is there.
+        """Lets a rank that has given up know that this one is there.
 
         Args:
             where: this rank is; it waits for nobody in a lane.
         """
-        if self._store_is_gone:
+        if self._notes.store_is_gone:
             return
         try:
-            if self._store.check(["failed"]):
-                self._note(self._waits_for or _BUSY + where)
+            if self._notes.exist():
+                self._notes.leave(self._waits_for or BUSY + where)
         except Exception:  # who is lost with it shows when this rank waits for others
-            self._store_is_gone = True
+            self._notes.store_is_gone = True
 
     def wait_for_notes(self) -> None:
         """Returns when all others know who is at fault, or do not ask; before the store goes."""
+        self._notes.in_time(partial(self._notes.wait_for_readers, _GRACE_S), _GRACE_S + 1)
 
-        def look() -> None:
-            deadline_s = time.monotonic() + _GRACE_S
-            with suppress(Exception):
-                keys = [f"read/{rank}" for rank in range(len(self.names)) if rank != self.rank]
-                while not self._store.check(keys) and time.monotonic() < deadline_s:
-                    time.sleep(_LOOK_S)
-
-        self._in_time(look)
-
-    def _in_time(self, ask: Callable[[], None]) -> bool:
-        """Whether the store answered: it may hang on a host that is cut off, and we must not."""
-        if self._unanswered is not None and self._unanswered.is_alive():
-            return False
-        asking = Helper(ask, "asks")
-        asking.join(_GRACE_S + 1)
-        self._unanswered = asking if asking.is_alive() else None
-        return self._unanswered is None
-
-    def _note(self, text: str, rank: int | None = None) -> None:
-        of_whom = f"failed/{self.rank if rank is None else rank}"
-        if not self._store.check([of_whom]):  # the first one counts
-            self._store.set(of_whom, text)
-            self._store.set("failed", "yes")
-
-    def _given_up(self, what: str) -> str | None:
-        return self._missing(what) if self._store.check(["failed"]) else None
-
-    def _missing(self, what: str, gone: int | None = None) -> str | None:
-        """Who is at fault.
+    def _missing(self, what: str, gone: int | None) -> str | None:
+        """Asks all others where they are, and says who is at fault.
 
         Args:
             what: this rank waits for.
             gone: a rank to which the connection has broken.
         """
-        self._note(what)
+        self._notes.leave(what)
         silent = [rank for rank in range(len(self.names)) if rank != self.rank]
         notes: dict[int, str] = {}
         began_s = time.monotonic()
         pause_s = _FIRST_LOOK_S
         while True:
             ended = self._connections.ended(silent)  # before their notes are read: who left one may
-            for rank in [rank for rank in silent if self._store.check([f"failed/{rank}"])]:
-                silent.remove(rank)
-                notes[rank] = self._store.get(f"failed/{rank}").decode()
+            notes |= self._notes.of(silent)
+            silent = [rank for rank in silent if rank not in notes]
             for rank, note in notes.items():
-                if note.startswith(_FAULT):
-                    return f"{self.names[rank]} failed: {note.removeprefix(_FAULT)}"
-            lost = [rank for rank, note in notes.items() if note.startswith(_LOST)]
+                if note.startswith(FAULT):
+                    return f"{self.names[rank]} failed: {note.removeprefix(FAULT)}"
+            lost = [rank for rank, note in notes.items() if note.startswith(LOST)]
             if lost:
                 return self._did_not_take_part(lost)
             waited_s = time.monotonic() - began_s
@@ -269,41 +234,47 @@ class FailureReporter:
             if gone in silent and waited_s > _BROKEN_S:
                 lost.append(gone)
             for rank in lost:
-                self._note(_LOST, rank)
-                self._store.set(f"read/{rank}", "yes")
+                self._notes.leave(LOST, rank)
+                self._notes.mark_read(rank)
             if lost:
                 continue
             if not silent or waited_s > _GRACE_S:
-                break
+                return self._judged(what, notes, silent)
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LOOK_S)
-        notes = dict(sorted(notes.items()))  # the words do not depend on who answered first
-        busy = {rank: note for rank, note in notes.items() if note.startswith(_BUSY)}
+            pause_s = min(2 * pause_s, LOOK_S)
+
+    def _judged(self, what: str, notes: Mapping[int, str], silent: Sequence[int]) -> str | None:
+        """Says who is at fault, where no rank says that it is itself.
+
+        Args:
+            what: this rank waits for.
+            notes: of the other ranks.
+            silent: ranks that have left none.
+        """
         if silent:
-            why = f", and {_have(silent)} not answered within {_GRACE_S:.0f} s"
+            have = "has" if len(silent) == 1 else "have"
+            why = f", and {have} not answered within {_GRACE_S:.0f} s"
             return self._did_not_take_part(silent) + why
+        by_rank = sorted(notes.items())  # the words do not depend on who answered first
+        busy = [
+            f"{self.names[rank]} did not take part: it is {note.removeprefix(BUSY)}"
+            for rank, note in by_rank
+            if note.startswith(BUSY)
+        ]
         if busy:
-            return (
-                f"{' and '.join(self._place(*one) for one in busy.items())}, and waits for nobody"
-            )
-        elsewhere = {rank: note for rank, note in notes.items() if note != what}
+            return f"{' and '.join(busy)}, and waits for nobody"
+        elsewhere = [(rank, note) for rank, note in by_rank if note != what]
         # Ranks in the same step do not keep each other waiting, if another is elsewhere.
         step = _step_of(what)
-        others = {r: note for r, note in elsewhere.items() if not step or _step_of(note) != step}
-        elsewhere = others or elsewhere
-        if elsewhere:
-            places = [f"{self.names[rank]} waits for {note}" for rank, note in elsewhere.items()]
-            return f"the ranks are at different points: {'; '.join(places)}"
-        return None
+        others = [one for one in elsewhere if not step or _step_of(one[1]) != step]
+        places = [f"{self.names[rank]} waits for {note}" for rank, note in others or elsewhere]
+        return f"the ranks are at different points: {'; '.join(places)}" if places else None
 
     def _did_not_take_part(self, ranks: Sequence[int]) -> str:
         return " and ".join(self.names[rank] for rank in ranks) + " did not take part"
 
-    def _place(self, rank: int, note: str) -> str:
-        return f"{self.names[rank]} did not take part: it is {note.removeprefix(_BUSY)}"
-
     def _without_store(self, gone: int | None, how: str) -> str:
-        """Who is at fault, where the key-value store does not say."""
+        """Says who is at fault, where the key-value store does not."""
         host = self._store_host
         if host is not None and host != self.rank:  # others may have ended because it did
             return f"{self._did_not_take_part([host])}: the key-value store in it {how}"
@@ -316,31 +287,6 @@ def _step_of(what: str) -> str | None:
     """``step 7``, of what a rank waits for in its step 7; None of what belongs to no step."""
     found = re.match(r"step \d+(?=:)", what)
     return found[0] if found is not None else None
-
-
-def _have(ranks: Sequence[int]) -> str:
-    return "has" if len(ranks) == 1 else "have"
-
-
-def is_of_backend(error: Exception) -> bool:
-    """Whether it may be about another rank: any other error would come without any, too."""
-    if isinstance(error, dist.DistError | TimeoutError):
-        return True
-    words = str(error).lower()
-    return any(word in words for word in _OF_BACKENDS)
-
-
-def reason_of(error: Exception) -> str:
-    """What a backend says about a collective that failed, without its guesses."""
-    return str(error).split(". This is typically", 1)[0]
-
-
-def said(error: BaseException) -> str:
-    """An error in words for other ranks, in one line."""
-    text = " ".join(str(error).split())
-    if text and isinstance(error, SoonestError | ValueError):  # then it is a sentence
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 _meetings: Counter[str] = Counter()

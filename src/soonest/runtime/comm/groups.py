@@ -1,4 +1,10 @@
-"""Communicators of our own, and which ranks share a host."""
+"""Communicators of our own, and which ranks share a host.
+
+A user's collectives must not come between the plan's ops, on any rank, in any order, and a
+communicator matches what ranks send by the order in which they send it. So soonest never uses a
+group of the user's, and has one for each kind of traffic whose order against the others may differ
+between ranks.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +23,28 @@ from soonest.runtime import comm
 from soonest.runtime.comm import Group, Ranks
 
 _stores: WeakKeyDictionary[Group, dist.distributed_c10d.Store] = WeakKeyDictionary()
-"""By group, a part of the key-value store that is new, where one was given."""
+"""By group, the part of the key-value store that only its ranks use, where one was given."""
 
 
 def ranks_of(group: Group, host: str | None = None, *, native: bool = False) -> Ranks:
-    """Finds out which ranks share a host; a collective call.
+    """Finds out which ranks share a host, and connects them; a collective call.
 
     Args:
         group: all ranks.
         host: a name for this rank's host; by default machine and network namespace.
         native: as in ``Ranks``: for devices, whose ops never overlap, so that one communicator is
-            enough.
+            enough. Two of NCCL's in flight could deadlock.
     """
     hosts = comm.gather_objects(group, host or host_name())
-    rank, params = group.rank(), dist.get_process_group_ranks(group)
-    second, control = (group, None) if native else (again(group), again(group))
+    rank, members = group.rank(), dist.get_process_group_ranks(group)
+    second, control = (group, None) if native else (private_group(group), private_group(group))
     by_host = [[r for r, other in enumerate(hosts) if other == name] for name in sorted(set(hosts))]
     sizes = {len(these) for these in by_host}
     if len(by_host) == 1 or len(sizes) > 1 or 1 in sizes:
         return Ranks(group, second, native=native, control=control)
     places = [list(place) for place in zip(*by_host, strict=True)]
     mine = [next(these for these in groups if rank in these) for groups in (by_host, places)]
-    inside, across = (_subgroup(group, [params[r] for r in these]) for these in mine)
+    inside, across = (_connected(group, [members[r] for r in these]) for these in mine)
     return Ranks(group, second, inside, across, native, control)
 
 
@@ -50,13 +56,8 @@ def host_name() -> str:
         return socket.gethostname()
 
 
-def again(group: Group) -> Group:
-    """One more communicator over the ranks of a group; a collective call."""
-    return _subgroup(group, dist.get_process_group_ranks(group))
-
-
 def store_of(group: Group) -> dist.distributed_c10d.Store:
-    """Where in the key-value store the ranks of a group keep what concerns it."""
+    """The part of the key-value store in which the ranks of a group tell each other of it."""
     return _stores.get(group) or dist.distributed_c10d._get_default_store()
 
 
@@ -65,27 +66,12 @@ def has_own_store(group: Group) -> bool:
     return group in _stores
 
 
-def _subgroup(group: Group, params: list[int]) -> Group:
-    timeout = datetime.timedelta(seconds=timeout_of(group))
-    store = _stores.get(group)
-    with _by_these_alone(group), _keys_in(store):
-        made = dist.new_group(
-            params,
-            timeout=timeout,
-            backend=dist.get_backend(group),
-            pg_options=_options(group, timeout),
-            use_local_synchronization=True,
-            group_desc="soonest",
-        )
-    return _kept(made, store)
-
-
 @contextmanager
 def _by_these_alone(callers: Group) -> Iterator[None]:
-    """What is made inside needs no rank but the callers.
+    """Lets groups that are made within this context need no rank but the callers.
 
     If the default group is bound to a device, torch splits all others off that one, and so waits
-    for all of its ranks. These connect by themselves then, when they first combine something.
+    for all of its ranks. These connect by themselves then, when they first send something.
     """
     default: Any = dist.group.WORLD
     bound = default.bound_device_id
@@ -101,11 +87,14 @@ def _by_these_alone(callers: Group) -> Iterator[None]:
 
 @contextmanager
 def _keys_in(store: dist.distributed_c10d.Store | None) -> Iterator[None]:
-    """Ranks that make a group inside find each other in this store; in the default one if None.
+    """Lets ranks that make a group within this context find each other in this store.
 
     torch names keys alike in all processes that a launcher starts one after the other, and the
     store may outlive them. Whoever comes first would then find addresses of processes that are no
     more, and try to connect to these.
+
+    Args:
+        store: the default one if None.
     """
     places, default = dist.distributed_c10d._world.pg_map, dist.group.WORLD
     assert default is not None
@@ -119,7 +108,7 @@ def _keys_in(store: dist.distributed_c10d.Store | None) -> Iterator[None]:
 
 
 def _options(parent: Group, timeout: datetime.timedelta) -> Any:
-    """On devices, what is sent goes ahead of what is computed: others wait for it."""
+    """Gives NCCL streams of high priority: other ranks wait for what is sent."""
     if "nccl" not in dist.get_backend_config(parent):
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -128,9 +117,13 @@ def _options(parent: Group, timeout: datetime.timedelta) -> Any:
 
 
 def private_group(
-    parent: Group | None, timeout_s: float | None, store: dist.distributed_c10d.Store | None = None
+    parent: Group | None,
+    timeout_s: float | None = None,
+    store: dist.distributed_c10d.Store | None = None,
 ) -> Group:
     """A communicator of our own over the ranks of ``parent``, so that no other traffic mixes in.
+
+    A collective call. ``rendezvous.connect`` says which rank is missing if not all make it.
 
     Args:
         parent: None stands for the default group.
@@ -139,30 +132,35 @@ def private_group(
     """
     parent = parent if parent is not None else dist.group.WORLD
     assert parent is not None
+    return _connected(parent, dist.get_process_group_ranks(parent), timeout_s, store)
+
+
+def _connected(
+    parent: Group,
+    members: list[int],
+    timeout_s: float | None = None,
+    store: dist.distributed_c10d.Store | None = None,
+) -> Group:
+    """As ``private_group``, over some ranks of ``parent``, given by their numbers among all."""
     timeout = timeout_for(parent, timeout_s)
     store = store if store is not None else _stores.get(parent)
     with _by_these_alone(parent), _keys_in(store):
-        group = dist.new_group(
-            dist.get_process_group_ranks(parent),
+        made = dist.new_group(
+            members,
             timeout=timeout,
             backend=dist.get_backend(parent),
             pg_options=_options(parent, timeout),
             use_local_synchronization=parent is not dist.group.WORLD,
             group_desc="soonest",
         )
-    return _kept(group, store)
-
-
-def _kept(made: object, store: dist.distributed_c10d.Store | None) -> Group:
-    """A group that was just made, with the store in which its ranks have found each other."""
-    assert isinstance(made, Group)
+    assert isinstance(made, dist.ProcessGroup)
     if store is not None:
         _stores[made] = store
     return made
 
 
 def timeout_for(parent: Group, timeout_s: float | None) -> datetime.timedelta:
-    """That of collectives in a communicator made of ``parent``; None stands for the parent's."""
+    """The time-out of collectives in a group made of ``parent``; None stands for the parent's."""
     return datetime.timedelta(seconds=timeout_of(parent) if timeout_s is None else timeout_s)
 
 
@@ -175,7 +173,7 @@ def timeout_of(group: Group) -> float:
 
 
 def failure_of(group: Group, device: torch.device) -> Callable[[], str | None]:
-    """What to ask whether the backend knows that something has failed; in words."""
+    """Makes a function that says what the backend knows to have failed; None if nothing has."""
     backend: Any = group._get_backend(device)
 
     def failure() -> str | None:

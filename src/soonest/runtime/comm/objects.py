@@ -1,4 +1,4 @@
-"""Small things that the ranks tell each other."""
+"""Small objects, numbers and sums that ranks exchange between steps."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def gather_numbers(group: Group, value: float) -> list[float]:
 
 
 class Gathering:
-    """Every rank's numbers on their way to every rank; to begin it is a collective call.
+    """Every rank's numbers on their way to every rank; to make this is a collective call.
 
     Args:
-        group: of which backend sends from the host.
+        group: all ranks; its backend has to send from the host.
         values: as many on every rank.
     """
 
     def __init__(self, group: Group, values: Sequence[float]) -> None:
-        # As nothing of the user's own: no mode that its thread is in sees it.
+        # Unseen by whatever modes the user's thread is in.
         with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
             mine = torch.from_numpy(np.array(values))
             self._every = torch.from_numpy(np.empty((group.size(), len(values))))
@@ -105,11 +105,11 @@ def first_rank_object(group: Group, value: Any) -> Any:
 
 
 def last_of(group: Group, *, mine: bool) -> int:
-    """The last rank for which something is so; a collective call.
+    """The last rank for which something is true; a collective call.
 
     Args:
         group: all ranks.
-        mine: for this one it is.
+        mine: it is true for this rank.
     """
     return round(max(gather_numbers(group, group.rank() if mine else -1)))
 

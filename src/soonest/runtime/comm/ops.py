@@ -1,11 +1,9 @@
-"""The ops of the methods by which buckets are combined."""
+"""The ops of which the methods consist that reduce a bucket, and how one is run."""
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +12,12 @@ from torch import Tensor
 from soonest.core.plan import METHODS, borders
 from soonest.runtime.comm import unfinished
 from soonest.runtime.comm.bucket_view import Piece, Wire
+from soonest.runtime.comm.messages import receive, send
 from soonest.runtime.comm.topology import Group, Ranks, check_method
 from soonest.runtime.comm.waiting import Work, finish
 
 Op = Iterator[Work]
-"""An op: what it yields it waits for, one after the other, and what follows is this rank's work.
+"""An op as a generator: whoever runs it waits for each work that it yields, then goes on with it.
 
 All ranks' pieces have the same size and dtypes. Afterwards ``gradients``, or this rank's part of
 them, are the sums over all ranks, or ``parameters`` are those of each part's owner.
@@ -26,14 +25,14 @@ them, are the sums over all ranks, or ``parameters`` are those of each part's ow
 
 
 def all_reduce(ranks: Ranks, piece: Piece) -> Op:
-    """The backend's own sum. Rounding depends on where in the piece an element lies."""
+    """The backend's own all-reduce; rounding depends on where in the piece an element lies."""
     sent = piece.packed()
     yield ranks.group.allreduce([sent])
     piece.unpack(sent)
 
 
 def all_gather(ranks: Ranks, piece: Piece) -> Op:
-    """All ranks get everything and sum it in the order of ranks."""
+    """Every rank gets all gradients and sums them in the order of ranks."""
     sent = piece.packed()
     every = sent.new_empty(ranks.group.size() * sent.numel())
     yield ranks.group.all_gather_single(every, sent)
@@ -41,7 +40,7 @@ def all_gather(ranks: Ranks, piece: Piece) -> Op:
 
 
 def exchange(ranks: Ranks, piece: Piece) -> Op:
-    """As ``all_gather``, but every rank sends to every other directly: one hop for all.
+    """As ``all_gather``, but every rank sends to every other directly, in one hop.
 
     An all-to-all of copies: gloo closes all connections when waiting for a single message times
     out, and here that is how one notices that another rank has given up.
@@ -58,7 +57,7 @@ def reduce_scatter(ranks: Ranks, piece: Piece) -> Op:
 
 
 def ring_reduce_scatter(ranks: Ranks, piece: Piece) -> Op:
-    """Partial sums go round once, each rank adding its share: for large pieces.
+    """Partial sums go round the ranks once, each adding its gradients: for large pieces.
 
     So every link carries one stream at a time, which TCP uses better than many (P. Patarasuk and
     X. Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", J. Parallel
@@ -78,11 +77,11 @@ def ring_reduce_scatter(ranks: Ranks, piece: Piece) -> Op:
     passing = [parts[(rank - hop) % n] for hop in range(1, n + 1)]
     coming = [torch.empty_like(part) for part in passing[1:]]
     # Receives first: what arrives unexpected has to be asked for, and waits for that.
-    receives = [_receive(group, part, (rank - 1) % n, hop) for hop, part in enumerate(coming)]
+    receives = [receive(group, part, (rank - 1) % n, hop) for hop, part in enumerate(coming)]
     sends: list[Work] = []
     going = passing[0]
     for hop, part in enumerate(coming):
-        sends += _send(group, going, (rank + 1) % n, hop)
+        sends += send(group, going, (rank + 1) % n, hop)
         yield from receives[hop]
         going = part.add_(passing[hop + 1])
     yield from sends
@@ -92,7 +91,7 @@ def ring_reduce_scatter(ranks: Ranks, piece: Piece) -> Op:
 def split(ranks: Ranks, piece: Piece) -> Op:
     """Every rank gets its part of everybody's gradients, sums that, and sends it to everybody."""
     yield from _scatter_sum(ranks.group, piece)
-    yield from _share_parts(ranks.second, piece)
+    yield from _gather_parts(ranks.second, piece)
 
 
 def all_gather_parameters(ranks: Ranks, piece: Piece) -> Op:
@@ -111,7 +110,7 @@ def all_gather_parameters(ranks: Ranks, piece: Piece) -> Op:
 
 
 def reduce_inside(ranks: Ranks, piece: Piece) -> Op:
-    """The ranks of a host share out the gradients, and each sums its part of theirs."""
+    """Every rank gets its part of the gradients of its host's ranks, and sums that."""
     assert ranks.inside
     yield from _scatter_sum(ranks.inside, piece)
 
@@ -129,7 +128,7 @@ def all_reduce_across(ranks: Ranks, piece: Piece) -> Op:
 def all_gather_inside(ranks: Ranks, piece: Piece) -> Op:
     """The ranks of a host give each other their parts."""
     assert ranks.inside
-    yield from _share_parts(ranks.inside, piece)
+    yield from _gather_parts(ranks.inside, piece)
 
 
 _OPS: dict[str, Callable[[Ranks, Piece], Op]] = {
@@ -153,7 +152,10 @@ class Running:
     """An op in flight.
 
     Args:
-        op: what it does; it begins now.
+        op: it begins now.
+
+    Attributes:
+        work: to wait for before ``go_on``; None when the op is over.
     """
 
     def __init__(self, op: Op) -> None:
@@ -162,7 +164,7 @@ class Running:
         self.go_on()
 
     def go_on(self) -> None:
-        """What was waited for has ended: does what follows until there is something to wait for."""
+        """Goes on with the op, whose work has ended, until there is something to wait for again."""
         if self.work is not None:
             unfinished.over(self.work)
         self.work = next(self._op, None)
@@ -171,7 +173,7 @@ class Running:
 
 
 def op(kind: str, ranks: Ranks, piece: Piece) -> Op:
-    """One op of a plan, which begins when it is first asked what to wait for."""
+    """Makes one op of a plan; it begins when it is first asked what to wait for."""
     return _OPS[kind](ranks, piece)
 
 
@@ -186,7 +188,7 @@ def run(kind: str, ranks: Ranks, piece: Piece) -> None:
         finish(work, on_device=ranks.native)
 
 
-def combine(method: str, ranks: Ranks, tensor: Tensor, *, wire: torch.dtype | None = None) -> None:
+def reduce(method: str, ranks: Ranks, tensor: Tensor, *, wire: torch.dtype | None = None) -> None:
     """Sums a tensor over the ranks by one method, in place, and waits for it; a collective call.
 
     With ``shard`` the parts that ranks sum are gathered like parameters.
@@ -264,40 +266,9 @@ def _native_reduce_scatter(group: Group, whole: Tensor) -> Op:
     own.copy_(mine[: own.numel()])
 
 
-def _share_parts(group: Group, piece: Piece) -> Op:
+def _gather_parts(group: Group, piece: Piece) -> Op:
     sizes, mine = _sizes(piece.gradients, group)
     sent = piece.packed(_own(piece.gradients, group)).repeat(group.size())
     every = sent.new_empty(piece.gradients.numel()) if piece.wire.gradients else piece.gradients
     yield group.all_to_all_single(every, sent, sizes, [mine] * group.size())
     piece.unpack(every)
-
-
-class _Message:
-    """A message in flight. Waiting for it must not time out early: gloo would close all."""
-
-    def __init__(self, work: Any) -> None:
-        self._work = work
-        self._over = False
-        self._error: RuntimeError | None = None
-
-    def wait(self, timeout: datetime.timedelta | None = None) -> bool:
-        if self._error is not None:  # another wait would last another time-out
-            raise self._error
-        try:
-            return self._work.wait()
-        except RuntimeError as error:
-            self._error = error
-            raise
-        finally:
-            self._over = True
-
-    def is_completed(self) -> bool:
-        return self._over
-
-
-def _receive(group: Group, part: Tensor, source: int, tag: int) -> list[Work]:
-    return [_Message(group.recv([part], source, tag))] if part.numel() else []
-
-
-def _send(group: Group, part: Tensor, target: int, tag: int) -> list[Work]:
-    return [_Message(group.send([part], target, tag))] if part.numel() else []

@@ -1,4 +1,4 @@
-"""What the user's signal handlers do to a wait of ours."""
+"""Tells errors that the user's signal handlers raise while we wait from those of a backend."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def is_from_handler(error: BaseException) -> bool:
 
 
 def _handlers() -> Iterator[CodeType]:
+    """The code of all signal handlers that are functions of Python."""
     for number in signal.valid_signals():
         handler: Any = signal.getsignal(number)
         while isinstance(handler, functools.partial):

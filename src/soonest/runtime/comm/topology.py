@@ -1,4 +1,4 @@
-"""Over which ranks things are combined, and by which methods that can be done."""
+"""Over which ranks gradients are reduced, and by which methods that can be done."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ Group = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that combine, and how they can talk.
+    """The ranks that reduce gradients together, and how they are connected.
 
     Args:
         group: all of them.
-        second: the same once more, for what follows inside an op: on ``group`` it would come before
-            the next op on one rank and behind it on another.
-        inside: those that share this rank's host; None if no two share one, if all do, or if hosts
-            have different numbers of ranks.
-        across: on each host the one with this rank's place there; None along with ``inside``.
+        second: a second communicator over the same ranks, for the second half of an op with two.
+            That begins when the first half ends, which is before the next op is issued on one rank
+            and behind it on another; on ``group`` the two would be taken for each other.
+        inside: the ranks that share this one's host; None if no two share one, if all do, or if
+            hosts have different numbers of ranks.
+        across: on each host the rank with this one's place there; None along with ``inside``.
         native: the backend has a true reduce-scatter, and single messages are not to be sent.
         control: for what ranks tell each other between steps. On ``group`` a rank that is elsewhere
             would take it for a bucket of another size, and end. ``group`` itself if None.
@@ -36,12 +37,12 @@ class Ranks:
 
     @property
     def talk(self) -> Group:
-        """Where ranks tell each other what is no part of a plan."""
+        """The group on which ranks tell each other what is no part of a plan."""
         return self.control or self.group
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Those that these ranks can carry out."""
+        """The methods that these ranks can carry out."""
         return tuple(name for name in METHODS if name != "hierarchical" or self.inside)
 
 

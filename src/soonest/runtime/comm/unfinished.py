@@ -18,7 +18,7 @@ _works: dict[int, Work] = {}
 
 
 def begun(work: _W) -> _W:
-    """The op, of which note is taken until somebody has seen that it is over."""
+    """Keeps an op until ``over`` is called for it, and returns it."""
     if len(_works) > _MANY:  # after a failure nobody waits for those that were in flight
         for one in list(_works.values()):
             if one.is_completed():
@@ -28,10 +28,10 @@ def begun(work: _W) -> _W:
 
 
 def over(work: Work) -> None:
-    """It has ended."""
+    """Lets go of an op that has ended."""
     _works.pop(id(work), None)
 
 
 def never_free() -> None:
-    """Keeps all that are in flight, beyond the end of the interpreter."""
+    """Keeps all ops in flight beyond the end of the interpreter."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(dict(_works)))

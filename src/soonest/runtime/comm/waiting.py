@@ -1,4 +1,4 @@
-"""Waiting for what is in flight, so that a signal or another rank's failure is seen meanwhile."""
+"""Waits for ops in flight in short steps, so that signals and other ranks' failures are seen."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Protocol
 from soonest.runtime.comm import unfinished
 
 LOOK_S = 0.5
-"""How often a rank that waits looks whether another has given up."""
+"""Poll interval, s: how often a waiting rank checks for failed ranks."""
 
 
 class Work(Protocol):
-    """Something in flight."""
+    """An op in flight, as torch's ``Work``."""
 
     def wait(self, timeout: datetime.timedelta = ...) -> bool: ...
     def is_completed(self) -> bool: ...
@@ -27,7 +27,7 @@ _look: ContextVar[Callable[[], None] | None] = ContextVar("soonest_look", defaul
 
 @contextmanager
 def looking(look: Callable[[], None]) -> Iterator[None]:
-    """Within this context ``finish`` calls this every so often; what it raises ends the wait."""
+    """Lets ``finish`` call this now and then within this context; what it raises ends the wait."""
     token = _look.set(look)
     try:
         yield
@@ -36,7 +36,7 @@ def looking(look: Callable[[], None]) -> Iterator[None]:
 
 
 def look() -> None:
-    """What ``looking`` says is to be done now and then."""
+    """Calls what ``looking`` was given, if anything."""
     if (given := _look.get()) is not None:
         given()
 
@@ -45,13 +45,13 @@ _waited_s = 0.0
 
 
 def waited_s() -> float:
-    """Seconds for which threads of the user's have waited for other ranks so far."""
+    """Seconds for which the user's threads have waited for other ranks so far in this process."""
     return _waited_s
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Within this context, one of these threads waits for other ranks."""
+    """Counts the time within this context as waiting for other ranks, see ``waited_s``."""
     global _waited_s
     began_s = time.perf_counter()
     try:
@@ -82,7 +82,7 @@ def finish(work: Work, *, on_device: bool = False) -> None:
 
     Args:
         work: the op.
-        on_device: to wait is then no matter of the host, which only orders what follows behind it.
+        on_device: the host need not wait then: it only enqueues what follows behind the op.
 
     Raises:
         RuntimeError: it failed.

@@ -1,4 +1,4 @@
-"""Gradients that a communication hook of the user's combines."""
+"""Communication hooks: the user's own function reduces the gradients of each bucket."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import _distributed_c10d  # pyright: ignore[reportAttributeAccessIssue]
 
-from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan
 from soonest.errors import ReadTooEarlyError, SoonestError
 from soonest.runtime.execute.pass_state import REDUCED, PassState
-from soonest.runtime.flat.buffers import FlatParam, flats_for
+from soonest.runtime.flat.param import FlatParam
 
 Hook = Callable[[Any, Any], "torch.futures.Future[Any]"]
 
 
 class GradBucket:
-    """What a hook is given: it answers as ``torch.distributed.GradBucket``, which none can build.
+    """A bucket as hooks get it: as ``torch.distributed.GradBucket``, which has no constructor.
 
     Args:
         index: of the bucket, in the order in which hooks are called.
-        params: whose gradients it holds.
+        params: whose gradients are in it.
         is_last: whether no other follows in this backward pass.
     """
 
@@ -32,11 +30,15 @@ class GradBucket:
         self._is_last = is_last
         self._buffer = torch.cat([param.raw_grad.reshape(-1) for param in params])
 
+    def __repr__(self) -> str:
+        first, last = self._params[0].name, self._params[-1].name
+        return f"GradBucket({self._index}: {first} … {last})"
+
     def index(self) -> int:
         return self._index
 
     def buffer(self) -> Tensor:
-        """All gradients in one row; not divided by the number of ranks."""
+        """All gradients in one row, not divided by the number of ranks."""
         return self._buffer
 
     def set_buffer(self, buffer: Tensor) -> None:
@@ -53,36 +55,37 @@ class GradBucket:
         return self._is_last
 
     def shaped(self, row: Tensor) -> list[Tensor]:
-        """The parts of a row of the buffer's size in the shapes of the gradients."""
+        """Splits a row of the buffer's size into the shapes of the gradients."""
         parts = row.view(-1).split([param.raw_grad.numel() for param in self._params])
         return [
             part.view(param.raw_grad.shape) for part, param in zip(parts, self._params, strict=True)
         ]
 
     def take(self, answer: Any) -> None:
-        """Puts what a hook's future holds in the place of the gradients."""
+        """Overwrites the gradients by the value of a hook's future."""
         row = answer[0] if isinstance(answer, list | tuple) else answer
         for param, part in zip(self._params, self.shaped(row), strict=True):
             param.raw_grad.copy_(part)
 
 
 class _Called(NamedTuple):
+    """A call of the hook, and the future that it has returned."""
+
     bucket: GradBucket
     answer: torch.futures.Future[Any]
 
 
 class HookLane:
-    """A lane without threads: the backward pass itself calls the hook, bucket after bucket.
+    """A lane without threads: the backward pass itself calls the hook, bucket by bucket.
 
-    So its collectives come in the same order as the user's others, and all its answers are there
-    when the backward pass ends. The plan's buckets must hold whole parameters, and its order is
-    that of the calls.
+    So the hook's collectives come in the same order as the user's others, and all its results are
+    there when the backward pass ends. The plan's buckets must hold whole parameters, and the order
+    of its ops is that of the calls.
 
     Args:
         hook: the user's, as for ``DistributedDataParallel.register_comm_hook``.
         state: its first argument.
-        counting: whether ranks may differ in which parameters they use, so that they tell each
-            other. Otherwise all use the same.
+        counting: ranks may differ in which parameters they use, and so tell each other.
     """
 
     def __init__(self, hook: Hook, state: Any, *, counting: bool) -> None:
@@ -95,6 +98,10 @@ class HookLane:
     error: SoonestError | None = None
     clock = None
 
+    def __repr__(self) -> str:
+        name = getattr(self._hook, "__qualname__", repr(self._hook))
+        return f"HookLane({name}, {len(self._called)} calls under way)"
+
     def begin(self, pass_state: PassState) -> None:
         self._pass_state = pass_state
         self._called = []
@@ -104,7 +111,7 @@ class HookLane:
     def ready(self, pass_state: PassState, buckets: Sequence[int]) -> None: ...
 
     def zero(self, pass_state: PassState, param: FlatParam) -> None:
-        """No update is ever under way."""
+        """Does nothing: no update is ever under way."""
 
     def advance(self) -> None:
         pass_state = self._pass_state
@@ -157,54 +164,3 @@ class HookLane:
 
     def close(self) -> None:
         self._pass_state = None
-
-
-_CAP_BYTES = 25 << 20
-"""DDP's own default."""
-
-
-def whole_plan(
-    named: Sequence[tuple[str, str, nn.Parameter]],
-    *,
-    ranks: int,
-    caps_bytes: Sequence[int] = (),
-    window: int | None = None,
-) -> Plan:
-    """A plan with the buckets that ``DistributedDataParallel`` makes, of whole parameters.
-
-    Args:
-        named: what ``trainable`` gave.
-        ranks: how many.
-        caps_bytes: bytes of gradients from which each bucket is closed; the last one stays. DDP's
-            own default if there are none.
-        window: how many ops may be in flight; all of them if None.
-    """
-    for name, _, parameter in named:
-        if parameter.is_complex():
-            raise ValueError(
-                f"parameter {name!r} is {parameter.dtype}, and neither buckets of a given size nor "
-                "communication hooks can have complex ones here: leave out both"
-            )
-    flats = flats_for(named)
-    limits = list(caps_bytes) or [_CAP_BYTES]
-    found, _ = _distributed_c10d._compute_bucket_assignment_by_size(
-        [p for _, _, p in named], limits
-    )
-    at = {slot.name: (index, slot) for index, flat in enumerate(flats) for slot in flat.slots}
-    sent: list[Bucket] = []
-    for indices in reversed(found):
-        places = [at[named[index][0]] for index in indices]
-        flat, first = places[0]
-        stop = _end(flats[flat], places[-1][1].start)
-        layers = tuple(dict.fromkeys(slot.layer for _, slot in places))
-        sent.append(Bucket(flat, first.start, stop, "allreduce", layers))
-    buckets = sorted(sent, key=lambda bucket: (bucket.flat, bucket.start))
-    (kind,) = METHODS["allreduce"]
-    ops = tuple(Op(buckets.index(bucket), kind) for bucket in sent)
-    return Plan(ranks, flats, tuple(buckets), ops, window or len(ops))
-
-
-def _end(flat: Flat, start: int) -> int:
-    """Where the slot ends that starts here, with the gap behind it."""
-    starts = [slot.start for slot in flat.slots]
-    return [*starts[1:], flat.numel][starts.index(start)]

@@ -1,8 +1,7 @@
-"""``DistributedDataParallel`` for code and frameworks that expect one."""
+"""A ``DistributedDataParallel`` that is a subclass of torch's, for all that expects that one."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from soonest.errors import SoonestError
 from soonest.runtime import agreement
 from soonest.runtime.comm.failures import FailureReporter
+from soonest.runtime.ddp import arguments
 from soonest.runtime.ddp.comm_hook import Hook
 from soonest.runtime.ddp.logger import Log
 from soonest.runtime.ddp.reducer import Reducer
@@ -25,22 +25,13 @@ from soonest.runtime.validate import wrappers
 
 _NAME = "DistributedDataParallel()"
 _Theirs = theirs.DistributedDataParallel
-_SIGNATURE = inspect.signature(_Theirs)
-_KNOWN = {
-    "module", "device_ids", "output_device", "dim", "broadcast_buffers", "init_sync",
-    "process_group", "bucket_cap_mb", "find_unused_parameters", "check_reduction",
-    "gradient_as_bucket_view", "static_graph", "delay_all_reduce_named_params",
-    "param_to_hook_all_reduce", "mixed_precision", "device_mesh", "skip_all_reduce_unused_params",
-    "bucket_cap_mb_list", "batched_grad_copy", "forward_sync_buffers",
-}  # fmt: skip
-"""The arguments of torch 2.13, all of them honoured or refused here."""
 
 
 class DistributedDataParallel(_Theirs):
-    """torch's ``DistributedDataParallel``, with gradients combined by soonest.
+    """torch's ``DistributedDataParallel``, with gradients reduced by soonest.
 
     It takes the same arguments, has the same methods and keys of ``state_dict()``, and gives the
-    same results. Gradients are combined while the backward pass goes on, and whoever reads one
+    same results. Gradients are reduced while the backward pass goes on, and whoever reads one
     first waits for that one. ``prioritize(optimizer)`` adds the next forward pass.
 
     Args:
@@ -60,12 +51,12 @@ class DistributedDataParallel(_Theirs):
 
     _failures: FailureReporter | None = None
     reducer: Reducer
-    """Missing where the user delays sharing all parameters (``delay_all_reduce_named_params``)."""
+    """Missing where ``delay_all_reduce_named_params`` names all parameters."""
 
     def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        given = _SIGNATURE.bind(module, *args, **kwargs).arguments
-        refused = _refusal(given)
-        group = _group_of(given) if given.get("init_sync", True) else None
+        given = arguments.given(module, *args, **kwargs)
+        refused = arguments.refusal(given)
+        group = arguments.group_of(given) if given.get("init_sync", True) else None
         if group is not None and isinstance(module, nn.Module):
             self._failures = failures = FailureReporter(group, _NAME)
             with failures.together(_NAME):
@@ -87,7 +78,7 @@ class DistributedDataParallel(_Theirs):
             raise
         if self._use_python_reducer:
             raise ValueError(
-                "torch._dynamo.config.optimize_ddp is 'python_reducer', which would combine "
+                "torch._dynamo.config.optimize_ddp is 'python_reducer', which would reduce "
                 "gradients as well: set it to True or False"
             )
         if given.get("init_sync", True) and hasattr(self, "reducer"):
@@ -95,7 +86,7 @@ class DistributedDataParallel(_Theirs):
                 self.reducer.start()
 
     def _lost(self, error: Exception) -> SoonestError | None:
-        """What to raise where other ranks are at fault for what torch's class has raised."""
+        """The error to raise where other ranks are at fault for what torch's class has raised."""
         if self._failures is None:
             return None
         if isinstance(error, RuntimeError) and _is_from_collective(error):
@@ -113,9 +104,8 @@ class DistributedDataParallel(_Theirs):
             super()._sync_buffers()
             return
         engine = self.reducer.engine if hasattr(self, "reducer") else None
-        failures = (
-            engine.failures if engine is not None else self._failures
-        )  # to which its lane answers
+        # An engine's lane answers for this rank, to its own.
+        failures = engine.failures if engine is not None else self._failures
         step = engine.backward.passes if engine is not None else 0
         with failures.together(f"step {step}: sending the first rank's buffers"):
             super()._sync_buffers()
@@ -127,11 +117,11 @@ class DistributedDataParallel(_Theirs):
 
     @property
     def has_given_way(self) -> bool:
-        """Whether another ``DistributedDataParallel``, made later, shares the same gradients."""
+        """Whether another ``DistributedDataParallel``, made later, reduces the same gradients."""
         return hasattr(self, "reducer") and self.reducer.has_given_way
 
     def prioritize(self, optimizer: Optimizer, **options: Any) -> Handle:
-        """Overlaps sharing gradients with the next forward pass, too; every rank must call it.
+        """Overlaps reducing gradients with the next forward pass, too; every rank must call it.
 
         Args:
             optimizer: of this model.
@@ -209,13 +199,13 @@ class DistributedDataParallel(_Theirs):
 
     def _post_forward(self, output: Any) -> Any:
         output = super()._post_forward(output)
-        shares = torch.is_grad_enabled() and self.require_backward_grad_sync
-        if shares and hasattr(self, "reducer"):
+        synchronizes = torch.is_grad_enabled() and self.require_backward_grad_sync
+        if synchronizes and hasattr(self, "reducer"):
             self.reducer.watch(t for t in theirs._find_tensors(output) if isinstance(t, Tensor))
         return output
 
     def _delayed_all_reduce_hook(self, grad: Tensor) -> Tensor:
-        """As torch's own, but nobody reads what is still in flight when the pass has ended."""
+        """Averages the delayed gradients as torch's does, but waits before the pass ends."""
         assert self._delay_grad_buffer is not None
         self._delay_grad_buffer.div_(dist.get_world_size(self.process_group))
         work = dist.all_reduce(self._delay_grad_buffer, group=self.process_group, async_op=True)
@@ -228,12 +218,12 @@ class DistributedDataParallel(_Theirs):
         if any(hasattr(p, "_in_backward_optimizers") for p in self._module_parameters):
             raise ValueError(
                 "optimizers were put into the backward pass (_apply_optimizer_in_backward), where "
-                "gradients are not combined yet: use an ordinary optimizer, and "
+                "gradients are not reduced yet: use an ordinary optimizer, and "
                 "ddp.prioritize(optimizer), which updates each parameter as soon as it can be"
             )
 
     def register_comm_hook(self, state: object, hook: Hook) -> None:
-        """Lets a hook of the user's do the communication, bucket after bucket in soonest's order.
+        """Lets a hook of the user's reduce gradients, bucket by bucket in soonest's order.
 
         As for torch's class. Every rank must call it.
         """
@@ -254,11 +244,11 @@ class DistributedDataParallel(_Theirs):
     # Uneven inputs
 
     def join_hook(self, **kwargs: Any) -> _JoinHook:
-        """Lets a rank without input take part in what the others combine; see ``join``."""
+        """Makes the hook by which a rank without input joins in others' steps; see ``join``."""
         handle = self.handle
         if handle is not None and handle.shards:
             raise ValueError(
-                "join() was called, but ranks that share out the optimizer's state must all step "
+                "join() was called, but ranks that shard the optimizer's state must all step "
                 "equally often: leave out shard_optimizer=True"
             )
         if hasattr(self, "reducer"):
@@ -269,43 +259,21 @@ class DistributedDataParallel(_Theirs):
         self.reducer.contribute_nothing()
 
     def _match_unused_params_allreduce(self) -> None:
-        """Nothing to match: gradients carry who has used them, or the hook's end does."""
+        """Does nothing: gradients carry who has used them, or the hook's end does."""
 
 
 class _JoinHook(theirs._DDPJoinHook):
+    """torch's own, which tells our reducer that this rank has no input any more."""
+
     def main_hook(self) -> None:
         reducer: Any = self.ddp.reducer  # ours, not the one that torch's class has
         reducer.has_no_input()
         super().main_hook()
 
 
-def _group_of(given: dict[str, Any]) -> dist.ProcessGroup | None:
-    """The group that torch's class will take, if it takes one."""
-    mesh = given.get("device_mesh")
-    if mesh is not None:
-        return mesh.get_group(mesh_dim=0) if mesh.ndim == 1 else None
-    return given.get("process_group") or dist.group.WORLD
-
-
 def _is_from_collective(error: RuntimeError) -> bool:
-    """Whether a collective has failed, and torch has not refused something itself."""
+    """Whether a collective has failed, rather than that torch has refused something."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and trace.tb_frame.f_globals["__name__"] == "torch.distributed.utils"
-
-
-def _refusal(given: dict[str, Any]) -> ValueError | None:
-    """What is wrong where an argument cannot be honoured."""
-    for name, value in given.items():
-        if name not in _KNOWN:
-            return ValueError(
-                f"{name} is an argument of a torch newer than 2.13 and not known here: leave it out"
-            )
-        if name == "mixed_precision" and value is not None:
-            return ValueError(
-                "mixed_precision was given, but gradients are combined in the dtype that their "
-                "parameters have when wrapped: use torch.autocast, and in prioritize "
-                "wire_dtype=torch.bfloat16"
-            )
-    return None

@@ -1,6 +1,7 @@
-"""What ``DistributedDataParallel._get_ddp_logging_data`` shows: settings and measured times.
+"""The log of a ``DistributedDataParallel``: settings and measured times.
 
-The names are those of torch's own logger, the figures those of the engine. Times are nanoseconds.
+``_get_ddp_logging_data`` shows it.
+Its names are those of torch's own logger, the figures those of the engine. Times are nanoseconds.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch.distributed as dist
 from torch import nn
 
 from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.runtime.execute.pass_state import PassState
 from soonest.runtime.timing.step_record import Record
 
 _FIRST = 10
-"""So many iterations have all their times taken; then one in so many as the sample rate says."""
+"""Iterations of which all times are logged; after them, one in as many as the sample rate says."""
 _ENVIRONMENT = {
     "master_addr": "MASTER_ADDR",
     "master_port": "MASTER_PORT",
@@ -53,7 +55,7 @@ class Data:
 
 
 class Times(NamedTuple):
-    """When the parts of one iteration were, seconds on one clock."""
+    """Begins and ends of the parts of one iteration, seconds on one clock."""
 
     forward_began: float
     backward_began: float
@@ -63,7 +65,7 @@ class Times(NamedTuple):
 
     @classmethod
     def of(cls, forward_began: float, record: Record) -> Times | None:
-        """Those of a backward pass; None if it has not been combined yet."""
+        """The times in the record of a backward pass; None if it has not been reduced yet."""
         started = [at for at in record.op_start if not math.isnan(at)]
         ended = [at for at in record.op_end if not math.isnan(at)]
         if not ended or math.isnan(record.backward_ended + forward_began):
@@ -73,11 +75,11 @@ class Times(NamedTuple):
 
 
 class Log:
-    """Stands where torch's own ``DistributedDataParallel`` has its logger.
+    """Acts as the logger of torch's own ``DistributedDataParallel``.
 
     Args:
-        parameters: that are shared, as registered.
-        group: over which.
+        parameters: that are synchronized, as registered.
+        group: over which ranks.
         settings: further entries, numbers or text.
     """
 
@@ -112,6 +114,7 @@ class Log:
             self.note({"gloo_num_threads": 2})
 
     def note(self, entries: dict[str, int | str]) -> None:
+        """Adds entries, or replaces them."""
         for key, value in entries.items():
             if isinstance(value, str):
                 self._data.strs_map[key] = value
@@ -119,7 +122,7 @@ class Log:
                 self._data.ints_map[key] = int(value)
 
     def forward_begins(self, times: Times | None) -> None:
-        """A synchronizing forward pass begins; the times are those of the one before."""
+        """Logs a synchronizing forward pass that begins, with the times of the one before."""
         sampled = self._iteration <= _FIRST or self._iteration % self._sample_rate == 0
         if sampled:
             self.note({"iteration": self._iteration})
@@ -151,13 +154,14 @@ class Log:
         )
 
     def sample(self, rate: int) -> None:
+        """Sets every how many iterations times are logged."""
         self._sample_rate = rate
 
     def set_error_and_log(self, error: str) -> None:
         self.note({"has_error": 1, "error": error})
 
     def set_runtime_stats_and_log(self) -> None:
-        """Called by torch's class; here ``forward_begins`` does this."""
+        """Does nothing when torch's class calls it: ``forward_begins`` does this here."""
 
     def _set_static_graph(self) -> None:
         self.note({"static_graph": 1})
@@ -173,7 +177,7 @@ class Log:
 
 
 def of_plan(plan: Plan, index_of: dict[str, int], *, rebuilt: bool) -> dict[str, int | str]:
-    """The buckets in the order in which they are sent, as entries of the log.
+    """Entries of the log that show the buckets in the order in which they are sent.
 
     Args:
         plan: in use.
@@ -202,6 +206,24 @@ def of_plan(plan: Plan, index_of: dict[str, int], *, rebuilt: bool) -> dict[str,
         entries["rebuilt_bucket_sizes"] = ", ".join(sizes)
         entries["rebuilt_per_bucket_param_indices"] = ", ".join(indices)
     return entries
+
+
+def of_order(pass_state: PassState, index_of: dict[str, int]) -> dict[str, int | str]:
+    """Entries of the log that show in which order gradients were ready in a pass."""
+    ready = pass_state.record.ready
+    order = sorted(pass_state.bound_plan.layout.params, key=lambda param: ready[param.order])
+    indices = ", ".join(str(index_of[param.name]) for param in order)
+    return {"prev_iteration_grad_ready_order_indices": indices}
+
+
+def of_use(unused_bytes: int, *, alike: bool) -> dict[str, int | str]:
+    """Entries of the log that show which parameters backward passes use.
+
+    Args:
+        unused_bytes: size of those that got no gradient in the last one.
+        alike: they were the same in all.
+    """
+    return {"unused_parameter_size": unused_bytes, "can_set_static_graph": alike}
 
 
 def _ns(seconds: float) -> int:

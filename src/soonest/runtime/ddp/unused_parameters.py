@@ -1,4 +1,4 @@
-"""What the backward passes of a ``DistributedDataParallel`` show, and what is wrong with them."""
+"""Checks which parameters the backward passes of a ``DistributedDataParallel`` use."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch._C import _distributed_c10d  # pyright: ignore[reportAttributeAccessI
 
 from soonest.runtime.ddp import logger
 from soonest.runtime.engine.engine import Engine
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 
 
 class UnusedParameterCheck:
-    """What backward passes have shown; it knows the engine, but not what owns it.
+    """Notes which parameters got gradients, and raises torch's own errors where they had to.
 
     Args:
         index_of: by name of the parameter, its place among all.
         log: takes note of errors.
 
     Attributes:
-        static: the same parameters are used in all passes, or it is an error.
-        engine: that combines, if there is one.
-        missing: places of the parameters to which the last one gave no gradient on this rank.
-        alike: whether that was the same in all.
-        changed: what is wrong since they were not, if they must be.
-        due: what learns from a step has one to learn from.
+        static: all passes must use the same parameters.
+        engine: that reduces gradients, if there is one.
+        missing: places of the parameters that got no gradient in the last pass on this rank.
+        first_missing: the same in the first pass; None before.
+        alike: these were the same in all passes.
+        changed: a pass has used other parameters than the first, though ``static``.
         futures: to wait for at the end of the next backward pass.
     """
 
@@ -39,16 +39,15 @@ class UnusedParameterCheck:
         self.first_missing: list[int] | None = None
         self.alike = True
         self.changed = False
-        self.due = False
         self.futures: list[torch.futures.Future[Any]] = []
 
     def expect(self, *_: Any) -> None:
-        """A backward pass that follows is to be combined."""
+        """Lets the backward pass that follows be reduced."""
         if self.engine is not None:
             self.engine.backward.synchronizing = True
 
     def ended(self, engine: Engine, late: Sequence[FlatParam]) -> None:
-        """A backward pass has been combined; these got no gradient in it."""
+        """Takes in a backward pass that was reduced, and the parameters without gradient in it."""
         engine.backward.synchronizing = False
         self.missing = sorted(self._index_of[param.name] for param in late)
         if self.first_missing is None:
@@ -68,8 +67,23 @@ class UnusedParameterCheck:
             self._log.set_error_and_log(error)
             raise RuntimeError(error)
 
-    def stepped(self, engine: Engine) -> None:
-        self.due = True
+    def make_static(self, *, begun: bool) -> None:
+        """Lets all passes have to use the same parameters.
+
+        Args:
+            begun: there has been one.
+
+        Raises:
+            RuntimeError: it is too late for that.
+        """
+        if begun:
+            error = (
+                "set_static_graph() should be called before training loop starts and after "
+                "DistributedDataParallel is constructed"
+            )
+            self._log.set_error_and_log(error)
+            raise RuntimeError(error)
+        self.static = True
 
     def check(self, *, find_unused: bool, rank: int) -> None:
         """Raises RuntimeError if a parameter got no gradient that had to have one.
@@ -87,7 +101,7 @@ class UnusedParameterCheck:
             raise RuntimeError(error)
 
     def _unfinished(self, rank: int) -> str:
-        """The words of torch's class, by which people and tools know this error."""
+        """The error in the words of torch's class, by which people and tools know it."""
         missing = self.missing
         if self.static:
             why = (

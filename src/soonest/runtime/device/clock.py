@@ -1,4 +1,4 @@
-"""Times on a device's own clock, noted without waiting for it."""
+"""Times on a device's own clock, noted without waiting for the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ now_s = time.perf_counter
 
 
 class Moment(float):
-    """A time of the host, which stands for a point in a stream until that can be asked.
+    """A time of the host that stands for a point in a stream until the device has got there.
 
     Attributes:
         event: the point.
@@ -23,7 +23,7 @@ class Moment(float):
 
 
 class DeviceClock:
-    """Tells when a device gets to where the host is now.
+    """Notes points in a device's current stream, and tells later when it got there.
 
     Args:
         streams: of the device; times are those of the current one.
@@ -33,14 +33,15 @@ class DeviceClock:
         self._streams = streams
 
     def now(self) -> Moment:
+        """Notes the point that the current stream has been filled up to."""
         moment = Moment(now_s())
         moment.event = self._streams.record(self._streams.current(), timed=True)
         return moment
 
     def seconds(self, moments: Iterable[float]) -> list[float]:
-        """The same as seconds since the first of them; waits until the device has got there.
+        """Turns moments into seconds since the first; waits until the device has got there.
 
-        What is no moment, but a mere number, stays as it is.
+        Mere numbers among them stay as they are.
         """
         found = list(moments)
         known = [moment for moment in found if isinstance(moment, Moment)]
@@ -55,12 +56,12 @@ class DeviceClock:
         ]
 
     def seconds_between(self, first: Moment, last: Moment) -> float:
-        """How long the device took from one to the other; waits until it has got there."""
+        """How long the device took from one moment to the other; waits until it has got there."""
         return self._streams.seconds(first.event, last.event)
 
 
 class Ends:
-    """When steps end on a device, told as soon as that is known, as the host does not wait for it.
+    """Tells when steps ended on a device, once that is known, as the host does not wait for it.
 
     Args:
         clock: of the device.
@@ -73,10 +74,10 @@ class Ends:
         self._at_s = 0.0
 
     def step(self) -> list[float]:
-        """A step ends here.
+        """Notes the end of a step in the current stream.
 
         Returns:
-            When those ended of which that was not known before, seconds since the first.
+            End times (s) of steps that finished since the last call, counted from the first.
         """
         self._coming.append(self._clock.now())
         known: list[float] = []

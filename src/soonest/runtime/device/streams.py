@@ -1,4 +1,4 @@
-"""The few things that a lane needs of a device with streams."""
+"""The operations on a device's streams that a lane needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Stream = Hashable
-"""A queue of a device: what is enqueued runs in order, and beside all other queues."""
+"""A queue of a device: what is enqueued runs in order, and in parallel with other queues."""
 
 
 class Event(Protocol):
@@ -26,22 +26,22 @@ class Event(Protocol):
 
 
 class Streams(Protocol):
-    """The streams of one device. Nothing here lets the host wait, but ``seconds``."""
+    """The streams of one device; only ``seconds`` lets the host wait."""
 
     def make(self) -> Stream:
-        """A stream of high priority."""
+        """Makes a stream of high priority."""
         ...
 
     def current(self) -> Stream:
-        """The one on which this thread's operations run now."""
+        """The stream on which this thread's operations run now."""
         ...
 
     def use(self, stream: Stream) -> AbstractContextManager[Any]:
-        """Within this context, this thread's operations run on that stream."""
+        """Lets this thread's operations run on a stream within this context."""
         ...
 
     def record(self, stream: Stream, *, timed: bool = False) -> Event:
-        """The point that a stream has been filled up to.
+        """Records the point that a stream has been filled up to.
 
         Args:
             stream: which one.
@@ -50,7 +50,7 @@ class Streams(Protocol):
         ...
 
     def wait(self, stream: Stream, event: Event) -> None:
-        """What is enqueued on a stream from now on runs after that point."""
+        """Lets what is enqueued on a stream from now on run after that point."""
         ...
 
     def seconds(self, first: Any, last: Any) -> float:
@@ -58,7 +58,7 @@ class Streams(Protocol):
         ...
 
     def keep(self, tensor: Tensor, stream: Stream) -> None:
-        """Memory of the tensor is not used again before the stream has got past what it has now."""
+        """Keeps a tensor's memory from reuse until the stream has done all that it has now."""
         ...
 
     def capturing(self) -> bool:
@@ -67,7 +67,7 @@ class Streams(Protocol):
 
 
 class DeviceStreams:
-    """Those of a real device, through torch's module for it.
+    """The streams of a real device, through torch's module for it.
 
     Args:
         device: of any type that has streams, with its index.

@@ -1,4 +1,8 @@
-"""The threads that work beside the user's, and how they end."""
+"""The threads that work beside the user's, and how they end with the process.
+
+One that is inside a backend when the interpreter goes away takes the process with it, by an abort.
+So the process waits for all of them before it ends.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 PROCESS_ENDS = threading.Event()
-"""Then they return as soon as they can."""
+"""Set when the process is about to end: helpers then return as soon as they can."""
 
 
 class Helper(threading.Thread):
@@ -16,7 +20,7 @@ class Helper(threading.Thread):
     Args:
         run: what it does.
         name: follows ``soonest`` in its own.
-        release: called where it does not return when the process ends.
+        release: called to end its waits where it does not return when the process ends.
     """
 
     def __init__(
@@ -28,9 +32,7 @@ class Helper(threading.Thread):
 
 
 def end(limit_s: float, hurry_s: float) -> bool:
-    """Waits for all of them, as the process is about to end.
-
-    One that is in a backend when the interpreter ends takes the process with it, by an abort.
+    """Waits for all helpers, as the process is about to end.
 
     Args:
         limit_s: how long they may go on with what they do.

@@ -18,8 +18,9 @@ from soonest.runtime.engine.pass_errors import repeated, unfinished
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import Lane
 from soonest.runtime.execute.pass_state import PassState
-from soonest.runtime.flat.buffers import FlatParam, has_alias
 from soonest.runtime.flat.gradients import Gradients
+from soonest.runtime.flat.param import FlatParam
+from soonest.runtime.flat.storage import has_alias
 from soonest.runtime.guard import pending
 from soonest.runtime.guard.accumulation import InnerPasses
 from soonest.runtime.guard.hooks import weak_hook

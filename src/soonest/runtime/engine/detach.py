@@ -10,7 +10,7 @@ from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime.engine.partial_grads import complete_all
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.pass_state import UPDATED, PassState
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.optim import patch
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from soonest.errors import SoonestError
 from soonest.runtime.comm import LOOK_S, never_free
-from soonest.runtime.comm.failures import said
+from soonest.runtime.comm.error_text import said
 from soonest.runtime.device import threads
 from soonest.runtime.engine.engine import Engine
 

@@ -56,12 +56,14 @@ from soonest.runtime.engine.step import step
 from soonest.runtime.engine.structure import Structure
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import Lane
-from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
+from soonest.runtime.flat.buffers import FlatBuffers
 from soonest.runtime.flat.bystanders import Aliases
 from soonest.runtime.flat.gradients import Gradients
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.guard import compiled, modes, pending
 from soonest.runtime.guard.hooks import Calling, noop
-from soonest.runtime.optim import patch
+from soonest.runtime.guard.module_hooks import ModuleHooks
+from soonest.runtime.optim import grad_norm, patch
 from soonest.runtime.optim.bucket_update import Updater
 from soonest.runtime.optim.state import OptimizerState
 from soonest.runtime.timing.profiler import Profiler
@@ -134,7 +136,7 @@ class Engine:
         self.after_backward: Callable[[Engine, Sequence[FlatParam]], None] = noop
         self.structure = Structure(model)
         self.entries = compiled.Entries(model)
-        self.module_hooks = pending.ModuleHooks(self.entries.outside())
+        self.module_hooks = ModuleHooks(self.entries.outside())
         self.aliases = Aliases()
         self.settled = False
         self.history: list[str] = []
@@ -294,6 +296,8 @@ class Engine:
                 "there are no gradients to clip: call clip_grad_norm_ between backward() and step()"
             )
         with pending.DisableGuard():
-            return self.state.parts.clip(
-                self.bound_plan.parts_with_gradient(pass_state), max_norm, norm_type, error
+            gradients = self.bound_plan.parts_with_gradient(pass_state)
+            device = self.layout.grads[0].device
+            return grad_norm.clip(
+                self.state.parts, gradients, max_norm, norm_type, error, device=device
             )

@@ -8,7 +8,7 @@ from weakref import WeakMethod
 
 from torch import nn
 
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.guard.accumulation import AccumulationHooks
 from soonest.runtime.guard.hooks import weak_hook
 

@@ -13,8 +13,9 @@ from soonest.runtime.engine.partial_grads import PartialGrad, complete, is_parti
 from soonest.runtime.execute.bound_plan import BoundPlan
 from soonest.runtime.execute.lane import Lane
 from soonest.runtime.execute.pass_state import PassState
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.guard import pending, transforms
+from soonest.runtime.guard.module_hooks import ModuleHooks
 from soonest.runtime.timing.profiler import Profiler
 
 
@@ -36,7 +37,7 @@ class InFlight:
     """
 
     def __init__(
-        self, bound_plan: BoundPlan, lane: Lane, hooks: pending.ModuleHooks, profiler: Profiler
+        self, bound_plan: BoundPlan, lane: Lane, hooks: ModuleHooks, profiler: Profiler
     ) -> None:
         transforms.wait_first()
         self._bound_plan = bound_plan
@@ -224,7 +225,7 @@ class InFlight:
             self._release_bucket(pass_state, self._bound_plan.last_of[param.order])
         if math.isnan(record.needed[param.order]):
             record.needed[param.order] = needed
-            record.landed[param.order] = record.now()
+            record.arrived[param.order] = record.now()
 
     def _release_bucket(self, pass_state: PassState, bucket: int) -> None:
         """What was updated together lands together: one look at a time costs more."""

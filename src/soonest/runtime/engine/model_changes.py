@@ -87,7 +87,7 @@ def regroup(engine: Engine) -> None:
         ValueError: it has some that are not the model's.
     """
     _log.debug("the optimizer has other parameter groups than before")
-    checks.check_optimizer(engine.model, engine.optimizer, engine.updater.held)
+    checks.check_optimizer(engine.model, engine.optimizer, engine.updater.param_ids)
     engine.flush()
     engine.updater.regroup()
     if engine.newcomers is not None:

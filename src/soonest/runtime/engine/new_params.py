@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from soonest.runtime import comm
 from soonest.runtime.comm import Ranks
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 
 
 class Newcomers:
@@ -69,7 +69,7 @@ def admit(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
                     parameter.grad = torch.zeros_like(parameter)
                 gradient = _as_real(parameter.grad)
                 gradient.mul_(torch.tensor(1.0 / group.size()))
-                comm.combine("allreduce", ranks, gradient)
+                comm.reduce("allreduce", ranks, gradient)
 
 
 def _as_real(tensor: Tensor) -> Tensor:

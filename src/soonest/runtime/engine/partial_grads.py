@@ -9,7 +9,7 @@ from torch import Tensor
 
 from soonest.errors import SoonestError
 from soonest.runtime.execute.pass_state import PassState
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.guard import pending
 
 if TYPE_CHECKING:

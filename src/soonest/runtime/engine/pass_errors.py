@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from soonest.errors import SoonestError
 from soonest.runtime.execute.pass_state import PassState
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 
 _NAMED = 3
 

@@ -11,7 +11,8 @@ from soonest.core.plan import SHARED_PARAMETERS, Plan
 from soonest.runtime import comm
 from soonest.runtime.comm import EXACT, Op, Piece, Ranks, Running, Wire
 from soonest.runtime.execute.usage_counts import UsageCounts, is_used_part
-from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
+from soonest.runtime.flat.buffers import FlatBuffers
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.optim.bucket_update import Updater
 from soonest.runtime.optim.shard import ParamShard, part_of
 from soonest.runtime.optim.sharded_state import ShardedState
@@ -135,7 +136,7 @@ class BoundPlan:
         piece, start = self._pieces[bucket], self.plan.buckets[bucket].start
         with torch.no_grad():  # parameters stay where the user made them, so they are copied
             whole = torch.empty_like(piece.gradients)
-            for shard in self.state.shares[bucket]:
+            for shard in self.state.shards[bucket]:
                 mine = shard.alias.detach() if shard.shown is None else shard.shown
                 at = shard.param.slot.start + shard.start - start
                 whole[at : at + mine.numel()] = mine
@@ -150,9 +151,9 @@ class BoundPlan:
     def update(self, pass_state: PassState, bucket: int) -> None:
         """Updates the parameters whose gradients this bucket completes, or this rank's parts."""
         if self.state is not None:
-            shards = [s for s in self.state.shares[bucket] if self._wanted_part(pass_state, s)]
+            shards = [s for s in self.state.shards[bucket] if self._wanted_part(pass_state, s)]
             if shards:
-                self.updater.apply_shares(pass_state.step, shards, self.state.parts)
+                self.updater.apply_shards(pass_state.step, shards, self.state.parts)
             return
         waiting = [m for m in self.awaiting[bucket] if self.wanted(pass_state, m)]
         if waiting:
@@ -208,7 +209,7 @@ class BoundPlan:
         assert self.state is not None
         return [
             shard.raw_grad
-            for shards in self.state.shares
+            for shards in self.state.shards
             for shard in shards
             if shard.param.order not in pass_state.unused or is_used_part(shard.raw_grad)
         ]

@@ -15,7 +15,7 @@ from soonest.runtime.device.clock import DeviceClock
 from soonest.runtime.execute.pass_state import PassState
 
 if TYPE_CHECKING:
-    from soonest.runtime.flat.buffers import FlatParam
+    from soonest.runtime.flat.param import FlatParam
 
 
 class Lane(Protocol):

@@ -49,7 +49,7 @@ from soonest.runtime.execute.pass_state import (
 )
 from soonest.runtime.execute.stream_order import Mark, StreamOrder
 from soonest.runtime.execute.watchdog import Enqueued
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.guard import modes, pending
 from soonest.runtime.timing.spans import of_bucket, of_op, span
 

@@ -25,7 +25,7 @@ from soonest.runtime.guard import modes
 from soonest.runtime.timing.spans import of_bucket, of_op, span
 
 if TYPE_CHECKING:
-    from soonest.runtime.flat.buffers import FlatParam
+    from soonest.runtime.flat.param import FlatParam
 
 
 class ThreadLane:

@@ -21,7 +21,8 @@ from torch import Tensor
 from soonest.core.plan import Plan
 from soonest.runtime import comm
 from soonest.runtime.comm import Group
-from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
+from soonest.runtime.flat.buffers import FlatBuffers
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.optim.shard import firsts_of
 from soonest.runtime.optim.sharded_state import ShardedState
 

@@ -1,4 +1,8 @@
-"""Who may see parameters and the optimizer's state without asking for them."""
+"""Finds tensors of the user's through which parameters or optimizer state are read unguarded.
+
+They have to have their values when ``optimizer.step()`` returns, since nobody can make who reads
+them wait.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from soonest.runtime.flat.buffers import FlatParam, references
+from soonest.runtime.flat.param import FlatParam
+from soonest.runtime.flat.storage import references
 
 _log = logging.getLogger(__name__)
 
@@ -18,15 +23,14 @@ _log = logging.getLogger(__name__)
 class Aliases:
     """Finds parameters whose memory another tensor shares.
 
-    That may be a view, ``.data``, or an entry of a ``state_dict()``, made earlier and kept. Nobody
-    can make whoever reads it wait, so such a parameter has to be updated before ``step()`` returns.
+    That may be a view, ``.data``, or an entry of a ``state_dict()``, made earlier and kept.
     """
 
     def __init__(self) -> None:
         self._told: set[str] = set()
 
     def of(self, params: Iterable[FlatParam]) -> list[FlatParam]:
-        """Those that have one now. The log tells of each once."""
+        """The parameters that another tensor shares memory with now; the log names each once."""
         found = [param for param in params if param.is_aliased]
         for param in found:
             if param.name not in self._told:
@@ -42,9 +46,9 @@ class Aliases:
 class States:
     """Finds out whether the user keeps states of an optimizer, and so may read them at any time.
 
-    Whoever has any got it from the optimizer. So nobody is looked for until it has been asked
-    again, once nobody was found. Who still has what was loaded is not looked for: checkpoints stay
-    in scope for long, and nobody reads them for what they become.
+    They can only come from the optimizer. So once none was found, references are not counted again
+    until the optimizer has been asked for its state. Tensors of a checkpoint that was loaded are
+    not looked for: they stay in scope for long, and nobody reads them for what they become.
 
     Args:
         attributes: the optimizer's.
@@ -57,25 +61,25 @@ class States:
         self.loaded()
 
     def loaded(self) -> None:
-        """Tensors of a checkpoint are in use now, which may be there still."""
-        now = _named(self._attributes)
+        """Ignores the references that there are to a state just loaded: the checkpoint has them."""
+        now = _counted(self._attributes)
         self._unkept = _UNKEPT._replace(
             value=max(now.value, _UNKEPT.value), memory=max(now.memory, _UNKEPT.memory)
         )
 
     def given(self) -> None:
-        """The user has been given the optimizer's state, or has given it another."""
+        """Notes that the user has been given the optimizer's state, or has replaced it."""
         self._asked = True
 
     def are_kept(self, *, names: int) -> bool:
-        """Whether they are, or parts of them; the log tells so once.
+        """Whether the user keeps states or parts of them; the log says so once.
 
         Args:
-            names: so many of our own has the mapping of all states, beside the optimizer's.
+            names: references to the mapping of all states that soonest itself holds.
         """
         if not self._asked:
             return False
-        now = _named(self._attributes)
+        now = _counted(self._attributes)
         self._asked = (
             now.all > self._unkept.all + names
             or now.one > self._unkept.one
@@ -91,8 +95,8 @@ class States:
         return self._asked
 
 
-class _Names(NamedTuple):
-    """How many there are, at most: of the mapping, a parameter's state, a tensor, its memory."""
+class _Counts(NamedTuple):
+    """Reference counts, the largest: of the mapping, a parameter's state, a tensor, its storage."""
 
     all: int
     one: int
@@ -100,7 +104,7 @@ class _Names(NamedTuple):
     memory: int
 
 
-def _named(attributes: Mapping[str, Any]) -> _Names:
+def _counted(attributes: Mapping[str, Any]) -> _Counts:
     one = value = memory = 0
     for values in attributes["state"].values():
         one = max(one, sys.getrefcount(values))
@@ -108,8 +112,8 @@ def _named(attributes: Mapping[str, Any]) -> _Names:
             if isinstance(tensor, Tensor):
                 value = max(value, sys.getrefcount(tensor))
                 memory = max(memory, references(tensor.untyped_storage()._cdata))
-    return _Names(sys.getrefcount(attributes["state"]), one, value, memory)
+    return _Counts(sys.getrefcount(attributes["state"]), one, value, memory)
 
 
-_UNKEPT = _named({"state": {0: {"step": torch.empty(1)}}})
-"""As it is where nobody keeps any."""
+_UNKEPT = _counted({"state": {0: {"step": torch.empty(1)}}})
+"""The counts where nobody keeps any."""

@@ -1,4 +1,4 @@
-"""How gradients come into the flat buffers."""
+"""How gradients come into the flat buffers, wherever autograd or the user has put them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from torch import Tensor, nn
 
 from soonest.errors import SoonestError
 from soonest.runtime.comm.failures import FailureReporter
-from soonest.runtime.flat.buffers import FlatBuffers, FlatParam, changed, has_alias
+from soonest.runtime.flat.buffers import FlatBuffers
+from soonest.runtime.flat.param import FlatParam, changed
+from soonest.runtime.flat.storage import has_alias
 from soonest.runtime.guard import pending
 
 
 class Gradients:
-    """Those of a layout's parameters, wherever autograd or the user has put them.
+    """Puts the gradients of all parameters into the flat buffers, divided for an average.
+
+    They are divided before they are summed, as DDP does: so results are DDP's to the last bit, and
+    no partial sum is larger than the largest gradient, which a narrow dtype could not hold.
 
     Args:
         layout: the flat buffers.
-        ranks: over how many they are combined.
-        failures: told of what is wrong with one, as they would wait for it.
+        ranks: over how many gradients are averaged.
+        failures: told of a gradient that cannot be sent, as the other ranks would wait for it.
     """
 
     def __init__(self, layout: FlatBuffers, ranks: int, failures: FailureReporter) -> None:
@@ -30,12 +35,12 @@ class Gradients:
         self.divide_by(ranks)
 
     def divide_by(self, ranks: int) -> None:
-        """From now on, combined gradients are sums over all ranks divided by this number."""
+        """Lets reduced gradients be sums over all ranks divided by this number from now on."""
         if ranks == self._divisor:  # a device would be asked for nothing
             return
         self._divisor = ranks
-        # What to multiply by: as a tensor, and not a number, it is ready for use.
-        self._shares = [
+        # Tensors, not numbers: a device need not be sent one with each gradient.
+        self._factors = [
             torch.tensor(
                 1.0 / ranks,
                 dtype=torch.promote_types(grads.dtype, torch.float32),
@@ -45,16 +50,16 @@ class Gradients:
         ]
 
     def take(self, param: FlatParam, *, fresh: bool) -> Tensor | None:
-        """Puts ``parameter.grad`` into the flat buffer, divided as DDP does before it sums.
+        """Puts ``parameter.grad`` into the flat buffer, divided.
 
         The tensor in the buffer then takes its place, unless the user has the other one elsewhere.
 
         Args:
             param: whose.
-            fresh: there was none before this backward pass.
+            fresh: ``parameter.grad`` was None before this backward pass.
 
         Returns:
-            The user's own tensor, if it is to have the combined value, too.
+            The user's own tensor, if it is to have the reduced value, too.
 
         Raises:
             ValueError: it is sparse.
@@ -63,20 +68,20 @@ class Gradients:
         gradient = param.parameter.grad
         assert gradient is not None
         if gradient.is_sparse:
-            sparse = f"the gradient of {param.name!r} is sparse and cannot be combined"
+            sparse = f"the gradient of {param.name!r} is sparse and cannot be reduced"
             raise self._failures.at_fault(
                 ValueError(f"{sparse}: use dense gradients (sparse=False)")
             )
         if gradient is param.grad:
             self._take_back(param)
-            param.raw_grad.mul_(self._shares[param.flat])
+            param.raw_grad.mul_(self._factors[param.flat])
             return None
         kept = sys.getrefcount(gradient) > _NAMES or (not fresh and has_alias(gradient))
         if gradient.dtype != param.raw_grad.dtype:
             raise self._failures.at_fault(_of_another_dtype(param, gradient))
         try:
             # Detached for the sake of backward(create_graph=True).
-            torch.mul(gradient.detach(), self._shares[param.flat], out=param.raw_grad)
+            torch.mul(gradient.detach(), self._factors[param.flat], out=param.raw_grad)
             if kept:
                 return gradient
             param.parameter.grad = param.grad
@@ -92,12 +97,12 @@ class Gradients:
         *,
         scaled: bool = False,
     ) -> dict[int, Tensor | None]:
-        """By order of the parameter, gradients that the optimizer is to use; None: in the buffer.
+        """Finds the gradients that the optimizer is to use; None stands for the one in the buffer.
 
         Args:
             params: whose.
             unknown: orders of those of which another rank may have one; see ``InFlight``.
-            copies: of those in the buffer that the user has and that have not been written yet.
+            copies: the user's own tensors that are still to be given the values in the buffer.
             scaled: the optimizer divides them by a scale, in place.
 
         Raises:
@@ -118,11 +123,11 @@ class Gradients:
                 else:
                     found[param.order] = gradient
         if any(gradient is not None for gradient in found.values()):
-            self._part(found, scaled)
+            self._separate(found, scaled)
         return found
 
-    def _part(self, found: dict[int, Tensor | None], scaled: bool) -> None:
-        """Where the user has given a parameter the gradient of another, takes its value."""
+    def _separate(self, found: dict[int, Tensor | None], scaled: bool) -> None:
+        """Clones gradients that belong to another parameter, too: an update may change its own."""
         places = self._places()
         for order, gradient in found.items():
             if gradient is None:
@@ -143,7 +148,7 @@ class Gradients:
                 places[place] = self._layout.params[order].name
 
     def check_own(self, param: FlatParam, gradient: Tensor) -> None:
-        """Raises SoonestError if what is about to be added to is the gradient of another, too."""
+        """Raises SoonestError if a gradient that is about to be added to is another's, too."""
         other = self._places().get(_place(gradient))
         if other is not None:
             raise self._failures.at_fault(
@@ -154,12 +159,12 @@ class Gradients:
             )
 
     def _places(self) -> dict[int, str]:
-        """By what stands for its memory, the parameter whose gradient in the buffer that is."""
+        """The parameter of each gradient in the buffers, by the gradient's storage."""
         with pending.DisableGuard():
             return {_place(param.grad): param.name for param in self._layout.params}
 
     def _take_back(self, param: FlatParam) -> None:
-        """The user may have given the gradient in the buffer other memory."""
+        """Brings a gradient back into the buffer if the user has given it other memory."""
         if param.grad.data_ptr() != param.grad_address:
             self._layout.take_back_gradient(param)
 
@@ -172,13 +177,13 @@ def _place(gradient: Tensor) -> int:
 def _of_another_dtype(param: FlatParam, gradient: Tensor) -> SoonestError:
     return SoonestError(
         f"the gradient of {param.name!r} is {gradient.dtype}, but its parameter was "
-        f"{param.raw_grad.dtype} when prioritize was called, and gradients are combined as such: "
+        f"{param.raw_grad.dtype} when prioritize was called, and gradients are reduced as such: "
         "leave its grad_dtype alone, or detach() the handle and call prioritize again"
     )
 
 
 def _names_of_a_gradient() -> int:
-    """How many references Python counts to a gradient that only its parameter has."""
+    """Counts Python's references to a gradient that only its parameter has."""
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     gradient = parameter.grad

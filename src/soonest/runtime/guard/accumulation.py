@@ -1,4 +1,4 @@
-"""Where gradients are added up: before and after that."""
+"""Hooks just before and after autograd adds to a parameter's gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 class AccumulationHooks:
     """Hooks of the node that adds gradients to one parameter's ``grad``.
 
-    So they come behind all hooks that users put on the parameter itself, whenever they do.
+    Hooks of the node run behind all that users put on the parameter itself, whenever they do.
 
     Args:
         parameter: whose; it may be frozen, now or later.
@@ -37,7 +37,7 @@ class AccumulationHooks:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether another node adds them now: torch makes one when the dtype has changed."""
+        """Whether torch has made another node, as when the parameter's dtype has changed."""
         return _accumulator(self._parameter) is not self._node
 
     def remove(self) -> None:
@@ -49,8 +49,8 @@ class InnerPasses:
     """Backward passes inside of another one, as reentrant checkpoints run them.
 
     A parameter that several of them use gets a gradient from each, and only the end of the whole
-    pass shows which is the last. So all inside are told to wait for it, but those of parameters
-    that had just one before.
+    pass shows which is the last. So gradients from inside wait for that end, unless the parameter
+    got just one in an earlier pass.
     """
 
     def __init__(self) -> None:
@@ -59,11 +59,11 @@ class InnerPasses:
         self._waiting: dict[int, int] = {}
 
     def begin(self) -> None:
-        """The whole pass is the one that runs now."""
+        """Notes that the pass that runs now is the whole one."""
         self._whole = _current_pass()
 
     def here(self) -> bool:
-        """Whether the pass that runs now is inside of the whole one."""
+        """Whether the pass that runs now is inside the whole one."""
         return _current_pass() != self._whole
 
     def must_wait(self, parameter: nn.Parameter) -> bool:
@@ -75,18 +75,19 @@ class InnerPasses:
         return True
 
     def end(self) -> set[int]:
-        """The whole pass is over; returns the ids of the parameters that have waited for that."""
+        """Ends the whole pass; returns the ids of the parameters that have waited for that."""
         waited, self._waiting, self._whole = self._waiting, {}, _NONE
         self._once |= {key for key, times in waited.items() if times == 1}
         return set(waited)
 
 
 _NONE = -1
-"""As torch numbers its passes."""
+"""The number that torch gives where no backward pass runs."""
 _current_pass = torch._C._current_graph_task_id  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _accumulator(parameter: nn.Parameter) -> Any:
+    """The node of the graph that adds to this parameter's gradient."""
     frozen = not parameter.requires_grad
     # What is in flight may stay there, and a graph is needed, whatever the user does just now.
     with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.enable_grad():

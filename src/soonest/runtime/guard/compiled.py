@@ -1,4 +1,7 @@
-"""Modules that ``torch.compile`` has compiled, and what they read when they are entered."""
+"""Modules that ``torch.compile`` has compiled wait at their entry for the parameters inside.
+
+Compiled code reads memory without asking anybody, and hooks inside it would break it up.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,20 @@ from soonest.runtime.guard import pending
 from soonest.runtime.guard.hooks import Calling
 
 _NOTHING_OVERLAPS = (
-    "the model is compiled as a whole, so its gradients come all at once and sharing them overlaps "
-    "nothing: compile its blocks instead, or torch.compile(soonest.DistributedDataParallel(model))"
+    "the model is compiled as a whole, so its gradients come all at once, and reducing them "
+    "overlaps nothing: compile its blocks instead, or "
+    "torch.compile(soonest.DistributedDataParallel(model))"
 )
 
 
 class Entries:
-    """The compiled modules of a model. Entering one lands what it owns, with all inside it.
-
-    Compiled code reads memory without asking anybody, and hooks inside it would break it up.
+    """The compiled modules of a model; entering one waits for all parameters in it.
 
     Args:
-        model: whose.
+        model: in which to look for them.
 
     Attributes:
-        whole: the model itself is one.
+        whole: the model itself is compiled.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,7 +41,7 @@ class Entries:
         self.renew()
 
     def renew(self) -> None:
-        """Finds them as the model is now."""
+        """Looks for compiled modules anew, as the model is now."""
         self.remove()
         compiled = [module for module in self._model.modules() if _is_compiled(module)]
         self.whole = self._model in compiled
@@ -51,14 +53,15 @@ class Entries:
             self._undo.append(_intercept(module))
 
     def outside(self) -> Iterator[nn.Module]:
-        """The modules of which no part is compiled."""
+        """Iterates over the modules that are in no compiled one."""
         return iter(self._plain)
 
     def outdated(self) -> bool:
-        """Whether others have been compiled in place since."""
+        """Whether more modules have been compiled in place since."""
         return any(module._compiled_call_impl is not None for module in self._plain)
 
     def remove(self) -> None:
+        """Lets modules be entered without waiting again."""
         for undo in self._undo:
             undo()
         self._undo = []
@@ -69,7 +72,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _intercept(module: nn.Module) -> Callable[[], None]:
-    """Lands a module before each call; returns what undoes that."""
+    """Waits for a module's parameters before each call; returns what undoes that."""
     wait_all = partial(_wait_for_all, module)
     compiled: Any = module._compiled_call_impl
     if compiled is None:  # a module around the compiled one, with hooks that are not compiled
@@ -99,11 +102,11 @@ def _stay_out_of_compiled_regions() -> None:
     from torch._dynamo import trace_rules  # takes seconds to import, where no optimizer has yet
 
     trace_rules.add("soonest.runtime")
-    _land_before_functions()
+    _wait_before_functions()
 
 
 class _Entered(threading.local):
-    """How many compiled modules of ours this thread is in: what they own has landed."""
+    """Counts the compiled modules that this thread is in: what they own is ready."""
 
     modules = 0
 
@@ -111,10 +114,10 @@ class _Entered(threading.local):
 _entered = _Entered()
 
 
-def _land_before_functions() -> None:
-    """From now on, in this process, what a compiled function is given lands before it is entered.
+def _wait_before_functions() -> None:
+    """Lets all compiled functions of this process wait for their arguments before they are entered.
 
-    So it finds plain tensors, as with ``DistributedDataParallel``, and is compiled to the same
+    So they find plain tensors, as with ``DistributedDataParallel``, and are compiled to the same
     code. One that is given no tensor, as ``torch.compile(optimizer.step)``, may read anything.
     """
     from torch._dynamo import eval_frame
@@ -123,11 +126,11 @@ def _land_before_functions() -> None:
     if chosen is None:
         return
 
-    def landed(callback: Any) -> Any:
+    def after_waiting(callback: Any) -> Any:
         if pending.any_pending() and callback not in (None, False) and not _entered.modules:
             given = sys._getframe(1).f_locals
             tensors = list(pending.tensors_in((given.get("args", ()), given.get("kwargs", {}))))
             pending.wait_all(tensors or None)
         return chosen(callback)
 
-    eval_frame._callback_from_stance = landed
+    eval_frame._callback_from_stance = after_waiting

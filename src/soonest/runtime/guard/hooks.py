@@ -1,4 +1,4 @@
-"""Hooks that do not go where they should not: into copies, or round in circles."""
+"""Hook helpers that survive deepcopy and make no reference cycles."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import nn
 
 
 class Calling:
-    """A forward hook that calls back with what it is given behind the module.
+    """A forward hook that passes its arguments on, without the module; in copies it does nothing.
 
-    Copies of the model call nobody.
+    Args:
+        call: gets the arguments.
     """
 
     def __init__(self, call: Callable[..., None]) -> None:
@@ -32,14 +33,18 @@ class Calling:
 
 
 def noop(*_: Any) -> None:
-    pass
+    """Does nothing, with any arguments."""
 
 
 def weak_hook(method: Callable[..., None], *given: Any) -> Callable[..., None]:
-    """A hook that calls a method with these arguments and its own, as long as the object lives.
+    """Makes a hook that calls a method, but does not keep the method's object alive.
 
     Python cannot see what torch's hooks of a tensor refer to, so a cycle through them is never
     collected.
+
+    Args:
+        method: bound; the hook does nothing once its object is gone.
+        given: its first arguments; those of the hook follow.
     """
     assert isinstance(method, MethodType)
     owner, function = weakref.ref(method.__self__), method.__func__

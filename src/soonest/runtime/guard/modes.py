@@ -1,4 +1,4 @@
-"""Modes of torch that a thread may be in while it waits for the engine."""
+"""Modes of torch in which updates must not run, though the thread that runs them may be in one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_compiling() -> bool:
 
 @contextmanager
 def usual() -> Iterator[None]:
-    """Computes as outside of autocast, inference mode and ``torch.compile``."""
+    """Leaves autocast, inference mode and ``torch.compile`` within this context."""
     with ExitStack() as stack:
         if is_compiling():
             stack.callback(set_eval_frame, set_eval_frame(None))

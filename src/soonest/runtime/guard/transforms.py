@@ -1,4 +1,4 @@
-"""Transforms of ``torch.func`` wrap tensors without asking them: what is in flight lands before."""
+"""Transforms of ``torch.func`` wrap tensors past the guard, so they wait for pending ones first."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor
 from soonest.runtime.guard import pending
 
 _WRAPPERS = ("_wrap_tensor_for_grad", "_maybe_wrap_functional_tensor")
-"""What ``grad``, ``vjp``, ``jacrev``, ``hessian`` and ``functionalize`` do to each argument; the
-other transforms call operators, which the guard sees."""
+"""The functions by which ``grad``, ``vjp``, ``jacrev``, ``hessian`` and ``functionalize`` wrap each
+argument. The other transforms call operators, which the guard sees."""
 
 
 @cache
 def wait_first() -> None:
-    """From now on, in this process, arguments in flight land before they are wrapped."""
+    """Lets transforms in this process wait for pending arguments from now on."""
     from torch._functorch import eager_transforms
 
     for name in _WRAPPERS:
         wrap = getattr(eager_transforms, name, None)
         if wrap is not None:
-            setattr(eager_transforms, name, _in_flight(wrap))
+            setattr(eager_transforms, name, _waiting(wrap))
 
 
-def _in_flight(wrap: Callable[..., Any]) -> Callable[..., Any]:
-    def in_flight(argument: Any, *args: Any, **kwargs: Any) -> Any:
+def _waiting(wrap: Callable[..., Any]) -> Callable[..., Any]:
+    def waiting(argument: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(argument, Tensor) and pending.is_pending(argument):
             pending.wait_for(argument)
         return wrap(argument, *args, **kwargs)
 
-    # What is compiled has landed where it was entered, and goes on as if nothing were here.
-    torch.compiler.substitute_in_graph(in_flight, skip_signature_check=True)(wrap)
-    return in_flight
+    # Compiled code has waited where it was entered, and goes on as if nothing were here.
+    torch.compiler.substitute_in_graph(waiting, skip_signature_check=True)(wrap)
+    return waiting

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.optim.shard import ParamShard
 
 _SEPARABLE = (
@@ -37,14 +37,14 @@ _ELEMENTWISE = tuple(
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
-    """Whether each *element* is known to be updated by itself, so that ranks can share them out."""
+    """Whether each *element* is known to be updated by itself, so that it can be sharded."""
     return type(optimizer) in _ELEMENTWISE
 
 
 def is_separable(optimizer: Optimizer) -> bool:
     """Whether each parameter's update is known to depend on nothing but itself.
 
-    That is: its value, gradient and state, and its group's settings. Only then can parameters be
+    That is its value, gradient and state, and its group's settings. Only then can parameters be
     updated one bucket at a time. A class of the user's own might keep a count of steps or look at
     all gradients, so it is taken to be separable only if the user says so.
     """
@@ -53,7 +53,7 @@ def is_separable(optimizer: Optimizer) -> bool:
 
 @dataclass(eq=False)
 class StepCall:
-    """What one call of ``optimizer.step()`` saw.
+    """The optimizer's settings and gradients as one call of ``optimizer.step()`` saw them.
 
     Args:
         groups: the settings of each parameter group, as they were, without its parameters.
@@ -74,7 +74,8 @@ class StepCall:
 class Updater:
     """Runs the user's optimizer on some of its parameters.
 
-    It works on twins: other tensor objects over the same memory, which no guard holds.
+    It works on their aliases: second tensors over the same memory, which are never pending, so that
+    the lane can update a parameter while the user's own tensor waits for that.
 
     Args:
         optimizer: the user's own.
@@ -82,8 +83,8 @@ class Updater:
         params: the model's trainable parameters.
 
     Attributes:
-        owned: those of the parameters that the optimizer holds.
-        seen_state: the state that a lane has taken note of.
+        owned: the parameters among them that the optimizer has.
+        seen_state: the state whose memory a lane has protected last.
     """
 
     def __init__(
@@ -96,8 +97,11 @@ class Updater:
         self._params = params
         self.regroup()
 
+    def __repr__(self) -> str:
+        return f"Updater({self._cls.__name__}, {len(self.owned)} parameters)"
+
     def regroup(self) -> None:
-        """Takes the optimizer's parameter groups as they are now."""
+        """Looks at the optimizer's parameter groups as they are now."""
         groups = self._optimizer.param_groups
         self._ids = _ids_of(groups)
         group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
@@ -107,31 +111,35 @@ class Updater:
         self._others = [p for group in groups for p in group["params"] if id(p) not in known]
 
     @property
-    def held(self) -> set[int]:
+    def param_ids(self) -> set[int]:
         """Ids of the parameters that the optimizer had when its groups were last looked at."""
         return {one for ids in self._ids for one in ids}
 
     def outdated(self) -> bool:
-        """Whether the groups have changed since, by whatever way."""
+        """Whether the groups have changed since, in whatever way."""
         return self._ids != _ids_of(self._optimizer.param_groups)
 
     def trains_others(self) -> bool:
-        """Whether the optimizer has gradients of parameters that are none of the parameters.
+        """Whether the optimizer updates parameters that are not reduced here.
 
-        As of those that were frozen, and left with the gradient that they had.
+        It does if they have a gradient, as one that was frozen later and has kept its own.
         """
         return any(p.grad is not None for p in self._others)
 
     @property
     def state(self) -> dict[Any, dict[str, Any]]:
-        """The optimizer's own, as it is now: updates may be under way."""
+        """The optimizer's own state as it is now, without waiting for updates under way."""
         return self._optimizer.__dict__["state"]
 
     def call(self, gradients: dict[int, Tensor | None]) -> StepCall:
-        """Remembers the optimizer as it is now: schedulers change it right after the step."""
+        """Remembers the optimizer as it is now: schedulers change it right after the step.
+
+        Args:
+            gradients: see ``StepCall``.
+        """
         attributes = dict(self._optimizer.__dict__)
         groups = [
-            {name: _kept(value) for name, value in group.items() if name != "params"}
+            {name: _copied(value) for name, value in group.items() if name != "params"}
             for group in attributes.pop("param_groups")
         ]
         del attributes["state"]
@@ -147,28 +155,29 @@ class Updater:
             jobs.append(_Job(param.alias, gradient, param.order, param.parameter))
         self._run(call, jobs, self.state)
 
-    def apply_shares(
-        self, call: StepCall, shares: Sequence[ParamShard], state: dict[Any, dict[str, Any]]
+    def apply_shards(
+        self, call: StepCall, shards: Sequence[ParamShard], state: dict[Any, dict[str, Any]]
     ) -> None:
-        """Updates these parts of parameters.
+        """Updates these shards of parameters.
 
         Args:
             call: as for ``apply``.
-            shares: the parts.
-            state: of the parts, by ``ParamShard.key``.
+            shards: of this rank.
+            state: their states, by ``ParamShard.key``.
         """
         jobs: list[_Job] = []
-        for share in shares:
-            share.recall()
-            param = share.param
+        for shard in shards:
+            shard.recall()
+            param = shard.param
             gradient = call.gradients[param.order]
-            own = share.raw_grad if gradient is None else share.cut(gradient)
-            jobs.append(_Job(share.alias, own, param.order, share.key))
+            own = shard.raw_grad if gradient is None else shard.part_of(gradient)
+            jobs.append(_Job(shard.alias, own, param.order, shard.key))
         self._run(call, jobs, state)
-        for share in shares:
-            share.show()
+        for shard in shards:
+            shard.show()
 
     def _run(self, call: StepCall, jobs: Sequence[_Job], state: dict[Any, dict[str, Any]]) -> None:
+        """Runs the user's ``step`` on an optimizer made for the purpose, of these jobs only."""
         partial: Any = object.__new__(self._cls)
         partial.__dict__.update(call.attributes)
         partial.state = defaultdict(dict)
@@ -193,12 +202,12 @@ class Updater:
 
 
 def _ids_of(groups: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """Which parameters are in which group."""
+    """The ids of the parameters of each group."""
     return [[id(parameter) for parameter in group["params"]] for group in groups]
 
 
 class _Job(NamedTuple):
-    """What is updated: a parameter or a part of it, with its gradient.
+    """One parameter or shard to update, with its gradient.
 
     Args:
         order: of the parameter.
@@ -217,8 +226,8 @@ def raw_step(cls: type[Optimizer]) -> Any:
     return step.__wrapped__ if hasattr(step, "hooked") else step  # type: ignore[attr-defined]
 
 
-def _kept(value: Any) -> Any:
+def _copied(value: Any) -> Any:
     """A setting as it is now, even if the user changes it in place later."""
     if type(value) is tuple:  # betas
-        return tuple(_kept(one) for one in value)
+        return tuple(_copied(one) for one in value)
     return value.clone() if isinstance(value, Tensor) else value

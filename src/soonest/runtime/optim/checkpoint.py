@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 def form_of(
     model: nn.Module, optimizer: Optimizer, exact: Mapping[nn.Parameter, Tensor]
 ) -> dict[str, Any]:
-    """What to save.
+    """Makes what to save.
 
     Args:
         model: whose parameters have their values.

@@ -33,7 +33,13 @@ class Driver(Protocol):
 
 
 def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> None:
-    """Lets ``optimizer`` call ``driver``."""
+    """Lets an optimizer call a driver, by a subclass of its class.
+
+    Args:
+        optimizer: the user's own.
+        driver: called in the place of its methods.
+        state: of the optimizer; told when the user gets or replaces it.
+    """
     cls = type(optimizer)
     mine = weakref.ref(optimizer)
     loading: list[bool] = []
@@ -42,7 +48,7 @@ def take_over(optimizer: Optimizer, driver: Driver, state: OptimizerState) -> No
         if self is not mine():
             raise ValueError(
                 f"this {type(self).__name__} was made from the class of a prioritized optimizer, "
-                "as some libraries do to share gradients themselves: leave that out"
+                "as some libraries do to reduce gradients themselves: leave that out"
             )
         if vars(type(self)).get("taken_by") is not driver:  # kept from before it was handed back
             return raw_step(type(self))(self, closure)
@@ -116,6 +122,7 @@ def hand_back(optimizer: Optimizer) -> None:
 
 
 def is_taken_over(optimizer: Optimizer) -> bool:
+    """Whether an optimizer calls a driver now."""
     return hasattr(type(optimizer), "taken_from")
 
 
@@ -156,14 +163,14 @@ def hides_step(optimizer: Optimizer) -> bool:
 
 
 def _reroute(optimizer: Optimizer, old: Any, new: Any) -> None:
-    """A scheduler made earlier has wrapped ``step`` on the instance: let it wrap the new one."""
+    """Lets a scheduler that has wrapped ``step`` on the instance wrap the new one."""
     wrapper = optimizer.__dict__.get("step")
     if wrapper is not None and (replaced := _replaced(wrapper, old, new)) is not None:
         optimizer.__dict__["step"] = replaced
 
 
 def _replaced(value: Any, old: Any, new: Any, seen: frozenset[int] = frozenset()) -> Any:
-    """A callable with one function replaced by another wherever it leads to that.
+    """Replaces one function by another wherever a callable leads to it.
 
     Returns:
         The callable, changed in place where that is possible; None if it does not lead there.
@@ -208,6 +215,7 @@ def _replaced(value: Any, old: Any, new: Any, seen: frozenset[int] = frozenset()
 
 
 def _content(cell: types.CellType) -> Any:
+    """The value in a closure's cell; None if it has none yet."""
     try:
         return cell.cell_contents
     except ValueError:  # not set yet
@@ -215,7 +223,7 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _bare(cls: type[Optimizer]) -> Optimizer:
-    """What a copy of a taken-over optimizer starts from: one of the user's own class."""
+    """Makes what a copy of a taken-over optimizer starts from: one of the user's own class."""
     return object.__new__(cls)
 
 

@@ -1,47 +1,53 @@
-"""The optimizer state of parts of parameters: each rank has that of its own."""
+"""The optimizer's state, sharded: each rank has the states of its shards of parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.core.plan import Plan
 from soonest.errors import SoonestError
 from soonest.runtime import comm
-from soonest.runtime.comm import EXACT, Piece, Ranks, Wire
+from soonest.runtime.comm import EXACT, Ranks, Wire
 from soonest.runtime.comm.failures import FailureReporter
-from soonest.runtime.comm.groups import again
-from soonest.runtime.flat.buffers import FlatBuffers, FlatParam
-from soonest.runtime.optim.shard import Key, ParamShard, in_memory, shares_of
+from soonest.runtime.comm.groups import private_group
+from soonest.runtime.flat.buffers import FlatBuffers
+from soonest.runtime.flat.param import FlatParam
+from soonest.runtime.optim.shard import Key, ParamShard, in_memory, shards_of
+from soonest.runtime.optim.state_entries import copy_of, is_per_element
+from soonest.runtime.optim.state_gather import StateGather, Take
 from soonest.runtime.optim.usage import Users
 
 if TYPE_CHECKING:
     from soonest.runtime.execute.pass_state import PassState
 
 _ADVICE = "; under shard_optimizer=True every rank must do so, at the same point"
-_CALLS = ("reading gradients", "clipping gradients", "gathering the optimizer's state")
+_GATHERING = "gathering the optimizer's state"
+_CALLS = ("reading gradients", "clipping gradients", _GATHERING)
+"""The collective calls of the user's; ranks tell each other which one they make."""
 _COUNTING = "finding out which parameters the ranks have used"
 _VALUE = "value"
-"""The name of the exact values of a part, where they move along with the optimizer's state."""
+"""The name under which exact values of a shard move along with the optimizer's state."""
 
 
 class ShardedState:
-    """The optimizer state of this rank's parts.
+    """The optimizer's states of this rank's shards.
 
     Args:
-        ranks: over which it is shared out; for nothing else, so that this is in nobody's way.
-        plan, layout: of the parts.
-        failures: who they are.
-        wire: where parameters are sent rounded, this rank keeps the exact values of its parts,
+        ranks: over which the state is sharded, with communicators that nothing else uses.
+        plan, layout: of the shards.
+        failures: who the ranks are.
+        wire: where parameters are sent rounded, this rank keeps the exact values of its shards,
             and the model has rounded ones from now on, on every rank.
 
     Attributes:
-        parts: state dicts by part; created by the optimizer, as any.
-        shares: per bucket, this rank's parts.
+        parts: state dicts by shard; the optimizer fills them, as any.
+        shards: per bucket, this rank's shards.
     """
 
     def __init__(
@@ -54,15 +60,20 @@ class ShardedState:
     ) -> None:
         self.ranks = ranks
         self._failures = failures
-        self._users_group = ranks.group if ranks.native else again(ranks.group)
+        self._users_group = ranks.group if ranks.native else private_group(ranks.group)
         self.parts: dict[Key, dict[str, Any]] = {}
         self._wire = wire
-        self._bind(plan, layout, self._shares(plan, layout))
+        self._bind(plan, layout, self._new_shards(plan, layout))
         self._round()
+
+    def __repr__(self) -> str:
+        rank, ranks = self.ranks.group.rank(), self.ranks.group.size()
+        many = sum(map(len, self.shards))
+        return f"ShardedState(rank {rank} of {ranks}, {many} shards, {len(self.parts)} with state)"
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Around a collective call of the user's: says what it needs if other ranks do not come.
+        """Says what a collective call of the user's needs if other ranks do not make it.
 
         Args:
             what: one of ``_CALLS``.
@@ -86,7 +97,7 @@ class ShardedState:
             )
 
     def count_users(self, pass_state: PassState) -> None:
-        """Lets all ranks know who has used which parameters in a backward pass; collective."""
+        """Sends all ranks which parameters this one has used in a backward pass; collective."""
         used = torch.ones(len(self._layout.params))
         used[list(pass_state.unused)] = 0.0
         with self._failures.together(_COUNTING):
@@ -98,15 +109,25 @@ class ShardedState:
         with self._failures.together(_COUNTING):
             return pass_state.users.has(param.order)
 
-    def _shares(self, plan: Plan, layout: FlatBuffers) -> list[list[ParamShard]]:
+    def _new_shards(self, plan: Plan, layout: FlatBuffers) -> list[list[ParamShard]]:
         for param in layout.params:
             param.extra = 0
-        return shares_of(plan, layout, self.ranks.group.rank(), self._wire)
+        return shards_of(plan, layout, self.ranks.group.rank(), self._wire)
 
-    def _bind(self, plan: Plan, layout: FlatBuffers, shares: list[list[ParamShard]]) -> None:
-        self._plan, self._layout, self.shares = plan, layout, shares
+    def _bind(self, plan: Plan, layout: FlatBuffers, shards: list[list[ParamShard]]) -> None:
+        self._plan, self._layout, self.shards = plan, layout, shards
+
+    def _gather(
+        self, states: Mapping[Key, Mapping[str, Any]], take: Take
+    ) -> dict[str, dict[str, Any]]:
+        # Made anew each time: kept, it would lead back to this object, and what both refer to would
+        # live until the next garbage collection, as if it were the user's.
+        together = partial(self.together, _GATHERING)
+        every = StateGather(self.ranks, self._plan, self._layout, self.shards, together)
+        return every.gather(states, take)
 
     def _round(self) -> None:
+        """Rounds the model's parameters to what is sent of them, if that is narrower."""
         for param in self._layout.params:
             narrow = self._wire.of(param.alias.element_size()).parameters
             if narrow:
@@ -114,7 +135,7 @@ class ShardedState:
                 values.copy_(values.to(narrow))
 
     def follow(self, moved: Sequence[FlatParam]) -> None:
-        """These parameters have other memory now.
+        """Lets updates go to the memory that these parameters have by now.
 
         Raises:
             SoonestError: one is laid out differently there.
@@ -128,54 +149,54 @@ class ShardedState:
                     "model.to(memory_format=...), on every rank"
                 )
         orders = {param.order for param in moved}
-        for share in self._all():
-            if share.param.order in orders:
-                share.follow()
+        for shard in self._all():
+            if shard.param.order in orders:
+                shard.follow()
 
     def _all(self) -> Iterator[ParamShard]:
-        return (share for shares in self.shares for share in shares)
+        return (shard for shards in self.shards for shard in shards)
 
     def adopt(self, state: dict[Any, dict[str, Any]]) -> None:
-        """Keeps this rank's parts of whole states, and takes those away.
+        """Keeps this rank's shards of whole states, and drops those.
 
         Args:
             state: by parameter, as ``optimizer.state`` holds it.
         """
-        for share in self._all():
-            whole = state.get(share.param.parameter)
+        for shard in self._all():
+            whole = state.get(shard.param.parameter)
             if whole is not None:
-                shape = share.param.alias.shape
-                self.parts[share.key] = {
-                    name: share.cut(value).clone()
-                    if _per_element(name, value, shape)
-                    else _copy(value)
+                shape = shard.param.alias.shape
+                self.parts[shard.key] = {
+                    name: shard.part_of(value).clone()
+                    if is_per_element(name, value, shape)
+                    else copy_of(value)
                     for name, value in whole.items()
                 }
         for param in self._layout.params:
             state.pop(param.parameter, None)
 
     def restart(self) -> None:
-        """Takes the values that the model has for exact ones, and rounds the model's."""
-        for share in self._all():
-            if share.shown is not None:
-                share.alias.detach().copy_(share.shown)
+        """Takes the model's values as the exact ones, then rounds the model's."""
+        for shard in self._all():
+            if shard.shown is not None:
+                shard.alias.detach().copy_(shard.shown)
         self._round()
 
     def move(self, plan: Plan, layout: FlatBuffers) -> None:
-        """Shares the state out anew; a collective call if the parts change."""
-        coming = self._shares(plan, layout)
+        """Shards the state anew for another plan; a collective call if the shards change."""
+        coming = self._new_shards(plan, layout)
         states = {key: dict(state) for key, state in self.parts.items()}
         for key, exact in self._exact().items():
             states.setdefault(key, {})[_VALUE] = exact
         names = {id(param.parameter): param.name for param in layout.params}
         renamed = {m.name: names.get(id(m.parameter), "") for m in self._layout.params}
         same = all(before == now for before, now in renamed.items())
-        if not same or (plan.flats, _cuts(plan)) != (self._plan.flats, _cuts(self._plan)):
+        if not same or (plan.flats, _borders(plan)) != (self._plan.flats, _borders(self._plan)):
             states = self._moved(states, coming, renamed)
-        for share in (share for shares in coming for share in shares):
-            exact = states.get(share.key, {}).pop(_VALUE, None)
+        for shard in (shard for shards in coming for shard in shards):
+            exact = states.get(shard.key, {}).pop(_VALUE, None)
             if exact is not None:
-                share.alias.detach().copy_(exact)
+                shard.alias.detach().copy_(exact)
         self.parts = {key: state for key, state in states.items() if state}
         self._bind(plan, layout, coming)
 
@@ -185,44 +206,44 @@ class ShardedState:
         coming: list[list[ParamShard]],
         renamed: Mapping[str, str],
     ) -> dict[Key, dict[str, Any]]:
-        """States of the parts that this rank has now, as states of those to come; collective.
+        """Turns the states of the present shards into those of the shards to come; collective.
 
         Args:
-            states: of this rank's parts.
-            coming: per bucket, this rank's parts.
+            states: of this rank's present shards.
+            coming: per bucket, this rank's shards to come.
             renamed: parameters' names now, and to come.
         """
-        shares: dict[str, list[ParamShard]] = {}
-        for share in (share for of_bucket in coming for share in of_bucket):
-            shares.setdefault(share.param.name, []).append(share)
+        by_name: dict[str, list[ParamShard]] = {}
+        for shard in (shard for of_bucket in coming for shard in of_bucket):
+            by_name.setdefault(shard.param.name, []).append(shard)
         parts: dict[Key, dict[str, Any]] = {}
 
         def take(name: str, key: str, start: int, piece: Tensor) -> None:
-            for share in shares.get(renamed[name], ()):
-                low, high = max(start, share.start), min(start + piece.numel(), share.stop)
-                if low < high or share.start == share.stop:
-                    values = parts.setdefault(share.key, {})
+            for shard in by_name.get(renamed[name], ()):
+                low, high = max(start, shard.start), min(start + piece.numel(), shard.stop)
+                if low < high or shard.start == shard.stop:
+                    values = parts.setdefault(shard.key, {})
                     if key not in values:
-                        values[key] = piece.new_zeros(share.stop - share.start)
-                    values[key][low - share.start : high - share.start] = piece[
+                        values[key] = piece.new_zeros(shard.stop - shard.start)
+                    values[key][low - shard.start : high - shard.start] = piece[
                         low - start : high - start
                     ]
 
         for name, scalars in self._gather(states, take).items():
-            for share in shares.get(renamed[name], ()):
-                found = {key: _copy(value) for key, value in scalars.items()}
-                parts[share.key] = {**found, **parts.get(share.key, {})}
+            for shard in by_name.get(renamed[name], ()):
+                found = {key: copy_of(value) for key, value in scalars.items()}
+                parts[shard.key] = {**found, **parts.get(shard.key, {})}
         return parts
 
     def _exact(self) -> dict[Key, Tensor]:
-        """This rank's parts of parameters that are sent rounded."""
-        rounded = [share for share in self._all() if share.shown is not None]
-        for share in rounded:
-            share.recall()
-        return {share.key: share.alias.detach() for share in rounded}
+        """The exact values of this rank's shards of parameters that are sent rounded."""
+        rounded = [shard for shard in self._all() if shard.shown is not None]
+        for shard in rounded:
+            shard.recall()
+        return {shard.key: shard.alias.detach() for shard in rounded}
 
     def exact_parameters(self) -> dict[nn.Parameter, Tensor]:
-        """By parameter, what it is before rounding, if it is sent rounded; collective then."""
+        """The exact values of parameters that are sent rounded; collective if there are any."""
         if not self._wire.parameters:
             return {}
         params = {param.name: param.parameter for param in self._layout.params}
@@ -230,7 +251,7 @@ class ShardedState:
         return {params[name]: values[_VALUE] for name, values in self._whole(states).items()}
 
     def whole(self) -> dict[str, dict[str, Any]]:
-        """By name of the parameter, the state as the optimizer would have it alone; collective."""
+        """The optimizer's whole state, by name of the parameter; a collective call."""
         return self._whole(self.parts)
 
     def _whole(self, states: Mapping[Key, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -245,114 +266,11 @@ class ShardedState:
             in_memory(values[key], like)[start : start + piece.numel()] = piece
 
         for name, scalars in self._gather(states, take).items():
-            copies = {key: _copy(value) for key, value in scalars.items()}
+            copies = {key: copy_of(value) for key, value in scalars.items()}
             found[name] = {**copies, **found.get(name, {})}
         return found
 
-    def clip(
-        self, parts: Sequence[Tensor], max_norm: float, norm_type: float, error: bool
-    ) -> Tensor:
-        """Scales parts of gradients so that the norm of all ranks' together is as asked.
 
-        Returns:
-            The norm before, as ``torch.nn.utils.clip_grad_norm_`` finds it.
-        """
-        norms = [torch.linalg.vector_norm(part, norm_type, dtype=torch.float64) for part in parts]
-        norms = norms or [self._layout.grads[0].new_zeros((), dtype=torch.float64)]
-        mine = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-        with self.together("clipping gradients"):
-            every = comm.gather_scalars(self.ranks.group, mine)
-        norm = torch.linalg.vector_norm(every, norm_type)
-        dtype = parts[0].dtype if parts else torch.float32
-        norm = norm.to(torch.promote_types(dtype, torch.float32))
-        if error and not torch.isfinite(norm):
-            raise RuntimeError(
-                f"the norm of order {norm_type} of all gradients is {norm.item()}, so they cannot "
-                "be clipped"
-            )
-        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for part in parts:
-            part.mul_(factor.to(part.dtype))
-        return norm
-
-    def _gather(
-        self,
-        states: Mapping[Key, Mapping[str, Any]],
-        take: Callable[[str, str, int, Tensor], None],
-    ) -> dict[str, dict[str, Any]]:
-        """Shows every rank all states, one bucket and entry at a time.
-
-        Args:
-            states: of this rank's parts.
-            take: called with parameter, entry, first element, and values from there on.
-
-        Returns:
-            By parameter, the entries that do not have a value per element.
-        """
-        mine: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]] = {}
-        for share in self._all():
-            if share.key in states:
-                mine[share.param.name] = _described(states[share.key], share.alias.shape)
-        described: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]] = {}
-        with self.together("gathering the optimizer's state"):
-            for theirs in comm.gather_objects(self.ranks.group, mine):
-                described |= theirs
-        for index, bucket in enumerate(self._plan.buckets):
-            slots = self._plan.flats[bucket.flat].slots
-            inside = [slots[i] for i in self._plan.slots_of[index] if slots[i].name in described]
-            entries = {key: of for slot in inside for key, of in described[slot.name][0].items()}
-            for key, dtype in sorted(entries.items()):
-                values = self._entry(states, index, key, dtype)
-                for slot in inside:
-                    start = max(slot.start, bucket.start)
-                    stop = min(slot.start + slot.numel, bucket.stop)
-                    if (start < stop or not slot.numel) and key in described[slot.name][0]:
-                        piece = values[start - bucket.start : stop - bucket.start]
-                        take(slot.name, key, start - slot.start, piece)
-        return {name: scalars for name, (_, scalars) in described.items()}
-
-    def _entry(
-        self, states: Mapping[Key, Mapping[str, Any]], index: int, key: str, dtype: torch.dtype
-    ) -> Tensor:
-        """One entry of the states of a whole bucket, from all ranks."""
-        bucket = self._plan.buckets[index]
-        values = torch.zeros(
-            bucket.stop - bucket.start, dtype=dtype, device=self._layout.grads[bucket.flat].device
-        )
-        itemsize = self._plan.flats[bucket.flat].itemsize
-        for share in self.shares[index]:
-            known = states.get(share.key, {}).get(key)
-            if known is not None:
-                at = share.param.slot.start + share.start - bucket.start
-                values[at : at + known.numel()] = known
-        piece = Piece(values, values, itemsize=itemsize)
-        with self.together("gathering the optimizer's state"):
-            comm.run(SHARED_PARAMETERS, self.ranks, piece)
-        return values
-
-
-def _cuts(plan: Plan) -> Sequence[tuple[int, int, int]]:
+def _borders(plan: Plan) -> Sequence[tuple[int, int, int]]:
+    """Where the plan's buckets begin and end, and so the shards in them."""
     return [(bucket.flat, bucket.start, bucket.stop) for bucket in plan.buckets]
-
-
-_OF_ALL_ELEMENTS = ("step", "eta", "mu", "mu_product")
-"""What optimizers of ``torch.optim`` keep once for a parameter, as a tensor of no dimensions."""
-
-
-def _per_element(name: str, value: Any, shape: torch.Size) -> bool:
-    """Whether an entry of a state has a value for each element of a parameter of this shape."""
-    if not isinstance(value, Tensor) or value.shape != shape:
-        return False
-    return value.dim() > 0 or name not in _OF_ALL_ELEMENTS
-
-
-def _described(
-    state: Mapping[str, Any], shape: torch.Size
-) -> tuple[dict[str, torch.dtype], dict[str, Any]]:
-    """Dtypes of what has a value per element, and the rest."""
-    parts = {key: value.dtype for key, value in state.items() if _per_element(key, value, shape)}
-    return parts, {key: value for key, value in state.items() if key not in parts}
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

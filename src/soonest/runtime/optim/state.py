@@ -1,4 +1,4 @@
-"""The optimizer's state: whole on every rank, or in parts."""
+"""The optimizer's state: whole on every rank, or sharded."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from soonest.runtime.optim.sharded_state import ShardedState
 
 
 class OptimizerState:
-    """The state of one optimizer, wherever it is.
+    """The state of one optimizer, whole or sharded.
 
     Args:
         optimizer: the user's own.
         cls: its class as the user made it.
-        sharing: over which to share it out, if plans shard.
-        wire: how parameters are then sent.
+        sharing: over which to shard it, if plans do.
+        wire: how parameters are sent then.
         failures: who the ranks are.
 
     Attributes:
-        parts: this rank's, if it is shared out.
+        parts: this rank's shards of it, if it is sharded.
     """
 
     def __init__(
@@ -49,8 +49,11 @@ class OptimizerState:
         self.parts: ShardedState | None = None
         self._states = States(optimizer.__dict__)
 
+    def __repr__(self) -> str:
+        return f"OptimizerState({self._cls.__name__}, {self.parts or 'whole'})"
+
     def bind(self, layout: FlatBuffers, plan: Plan) -> None:
-        """From now on the plan says whose part is what; collective if that changes."""
+        """Shards the state as this plan does; a collective call if that changes."""
         self._layout = layout
         if self.parts is not None:
             self.parts.move(plan, layout)
@@ -60,16 +63,16 @@ class OptimizerState:
             self.adopt()
 
     def adopt(self) -> None:
-        """Keeps this rank's parts of whole states that have been put into ``optimizer.state``."""
+        """Keeps this rank's shards of whole states that have been put into ``optimizer.state``."""
         if self.parts is not None:
             self.parts.adopt(self._optimizer.__dict__["state"])
 
     def note_given(self) -> None:
-        """The user has been given ``optimizer.state``, or has put another there."""
+        """Notes that the user has been given ``optimizer.state``, or has replaced it."""
         self._states.given()
 
     def note_loaded(self) -> None:
-        """What is in ``optimizer.state`` now comes from a checkpoint."""
+        """Notes that what is in ``optimizer.state`` now comes from a checkpoint."""
         self._states.loaded()
 
     def is_kept(self, *, names: int) -> bool:
@@ -81,10 +84,10 @@ class OptimizerState:
         return self.parts is None and self._states.are_kept(names=names)
 
     def check(self) -> None:
-        """Raises if it is not all in ``optimizer.state``."""
+        """Raises SoonestError if the state is not all in ``optimizer.state``."""
         if self.parts is not None:
             raise SoonestError(
-                f"the state of this {self._cls.__name__} is shared out over "
+                f"the state of this {self._cls.__name__} is sharded over "
                 f"{self.parts.ranks.group.size()} ranks (shard_optimizer=True): call "
                 "handle.optimizer_state_dict(), or handle.state_dict() for torch.distributed."
                 "checkpoint, on every rank instead, which gathers it; or, where a step() asks that "
@@ -92,9 +95,9 @@ class OptimizerState:
             )
 
     def plain_optimizer(self) -> Optimizer:
-        """One of the user's class with all state; a collective call if that is shared out.
+        """An optimizer of the user's class with all state; a collective call if that is sharded.
 
-        Groups are the user's own, and states too, unless they are shared out.
+        Groups are the user's own, and states too, unless they are sharded.
         """
         plain: Any = object.__new__(self._cls)
         plain.__dict__.update(self._optimizer.__dict__)
@@ -107,7 +110,7 @@ class OptimizerState:
         return plain
 
     def take(self, plain: Optimizer) -> None:
-        """Goes on with the state and the groups of such an optimizer."""
+        """Goes on with the state and the groups of what ``plain_optimizer`` has made."""
         self._optimizer.__dict__["state"] = plain.__dict__["state"]
         self._optimizer.__dict__["param_groups"] = plain.__dict__["param_groups"]
         self.note_loaded()
@@ -116,11 +119,11 @@ class OptimizerState:
             self.parts.restart()
 
     def exact_parameters(self) -> dict[nn.Parameter, Tensor]:
-        """Those that the model has rounded, as they are; a collective call if there are any."""
+        """The exact values of parameters that are sent rounded; collective if there are any."""
         return self.parts.exact_parameters() if self.parts is not None else {}
 
     def hand_back(self) -> None:
-        """Makes ``optimizer.state`` whole, and parameters exact; collective if it is shared out."""
+        """Makes ``optimizer.state`` whole, and parameters exact; collective if it is sharded."""
         if self.parts is not None:
             with torch.no_grad():
                 for parameter, exact in self.exact_parameters().items():

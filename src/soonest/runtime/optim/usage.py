@@ -11,18 +11,22 @@ from soonest.runtime.comm import Group
 
 
 class Users:
-    """How many ranks have a gradient of each parameter after one backward pass; on its way.
+    """Counts, under way, of the ranks that have a gradient of each parameter after one pass.
 
     ``DistributedDataParallel`` sends the same to find unused parameters.
 
     Args:
-        group: of all ranks, for nothing else; to make this is a collective call.
+        group: all ranks, used for nothing else; to make this is a collective call.
         used: by order of the parameter, 1 where this rank has a gradient, else 0.
     """
 
     def __init__(self, group: Group, used: Tensor) -> None:
         self._counts, self._work = comm.start_sum(group, used)
         self._known: list[float] | None = None
+
+    def __repr__(self) -> str:
+        state = "known" if self._known is not None else "under way"
+        return f"Users(of {self._counts.numel()} parameters, {state})"
 
     def has(self, order: int) -> bool:
         """Whether any rank has a gradient of this parameter; waits until that is known."""
@@ -32,7 +36,7 @@ class Users:
         return self._known[order] > 0
 
     def are_known(self, limit_s: float) -> bool:
-        """Whether all ranks have what they need of each other, after so long at most."""
+        """Waits for the counts, at most so long; returns whether they are there."""
         deadline_s = time.monotonic() + limit_s
         while self._known is None and self._counts.is_cpu and not comm.ended(self._work):
             comm.look()

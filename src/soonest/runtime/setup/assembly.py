@@ -16,9 +16,8 @@ from soonest.core.plan import Plan
 from soonest.core.planner.planner import first_plan
 from soonest.errors import SoonestError
 from soonest.runtime import agreement, comm
-from soonest.runtime.comm import groups
+from soonest.runtime.comm import groups, rendezvous
 from soonest.runtime.comm.failures import FailureReporter
-from soonest.runtime.comm.joining import private_group
 from soonest.runtime.engine import consistency
 from soonest.runtime.engine.engine import Engine
 from soonest.runtime.engine.module_buffers import Buffers
@@ -104,7 +103,7 @@ def _connect(request: Request) -> _Connection:
     if not request.refused:
         device = next(p.device for _, _, p in trainable(model, part.without))
         check_group(request.group, device)
-    group = private_group(request.group, request.options.timeout_s)
+    group = rendezvous.connect(request.group, request.options.timeout_s)
     failures = FailureReporter(group)
     with failures.together("prioritize()"):
         agreement.agree_on_input(group, request.refused)
@@ -155,7 +154,7 @@ def _plan(request: Request, connection: _Connection, undo: ExitStack) -> _Planne
             )
         _log.debug("what reducing costs here: %s", network)
         plan = given or _agreed_plan(group, layout, network, methods)
-        comparing = groups.again(group) if request.compare_every else None
+        comparing = groups.private_group(group) if request.compare_every else None
     asked = f"method={options.method!r} was asked for" if options.method else None
     why = "as the given plan says" if given is not None else asked
     return _Planned(
@@ -219,7 +218,7 @@ def _assemble(
                 admit(ranks, parameters)
             grown = engine.layout.grown()
             engine.bind(grown, _agreed_plan(ranks.talk, grown, network, methods))
-            tuner.start_over(engine, stays=given is not None)
+            tuner.start_over(engine, selected=given is not None)
 
     with failures.together("prioritize()"):
         buffers = Buffers(
@@ -247,7 +246,7 @@ def _assemble(
     engine.settled = given is not None
     with failures.together("prioritize()"):
         tuner.resume(engine, resumed=resumed)
-        watching = groups.again(group) if part.lane is None and lane.clock is None else None
+        watching = groups.private_group(group) if part.lane is None and lane.clock is None else None
         failures.learn_connections()
     if watching is not None:
         engine.backward.lateness = Lateness(watching, failures, engine.history)

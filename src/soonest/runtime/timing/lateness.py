@@ -1,4 +1,4 @@
-"""Tells which rank is late: what ranks measure of their steps goes round every now and then."""
+"""Tells which rank is late, from what all ranks measure of their steps and exchange."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from soonest.runtime.timing.straggler import Sample, Straggler
 from soonest.runtime.timing.throughput import Throughput
 
 _EVERY = 10
-"""Steps that a rank sums up."""
+"""Steps of which a rank sends the medians together."""
 _UNDER_WAY = 5
-"""Steps after which the numbers of all are looked at. By then they are there, so all ranks learn of
-it in the same step, though none waits for them."""
+"""Steps after sending at which the numbers are read. By then they have arrived, so all ranks read
+them in the same step, though none waits for them."""
 _LOG_PAUSE_S = 600.0
-"""Between two lines of the log."""
+"""Pause between two lines of the log, s."""
 _MOST_TOLD = 50
-"""Sentences for the history, however often ranks come to be late and cease to be."""
+"""Most sentences in the history, however often ranks come to be late and cease to be."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,20 +39,20 @@ class _Moment(NamedTuple):
         return cls(now_s(), waited_s())
 
     def own_s(self, before: _Moment) -> float:
-        """Since then, without waits."""
+        """The time since then without waits, seconds."""
         return self.at_s - before.at_s - (self.waited_s - before.waited_s)
 
 
 class Lateness:
     """Measures this rank's steps, and compares them with those of the others.
 
-    It counts backward passes: no rank can be ahead in these without waiting for the others, so
-    all come to tell each other something. No rank waits for the numbers of another, and nothing
-    that fails here fails training.
+    It counts backward passes: no rank gets ahead in these without waiting for the others, so all
+    send their numbers. No rank waits for those of another, and nothing that fails here fails
+    training.
 
     Args:
-        group: all ranks; for nothing else, since what is told is under way while training goes on.
-        failures: who they are.
+        group: all ranks; used for nothing else, as numbers are under way while training goes on.
+        failures: knows the ranks' names.
         history: gets a sentence when a rank comes to be late, and when it ceases to be.
     """
 
@@ -74,12 +74,15 @@ class Lateness:
         self._backward_s: list[float] = []
         self._under_way: deque[tuple[int, comm.Gathering]] = deque()
 
+    def __repr__(self) -> str:
+        return f"Lateness({self.told})"
+
     def begins(self) -> None:
-        """The first gradient of a backward pass is there."""
+        """Notes that the first gradient of a backward pass is there."""
         self._began = _Moment.now()
 
     def ends(self) -> None:
-        """A backward pass that all ranks take part in has ended here."""
+        """Notes that a backward pass in which all ranks take part has ended here."""
         if self._failed:
             return
         try:
@@ -94,13 +97,13 @@ class Lateness:
 
     @property
     def late(self) -> str | None:
-        """Which rank is late, since when, by how much and why; None if none is."""
+        """Says which rank is late, since when, by how much and why; None if none is."""
         named = self._straggler.named
         return named.told(self._names) if named else None
 
     @property
     def told(self) -> str:
-        """The same in a sentence in any case."""
+        """Says the same as ``late``, or in a sentence that no rank is, or that it is not known."""
         if self._failed:
             return "which rank is late is not known any more"
         if self._known_by:
@@ -141,7 +144,7 @@ class Lateness:
             self._history.append(f"step {self._known_by}: {what}")
 
     def _log(self) -> None:
-        """What has changed last, and again who is still late; by one rank, and rarely."""
+        """Logs what has changed last, or who is still late; on one rank, and rarely."""
         what = self._unlogged or self.late
         if self._rank or what is None or now_s() < self._logged_s + _LOG_PAUSE_S:
             return

@@ -1,4 +1,4 @@
-"""Which steps are watched closely, and what the last of them showed."""
+"""Chooses the steps that are watched closely, and keeps the records of the last of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from soonest.core.plan import Plan
 from soonest.core.timeline import Timeline
 from soonest.core.trace import Trace
 from soonest.runtime.device.clock import DeviceClock, now_s
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.timing.step_record import NEVER, Record
 from soonest.runtime.timing.trace import (
     Measured,
@@ -23,25 +23,25 @@ from soonest.runtime.timing.trace import (
 )
 
 _LOOK_S = 30e-6
-"""What it costs to note when one parameter is needed."""
-_SHARE = 1e-3
-"""Of the time of training, what that may take."""
+"""Cost, s, of noting when one parameter is needed."""
+_FRACTION = 1e-3
+"""The fraction of the time of training that this may cost."""
 _REMEMBERED = 20
-"""Closely watched steps from which measured times are medians."""
+"""Closely watched steps of which measured times are the medians."""
 
 
 class Attention:
-    """Which steps to watch closely: after learning only so many that they cost next to nothing.
+    """Chooses the steps to watch closely: all while learning, then few enough to cost nothing.
 
     Args:
         params: how many parameters.
 
     Attributes:
-        learning: all steps are to be watched closely.
+        learning: all steps are watched closely.
     """
 
     def __init__(self, params: int) -> None:
-        self._pause_s = params * _LOOK_S / _SHARE
+        self._pause_s = params * _LOOK_S / _FRACTION
         self._next_s = -math.inf
         self.learning = False
 
@@ -54,7 +54,7 @@ class Attention:
         return True
 
     def refresh(self) -> None:
-        """The next step is a new one."""
+        """Lets the next step be watched, as steps may differ from now on."""
         self._next_s = -math.inf
 
 
@@ -64,13 +64,13 @@ class Profiler:
     Args:
         model: a name for it.
         params: how many parameters it has.
-        clock: of the device that does it all; the host's if None.
+        clock: of the device that runs the steps; the host's if None.
 
     Attributes:
         attention: which steps to watch closely.
         record: of the step that the next forward pass belongs to.
         observing: the order in which parameters are used is not known yet.
-        observed: the record that shows it, once a backward pass has followed.
+        observed: the record that shows that order, once a backward pass has followed.
     """
 
     record: Record
@@ -86,28 +86,28 @@ class Profiler:
         self._complete: deque[Record] = deque(maxlen=_REMEMBERED)
 
     def bind(self, plan: Plan, params: Sequence[FlatParam]) -> None:
-        """From now on, steps run this plan on these parameters."""
+        """Records steps of this plan on these parameters from now on."""
         self._plan, self._params = plan, params
         self._complete.clear()
         self.attention.refresh()
         self.record = self.new_record()
 
     def new_record(self, *, closely: bool = True) -> Record:
-        """One with nothing in it."""
+        """Makes a record with nothing in it."""
         sizes = (len(self._params), len(self._plan.ops), len(self._plan.buckets))
         return Record(*sizes, closely=closely, clock=self._clock)
 
     def forward_ended(self) -> None:
-        """A forward pass of the user's has ended."""
+        """Notes that a forward pass of the user's has ended."""
         self._forward_ended = self._now()
         if math.isnan(self.record.forward_ended):
             self.record.forward_ended = self._forward_ended
 
     def backward_begins(self) -> Record:
-        """A step is over, as the backward pass of the next one begins.
+        """Ends a step, as the backward pass of the next one begins.
 
         Returns:
-            The record of that next one.
+            The record of the next one.
         """
         record = self.new_record(closely=self.attention.closely())
         record.backward_began = self._forward_ended
@@ -126,15 +126,15 @@ class Profiler:
         return now_s() if self._clock is None else self._clock.now()
 
     def measured(self, network: Network) -> Measured:
-        """What ops took in the last steps that were watched closely."""
+        """Times of ops in the last steps that were watched closely."""
         return measured(list(self._complete), self._plan, network)
 
     def timeline(self) -> Timeline | None:
-        """The last step that was watched closely; None before there is one."""
+        """A timeline of the last step that was watched closely; None before there is one."""
         return timeline_of(*self._last) if self._last else None
 
     def trace(self) -> Trace | None:
-        """The model as the steps showed it that were watched closely; None before there is one."""
+        """A trace of the model from the steps that were watched closely; None if none were."""
         parts = self._plan.ranks if self._plan.sharded else 1
         found = [
             trace_of(r, r, self._params, model=self._model, update_s=parts * updating_s(r))

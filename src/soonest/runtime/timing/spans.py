@@ -14,7 +14,7 @@ _NOTHING = nullcontext()
 
 
 def span(name: Callable[..., str], *args: Any) -> AbstractContextManager[Any]:
-    """A block of code under a name in the user's profile; nothing where no profiler runs.
+    """Shows the code within this context under a name in the user's profile, if a profiler runs.
 
     The threads of a lane show up with ``profile_all_threads=True`` in the profiler's
     ``experimental_config``.
@@ -29,7 +29,7 @@ def span(name: Callable[..., str], *args: Any) -> AbstractContextManager[Any]:
 
 
 def of_bucket(what: str, plan: Plan, bucket: int) -> str:
-    """For example ``all_reduce bucket 3 (encoder.0 ... encoder.2)``.
+    """Names something done with a bucket: ``all_reduce bucket 3 (encoder.0 ... encoder.2)``.
 
     In ASCII, as exported traces leave out events with other characters in their names.
     """
@@ -39,5 +39,5 @@ def of_bucket(what: str, plan: Plan, bucket: int) -> str:
 
 
 def of_op(plan: Plan, op: int) -> str:
-    """The same of an op of a plan."""
+    """Names an op of a plan in the same way."""
     return of_bucket(plan.ops[op].kind, plan, plan.ops[op].bucket)

@@ -1,4 +1,4 @@
-"""What happened when in one step."""
+"""The record of one step: what happened when."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from soonest.runtime.device.clock import DeviceClock, now_s
 
 NEVER = math.nan
+"""The time of what did not happen."""
 
 
 class Record:
@@ -18,9 +19,17 @@ class Record:
         params: how many parameters.
         ops, buckets: how many the plan has.
         closely: whether to note when each parameter is needed; otherwise only the first of those
-            that arrive together.
-        clock: of the device that does it all; the host's if None. Then times are the host's until
-            ``settle`` is called.
+            that are updated together.
+        clock: of the device that runs the step; the host's if None. With a device's, times are the
+            host's until ``settle`` is called.
+
+    Attributes:
+        backward_began, backward_ended, forward_ended, ended: when that was; ``ended`` is the begin
+            of the next step's backward pass.
+        ready: per parameter, when its gradient was in the buffer.
+        needed, arrived: per parameter, when the forward pass needed it, and when it had its value.
+        op_start, op_end: per op of the plan.
+        update_start, update_end: per bucket.
     """
 
     def __init__(
@@ -38,7 +47,7 @@ class Record:
         self.ready = [NEVER] * params
         self.backward_ended = NEVER
         self.needed = [NEVER] * params
-        self.landed = [NEVER] * params
+        self.arrived = [NEVER] * params
         self.forward_ended = NEVER
         self.ended = NEVER
         self.op_start = [NEVER] * ops
@@ -46,11 +55,17 @@ class Record:
         self.update_start = [NEVER] * buckets
         self.update_end = [NEVER] * buckets
 
+    def __repr__(self) -> str:
+        how = "closely" if self.closely else "loosely"
+        state = "complete" if self.complete else "not complete"
+        return f"Record({len(self.ready)} parameters, watched {how}, {state})"
+
     def now(self) -> float:
+        """The present time on the record's clock."""
         return now_s() if self._clock is None else self._clock.now()
 
     def settle(self) -> None:
-        """Times are the device's from now on; waits until it has done all of this."""
+        """Turns all times into the device's; waits until it has done all of the step."""
         if self._clock is None:
             return
         values = [v for name in _TIMES for v in getattr(self, name)]
@@ -75,16 +90,16 @@ class Record:
 
     @property
     def complete(self) -> bool:
-        """Whether it shows a whole forward pass, as the period of a step needs it."""
+        """Whether it shows a whole step, from one backward pass to the next."""
         times = self.ended + self.backward_began + self.forward_ended
         return self.closely and not math.isnan(times)
 
     def first_use(self) -> list[int]:
-        """Members in the order in which the forward pass needed them; the unused ones last."""
+        """Indices of parameters as the forward pass needed them one by one, unused ones last."""
         used = [m for m, at in enumerate(self.needed) if not math.isnan(at)]
         unused = [m for m, at in enumerate(self.needed) if math.isnan(at)]
         return sorted(used, key=self.needed.__getitem__) + unused
 
 
 _POINTS = ("backward_began", "backward_ended", "forward_ended", "ended")
-_TIMES = ("ready", "needed", "landed", "op_start", "op_end", "update_start", "update_end")
+_TIMES = ("ready", "needed", "arrived", "op_start", "op_end", "update_start", "update_end")

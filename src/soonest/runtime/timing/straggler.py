@@ -1,4 +1,4 @@
-"""Which rank the others wait for, and why: judged by what all ranks measured of the same steps."""
+"""Judges which rank the others wait for, and why, by what all ranks measured of the same steps."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from soonest.core.units import rate_text
 Cause = Literal["compute", "link"]
 
 _ROUNDS = 3
-"""Looks in a row after which a rank is late, and after which it no longer is."""
+"""Looks in a row after which a rank counts as late, and after which it no longer does."""
 _COMPUTE, _LINK = 1.2, 1.5
-"""How many times as long as the others' a rank's compute takes, or its bytes, to be late. Rates of
+"""Factors by which a late rank's compute, or its bytes, take longer than the others'. The rates of
 links are known less well."""
-_SHARE, _LEAST_S = 0.1, 2e-3
-"""What it must cost: a share of the step, and seconds. Less is not worth a warning."""
+_FRACTION, _LEAST_S = 0.1, 2e-3
+"""What a late rank must cost, a fraction of the step and seconds, to be worth a warning."""
 _WORSE = 1.25
-"""So much more must another late rank cost to be named instead: two alike would take turns."""
+"""Factor by which another late rank must cost more to be named: two alike would alternate."""
 _COMPARED = 3
-"""Ranks that it takes to tell a slow link from others: each connection has two ends."""
+"""Fewest ranks with which a slow link can be told: each connection has two ends."""
 
 
 class Sample(NamedTuple):
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
     sent_bps: Sequence[float]
 
     def to_numbers(self) -> list[float]:
-        """As many on every rank."""
+        """The sample as numbers, as many on every rank."""
         return [self.step_s, self.own_s, self.backward_s, *self.sent_bps]
 
     @classmethod
@@ -55,7 +55,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Late:
-    """A rank for which others wait.
+    """A rank for which the others wait, and why.
 
     Args:
         rank: which.
@@ -76,7 +76,7 @@ class Late:
     since: int = 0
 
     def told(self, names: Sequence[str]) -> str:
-        """In a sentence.
+        """Says it in a sentence.
 
         Args:
             names: of all ranks.
@@ -94,7 +94,7 @@ class Late:
 
 
 class Straggler:
-    """Follows over time who is late, so that what happens once or by chance names nobody.
+    """Follows over time which rank is late, so that a single slow step names none.
 
     All ranks look at the same samples, so all name the same rank.
 
@@ -140,7 +140,7 @@ class Straggler:
 
 @dataclass
 class _Spell:
-    """A time in which one rank is late for one cause.
+    """A period in which one rank is late for one cause.
 
     Args:
         since: its first step.
@@ -164,12 +164,12 @@ def _key(late: Late | None) -> tuple[int, Cause]:
 
 
 def late_ranks(samples: Sequence[Sample]) -> list[Late]:
-    """Those that are late by one look, each for each cause at most once."""
+    """The ranks that are late in one look, each for each cause at most once."""
     return [*_slow_compute(samples), *_slow_links(samples)]
 
 
 def _slow_compute(samples: Sequence[Sample]) -> Iterator[Late]:
-    """Ranks that take longer than the others.
+    """Finds ranks whose compute takes longer than the others'.
 
     Where the loop itself makes ranks wait for each other, as by a barrier, own times are alike; the
     backward passes still show who is slow.
@@ -190,7 +190,7 @@ def _slow_compute(samples: Sequence[Sample]) -> Iterator[Late]:
 
 
 def _slow_links(samples: Sequence[Sample]) -> list[Late]:
-    """Ranks whose bytes go slower than the others', while steps wait for the network.
+    """Finds ranks whose bytes go slower than the others', while steps wait for the network.
 
     A connection is as fast as the slower of its ends. So a rank's link is as fast as the fastest
     connection to or from it; only where all are, one direction may still be slow.
@@ -219,7 +219,7 @@ def _slow_links(samples: Sequence[Sample]) -> list[Late]:
 
 
 def _matters(costs_s: float, step_s: float) -> bool:
-    return costs_s > max(_LEAST_S, _SHARE * step_s)
+    return costs_s > max(_LEAST_S, _FRACTION * step_s)
 
 
 def _of_others(values: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""How fast this rank's connections carry what it sends, as the system counts it for TCP."""
+"""Measures how fast this rank's connections carry what it sends, by the system's counts for TCP."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from functools import cache
 from soonest.runtime.comm import connections
 
 _LEAST_BYTES, _LEAST_US = 1 << 16, 10_000
-"""What a connection must have carried, and for how long, to say how fast it is: small messages show
-its latency, and time is counted in ticks of 1 to 10 ms."""
+"""The least that a connection must have carried, and for how long, to show its rate: small messages
+show latency, and time is counted in ticks of 1 to 10 ms."""
 _BYTES_ACKED, _TIMES = struct.Struct("=120xQ"), struct.Struct("=168xQQ")
 """Where these stand in Linux's ``struct tcp_info`` (include/uapi/linux/tcp.h, since 4.10): bytes
 that have arrived; microseconds in which some were under way, and those in which the receiver took
@@ -23,10 +23,10 @@ none."""
 
 
 class Throughput:
-    """Watches the connections to other ranks; those on the same host have no link, and count not.
+    """Watches the connections to ranks on other hosts.
 
     Args:
-        ends: of the connections of all ranks, by rank.
+        ends: the ends of all ranks' connections, by rank.
     """
 
     def __init__(self, ends: Sequence[connections.Ends]) -> None:
@@ -58,7 +58,7 @@ class Throughput:
         ]
 
     def _counts_of(self, one: connections.Connection) -> tuple[int, int] | None:
-        """Bytes that have arrived, and microseconds in which some were under way, if told."""
+        """Bytes that have arrived, and microseconds in which some were under way, if known."""
         try:
             if os.fstat(one.descriptor).st_ino != one.inode:
                 return None
@@ -77,5 +77,5 @@ class Throughput:
 
 @cache
 def _getsockopt() -> Callable[..., int]:
-    """The system's own: a ``socket`` of Python's would close the backend's when it goes."""
+    """The system's function: a ``socket`` of Python's would close the backend's when it goes."""
     return ctypes.PyDLL(None).getsockopt

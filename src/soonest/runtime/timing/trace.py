@@ -1,4 +1,4 @@
-"""What records of steps show of the model and the network."""
+"""Traces, timelines and the network's pace from the records of steps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from soonest.core.plan import Plan
 from soonest.core.planner.report import busy_s
 from soonest.core.timeline import Span, Timeline, covered_s
 from soonest.core.trace import Layer, Trace
-from soonest.runtime.flat.buffers import FlatParam
+from soonest.runtime.flat.param import FlatParam
 from soonest.runtime.timing.step_record import NEVER, Record
 
 _ENOUGH_OPS = 4
+"""Ops behind the backward pass that suffice to leave out those in it."""
 
 
 def trace_of(
@@ -84,7 +85,7 @@ def updating_s(record: Record) -> float:
 
 
 def pace_of(record: Record, plan: Plan, network: Network) -> float | None:
-    """How many times as long as ``network`` says ops take while training; None if none was sent.
+    """The factor by which ops take longer than ``network`` says; None if none was sent.
 
     Ops in flight at the same time share the network, so only all of them together show its pace.
     Those of a backward pass may wait for a slower rank's gradients, so if there are enough others,
@@ -103,10 +104,10 @@ def pace_of(record: Record, plan: Plan, network: Network) -> float | None:
 
 
 class Measured(NamedTuple):
-    """What the ops of a plan took in some steps, as medians.
+    """Times of a plan's ops over some steps, as medians.
 
     Args:
-        busy_s: per bucket, for which it kept the network busy; None before any.
+        busy_s: per bucket, how long it kept the network busy; None before any step.
         pace: see ``pace_of``.
     """
 
@@ -115,7 +116,7 @@ class Measured(NamedTuple):
 
 
 def measured(records: Sequence[Record], plan: Plan, network: Network) -> Measured:
-    """What the records of some steps show."""
+    """Takes the times of a plan's ops from the records of some steps."""
     complete = [record for record in records if not math.isnan(sum(record.op_end))]
     for record in complete:
         record.settle()
@@ -140,7 +141,7 @@ def _layers(record: Record, params: Sequence[FlatParam]) -> dict[str, list[int]]
 
 def _forward_spans(record: Record, layers: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
     """Per layer, when its forward began and how long it took, seconds, without waits."""
-    began = [max((record.landed[m] for m in params), default=NEVER) for params in layers]
+    began = [max((record.arrived[m] for m in params), default=NEVER) for params in layers]
     needed = [min((record.needed[m] for m in params), default=NEVER) for params in layers]
     spans: list[tuple[float, float]] = []
     for index, start in enumerate(began):
@@ -181,9 +182,9 @@ def timeline_of(
         if not math.isnan(start):
             spans.append(Span("compute", "forward", name, start - zero, start + duration - zero))
     for index, param in enumerate(params):
-        waited = record.landed[index] - record.needed[index]
+        waited = record.arrived[index] - record.needed[index]
         if waited > 1e-5:
-            start, end = record.needed[index] - zero, record.landed[index] - zero
+            start, end = record.needed[index] - zero, record.arrived[index] - zero
             spans.append(Span("compute", "wait", param.layer, start, end))
     for index, op in enumerate(plan.ops):
         start, end = record.op_start[index], record.op_end[index]

@@ -1,4 +1,4 @@
-"""What is remembered from one run to the next: small JSON files in one folder."""
+"""Files that are remembered from one run to the next: small JSON in one folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from soonest.writing import write_text
 
 
 def place_of(kind: str, key: Mapping[str, Any]) -> Path | None:
-    """The file for what was found out about something; None if the user wants nothing kept.
+    """The file for one kind of result; None if the user wants nothing kept.
 
     It lies in ``SOONEST_CACHE``, or else in ``~/.cache/soonest``.
 
@@ -27,7 +27,7 @@ def place_of(kind: str, key: Mapping[str, Any]) -> Path | None:
 
 
 def folder() -> Path | None:
-    """Where things are remembered; None if the user wants nothing kept."""
+    """The folder of the cache; None if the user wants nothing kept."""
     named = os.environ.get("SOONEST_CACHE")
     if named == "":
         return None
@@ -37,7 +37,7 @@ def folder() -> Path | None:
 
 
 def recall(file: Path) -> Any:
-    """What the file holds; None if there is none yet, or it can no longer be read."""
+    """Reads a file; None if there is none yet, or it can no longer be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -49,6 +49,6 @@ def keep(file: Path, data: Any) -> bool:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(data))
-    except OSError:  # a place to remember things is a convenience
+    except OSError:  # training goes on without a cache
         return False
     return True

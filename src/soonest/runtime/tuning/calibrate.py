@@ -1,4 +1,4 @@
-"""Measures what each method costs on the group at hand, and remembers it."""
+"""Measures what each op costs at each size on the group at hand, and remembers it."""
 
 from __future__ import annotations
 
@@ -17,33 +17,35 @@ import torch.distributed as dist
 from soonest.core.cost import Cost, Network
 from soonest.core.plan import METHODS
 from soonest.runtime import comm
-from soonest.runtime.comm import EXACT, Piece, Ranks, Running, Wire, groups
+from soonest.runtime.comm import EXACT, Ranks, Wire, groups
 from soonest.runtime.tuning.cache import keep, place_of, recall
+from soonest.runtime.tuning.op_times import Stream, piece_of, stream_of, times_of, warm_up
 
 BUDGET_S = 1.8
+"""About how long a calibration may take, s."""
 SIZES = tuple(1024 * 4**power for power in range(9))
 """Bytes of a bucket, 1 kB to 64 MB."""
 _TIMES = 3
-"""Of each op and size; where that takes long, once."""
+"""Times that each op is run at each size; where that takes long, once."""
 _DROPPED = 1.5
 _DROPPED_FROM = 64 << 10
-"""From so many bytes on, a method that costs so many times as much as the cheapest, and ever more,
-is not measured with still more."""
+"""A method that costs this many times as much as the cheapest, and ever more the larger the size,
+is not measured any further; from this many bytes on."""
 _STREAM = 6
-"""Ops that follow each other, with two in flight."""
-_STREAM_SHARE = 1 / 20
-"""Of the time for all, what all-reduces that follow each other take at each size: as long as that,
-what lets the first ones pass faster is used up. Of other methods what small ones show holds."""
+"""Ops per stream: they follow each other, with two in flight."""
+_STREAM_FRACTION = 1 / 20
+"""Fraction of the budget for which all-reduces follow each other at each size. That long, a burst
+that a network lets pass at first is used up. Of other methods what small ones show holds."""
 _STREAM_BYTES = 256 << 10
-"""Larger ones do not follow each other here. What one of them leaves unused, others make up only if
-they are as large and come right behind."""
+"""Largest size, bytes, at which streams are measured. What a larger op leaves of the links unused,
+others make up only if they are as large and come right behind."""
 _HURRIED = 3
-"""Where even the smallest size takes too long, so many sizes are left out."""
+"""Sizes to leave out where even the smallest takes too long."""
 _FORMAT = 2
 _CHECKED = (1, 4)
-"""Sizes, by index, at which a remembered calibration is compared with the network of today."""
+"""Indices of the sizes at which a remembered calibration is compared with today's network."""
 _ALIKE = 2.0
-"""It holds as long as they differ by no more than this factor."""
+"""Largest factor between the two for the remembered one to hold."""
 
 Watch = Callable[[int], None]
 
@@ -51,10 +53,10 @@ Watch = Callable[[int], None]
 def network_of(
     ranks: Ranks, *, methods: Sequence[str], device: torch.device, wire: Wire
 ) -> Network:
-    """What combining costs on these ranks: remembered, or else measured; a collective call.
+    """What reducing costs on these ranks: remembered, or else measured; a collective call.
 
     Args:
-        ranks: who combines.
+        ranks: over which gradients are reduced.
         methods: whose costs are needed.
         device: of the buckets.
         wire: how they are sent.
@@ -85,9 +87,9 @@ def measure(
     sizes: Sequence[int] = SIZES,
     watch: Watch = lambda size: None,
 ) -> Network:
-    """Times the ops of some methods at several sizes; a collective call.
+    """Times the ops of some methods at growing sizes; a collective call.
 
-    Sizes grow until the time is used up. Costs beyond the last one are extrapolated, and where a
+    It ends when the time is used up. Costs beyond the last one are extrapolated, and where a
     method is far too dear it is not measured any further.
 
     Args:
@@ -101,27 +103,27 @@ def measure(
         The first rank's fit, on every rank.
     """
     if device.type != "cpu":
-        _warm_up(ranks, methods, _piece(sizes[0], device, wire))
+        warm_up(ranks, methods, piece_of(sizes[0], device, wire))
     end_s = time.perf_counter() + budget_s
     samples: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
-    streams: defaultdict[str, dict[int, _Stream]] = defaultdict(dict)
+    streams: defaultdict[str, dict[int, Stream]] = defaultdict(dict)
     before: dict[str, float] = {}
     row = _Row(sizes[0], tuple(dict.fromkeys(("allreduce", *methods))))
     while (size := row.size) is not None:
         watch(size)
         kinds = list(dict.fromkeys(kind for method in row.live for kind in METHODS[method]))
-        piece = _piece(size, device, wire)
+        piece = piece_of(size, device, wire)
         if size == sizes[0]:  # buffers and connections are made now
-            warm_s = sum(_time(kind, ranks, piece, 1)[0] for kind in kinds)
+            warm_s = sum(times_of(kind, ranks, piece, 1)[0] for kind in kinds)
             enough = (_TIMES + _STREAM) * warm_s < budget_s / 2
             times = comm.first_rank_object(ranks.group, _TIMES if enough else 1)
             row = row._replace(times=times)
             if times > 1:
                 for kind in kinds:
-                    streams[kind][size] = _stream(kind, ranks, piece, _STREAM)
+                    streams[kind][size] = stream_of(kind, ranks, piece, _STREAM)
         elif row.stream and streams:
-            streams["all_reduce"][size] = _stream("all_reduce", ranks, piece, row.stream)
-        found = {kind: _time(kind, ranks, piece, row.times) for kind in kinds}
+            streams["all_reduce"][size] = stream_of("all_reduce", ranks, piece, row.stream)
+        found = {kind: times_of(kind, ranks, piece, row.times) for kind in kinds}
         for kind, took in found.items():
             samples[kind] += [(size, seconds) for seconds in took]
         op_s = {kind: median(took) for kind, took in found.items()}
@@ -131,7 +133,7 @@ def measure(
         )
         before = dearer
         left_s = end_s - time.perf_counter()
-        mine = _next(sizes, size, live, op_s, left_s, stream_s=_STREAM_SHARE * budget_s)
+        mine = _next(sizes, size, live, op_s, left_s, stream_s=_STREAM_FRACTION * budget_s)
         row = comm.first_rank_object(ranks.group, mine)
     costs = {kind: _cost(took, streams[kind]) for kind, took in samples.items()}
     fit = comm.first_rank_object(ranks.group, Network(costs).to_json())
@@ -143,27 +145,15 @@ class _Row(NamedTuple):
 
     Args:
         size: of buckets, bytes; None ends it.
-        live: methods.
-        times: of each op.
-        stream: all-reduces that then follow each other.
+        live: methods that are still measured.
+        times: how often each op is run.
+        stream: how many all-reduces follow each other.
     """
 
     size: int | None
     live: tuple[str, ...]
     times: int = 1
     stream: int = 0
-
-
-class _Stream(NamedTuple):
-    """Ops that followed each other.
-
-    Args:
-        ops: how many.
-        seconds: all of them together.
-    """
-
-    ops: int
-    seconds: float
 
 
 def _next(
@@ -175,7 +165,7 @@ def _next(
     *,
     stream_s: float,
 ) -> _Row:
-    """What to measure next.
+    """Chooses what to measure next.
 
     Args:
         sizes: all.
@@ -214,50 +204,7 @@ def _dearer(methods: Sequence[str], op_s: Mapping[str, float]) -> dict[str, floa
     return {method: cost / least_s for method, cost in cost_s.items()}
 
 
-def _piece(size_bytes: int, device: torch.device, wire: Wire) -> Piece:
-    buffer = torch.zeros(max(1, size_bytes // 4), device=device)
-    return Piece(buffer, buffer.clone(), wire.of(buffer.element_size()))
-
-
-def _warm_up(ranks: Ranks, methods: Sequence[str], piece: Piece) -> None:
-    """Devices make communicators and load kernels when they first need them, which takes seconds
-    that are no cost of an op."""
-    for kind in dict.fromkeys(kind for m in ("allreduce", *methods) for kind in METHODS[m]):
-        comm.run(kind, ranks, piece)
-    _now_s(piece)
-
-
-def _time(kind: str, ranks: Ranks, piece: Piece, times: int) -> list[float]:
-    """Seconds of several ops, one after the other."""
-    took: list[float] = []
-    for _ in range(times):
-        began_s = _now_s(piece)
-        comm.run(kind, ranks, piece)
-        took.append(_now_s(piece) - began_s)
-    return took
-
-
-def _stream(kind: str, ranks: Ranks, piece: Piece, ops: int) -> _Stream:
-    """Ops that follow each other, with two in flight."""
-    pieces = [piece, Piece(piece.gradients.clone(), piece.parameters.clone(), piece.wire)]
-    began_s = _now_s(piece)
-    flying = [comm.start(kind, ranks, pieces[0])]
-    for number in range(1, ops):
-        flying.append(comm.start(kind, ranks, pieces[number % 2]))
-        _finish(flying.pop(0))
-    _finish(flying.pop())
-    return _Stream(ops, _now_s(piece) - began_s)
-
-
-def _now_s(piece: Piece) -> float:
-    """The time at which its device has done all that it was asked to; the host waits for that."""
-    device = piece.gradients.device
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
-def _cost(took: Sequence[tuple[int, float]], streams: Mapping[int, _Stream]) -> Cost:
+def _cost(took: Sequence[tuple[int, float]], streams: Mapping[int, Stream]) -> Cost:
     """What an op costs, from single ones and from streams.
 
     Of a stream only the whole tells something: ops in flight share the links, so that the first one
@@ -270,26 +217,21 @@ def _cost(took: Sequence[tuple[int, float]], streams: Mapping[int, _Stream]) -> 
     return Cost.fit(took, spaced_s=spaced_s)
 
 
-def _finish(running: Running) -> None:
-    while running.work is not None:
-        running.work.wait()
-        running.go_on()
-
-
-# What is remembered from one run to the next
+# Remembering
 
 
 def _still_holds(network: Network, ranks: Ranks, device: torch.device, wire: Wire) -> bool:
-    """Whether the network is about as fast as it was."""
+    """Whether the network is about as fast as it was; a collective call."""
     fits = True
     for size in (SIZES[index] for index in _CHECKED):
-        took = median(_time("all_reduce", ranks, _piece(size, device, wire), 3))
+        took = median(times_of("all_reduce", ranks, piece_of(size, device, wire), 3))
         known = network.op("all_reduce").alone_s(size)
         fits = fits and known / _ALIKE <= took <= known * _ALIKE
     return comm.first_rank_object(ranks.group, fits)
 
 
 def _key(ranks: Ranks, methods: Sequence[str], device: torch.device, wire: Wire) -> dict[str, Any]:
+    """All that a calibration depends on, as JSON."""
     hosts = comm.gather_objects(ranks.group, groups.host_name())
     return {
         "format": _FORMAT,
@@ -304,7 +246,7 @@ def _key(ranks: Ranks, methods: Sequence[str], device: torch.device, wire: Wire)
 
 
 def _known(file: Path, methods: Sequence[str]) -> dict[str, Any] | None:
-    """What the file holds, if it is whole; otherwise it is measured anew."""
+    """The calibration in a file; None if it is not whole."""
     data = recall(file)
     try:
         network = Network.from_json(data)

@@ -1,8 +1,8 @@
-"""The plans that take turns, and which of them stays: the fastest by measurement.
+"""The plans that may be tried, and which of them is selected: the fastest by measurement.
 
-With two ranks no plan changes a number. With more, cut and method decide how sums are rounded. So
-which plan has a turn follows from nothing but the turns before it, and those are remembered from
-one run to the next: the same steps are then trained under the same cuts.
+With two ranks no plan changes a number. With more, bucketing and method decide how sums are
+rounded. So which plan is tried next follows from nothing but the trials before, and those are
+remembered from one run to the next: the same steps are then trained with the same buckets.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from soonest.core.planner.planner import PARTS, backward_order, cut, order
 from soonest.core.trace import Trace
 
 STEPS = 4
-"""Of a turn. The first one starts with nothing in flight, and does not count."""
+"""Steps per trial; the first one, which starts with nothing in flight, is not timed."""
 _NEAR = (0.25, 0.08)
-"""Candidates that come this near to the fastest have a second turn, and a third one: single steps
-of one plan can differ by a third."""
+"""Candidates within these fractions of the fastest are tried a second and a third time: single
+steps of one plan can differ by a third."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A plan that may stay.
+    """A way to plan that may be tried.
 
     Args:
-        cut_name: of its buckets, in words.
-        coarseness: of the usual cut; None for the buckets of ``DistributedDataParallel``.
-        methods: by which it may combine, of those that may be used; all of them if empty.
+        bucketing_name: what its buckets are, in words.
+        coarseness: of the usual bucketing; None for the buckets of ``DistributedDataParallel``.
+        methods: by which buckets may be reduced, of those that may be used; all if empty.
         blocking: whether ``optimizer.step()`` waits for everything.
-        margin: by which share it must be faster than others to stay instead of them.
-        buckets: to take instead of making them.
-        found: the whole plan, to take instead of making one.
+        margin: the fraction by which it must be faster than others to be selected.
+        buckets: to use instead of making them.
+        found: the whole plan, to use instead of making one.
     """
 
-    cut_name: str
+    bucketing_name: str
     coarseness: float | None = 1.0
     methods: tuple[str, ...] = ()
     blocking: bool = False
@@ -50,13 +50,13 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """It in words, unique."""
-        return f"{self.cut_name}, waiting in step()" if self.blocking else self.cut_name
+        """Its name in words; no two candidates have the same."""
+        return f"{self.bucketing_name}, waiting in step()" if self.blocking else self.bucketing_name
 
-    def cut(
+    def bucketing(
         self, flats: Sequence[Flat], network: Network, *, ranks: int, methods: Sequence[str]
     ) -> tuple[Bucket, ...]:
-        """Its buckets; the arguments are those of ``planner.cut``."""
+        """Makes its buckets; the arguments are those of ``planner.cut``."""
         if self.buckets is not None:
             return self.buckets
         methods = [m for m in self.methods if m in methods] or methods
@@ -75,10 +75,10 @@ class Candidate:
         methods: Sequence[str],
         pace: float,
     ) -> Plan:
-        """The plan itself; the arguments are those of ``planner.make_plan``."""
+        """Makes the plan; the arguments are those of ``planner.make_plan``."""
         if self.found is not None:
             return self.found
-        buckets = self.cut(flats, network, ranks=ranks, methods=methods)
+        buckets = self.bucketing(flats, network, ranks=ranks, methods=methods)
         if self.blocking:
             ops = backward_order(flats, buckets)
         else:
@@ -87,12 +87,12 @@ class Candidate:
 
 
 _COARSER_MARGIN = 0.02
-"""A coarser cut gives away what a slower network will ask for."""
+"""Coarser buckets must win by this: on a slower network, finer ones would be needed again."""
 
 LIKE_DDP = Candidate("DDP's buckets", None, blocking=True)
-"""In all that takes time, ``DistributedDataParallel``."""
+"""Does what takes time in ``DistributedDataParallel``: its buckets, waited for in ``step()``."""
 SEARCHED = Candidate("the searched plan")
-"""Stands for one whose cut, methods, order and window are chosen together, by measured times."""
+"""Stands for the plan of which all is chosen together, by a search with measured times."""
 CANDIDATES = (
     Candidate("the usual cut"),
     LIKE_DDP,
@@ -107,13 +107,13 @@ CANDIDATES = (
 
 
 def with_searched(candidates: Sequence[Candidate], plan: Plan | None) -> tuple[Candidate, ...]:
-    """The candidates with this plan in the place of ``SEARCHED``, or with none there."""
+    """Puts a plan that was found in the place of ``SEARCHED``, or nothing if none was."""
     found = () if plan is None else (replace(SEARCHED, buckets=plan.buckets, found=plan),)
     return tuple(one for c in candidates for one in (found if c == SEARCHED else (c,)))
 
 
 def of_equal_numbers(candidate: Candidate, buckets: tuple[Bucket, ...]) -> tuple[Candidate, ...]:
-    """What may take turns with a candidate without changing a number: its buckets stay."""
+    """The candidates that change no number: with these buckets, waited for in ``step()`` or not."""
     return tuple(
         replace(candidate, blocking=blocking, margin=0.0, buckets=buckets, found=None)
         for blocking in (False, True)
@@ -121,11 +121,13 @@ def of_equal_numbers(candidate: Candidate, buckets: tuple[Bucket, ...]) -> tuple
 
 
 def distinct(
-    candidates: Sequence[Candidate], cuts: Mapping[Candidate, tuple[Bucket, ...]]
+    candidates: Sequence[Candidate], buckets_of: Mapping[Candidate, tuple[Bucket, ...]]
 ) -> tuple[Candidate, ...]:
-    """Those that do not make the same buckets as one before them, or are not in ``cuts``."""
-    first = {(cuts[c], c.blocking): c for c in reversed(candidates) if c in cuts}
-    return tuple(c for c in candidates if c not in cuts or first[cuts[c], c.blocking] is c)
+    """Leaves out candidates that make the same buckets as one before them."""
+    first = {(buckets_of[c], c.blocking): c for c in reversed(candidates) if c in buckets_of}
+    return tuple(
+        c for c in candidates if c not in buckets_of or first[buckets_of[c], c.blocking] is c
+    )
 
 
 class Trial(NamedTuple):
@@ -139,41 +141,45 @@ class Trial(NamedTuple):
     name: str
     step_s: tuple[float, ...]
 
+    def __repr__(self) -> str:
+        took = f"{median(self.step_s) * 1e3:.3g} ms a step" if self.step_s else "not timed"
+        return f"Trial({self.name}, {took})"
 
-def turns_of(data: Any) -> list[Trial]:
-    """Turns that were kept as JSON; none if they are no longer readable."""
+
+def trials_of(data: Any) -> list[Trial]:
+    """Reads trials that were kept as JSON; none if they are no longer readable."""
     try:
-        turns = [Trial(str(name), tuple(map(float, step_s))) for name, step_s in data]
+        trials = [Trial(str(name), tuple(map(float, step_s))) for name, step_s in data]
     except (TypeError, ValueError):
         return []
-    return turns if all(turn.step_s for turn in turns) else []
+    return trials if all(trial.step_s for trial in trials) else []
 
 
-def next_turn(turns: Sequence[Trial], candidates: Sequence[Candidate]) -> tuple[Candidate, bool]:
-    """Who has the next turn, and whether it stays.
+def next_trial(trials: Sequence[Trial], candidates: Sequence[Candidate]) -> tuple[Candidate, bool]:
+    """Which candidate to go on with, and whether it is selected.
 
-    Each has one. Those that came near to the fastest, in one step or in most, have another, and the
-    nearest a third one.
+    Each is tried once. Those that came near to the fastest, in one step or in most, are tried
+    again, and the nearest a third time.
 
     Args:
-        turns: so far.
+        trials: so far.
         candidates: the usual one first.
     """
     step_s = {
-        c: [s for turn in turns if turn.name == c.name for s in turn.step_s] for c in candidates
+        c: [s for trial in trials if trial.name == c.name for s in trial.step_s] for c in candidates
     }
     for candidate, taken in step_s.items():
         if not taken:
             return candidate, False
     least_s = [min(how(taken) for taken in step_s.values()) for how in (min, median)]
-    had = {c: sum(turn.name == c.name for turn in turns) for c in candidates}
+    had = {c: sum(trial.name == c.name for trial in trials) for c in candidates}
     near = list(candidates)
-    for number, share in enumerate(_NEAR, 1):
+    for number, fraction in enumerate(_NEAR, 1):
         near = [
             c
             for c in near
-            if min(step_s[c]) < (1 + share) * least_s[0]
-            or median(step_s[c]) < (1 + share) * least_s[1]
+            if min(step_s[c]) < (1 + fraction) * least_s[0]
+            or median(step_s[c]) < (1 + fraction) * least_s[1]
         ]
         behind = [c for c in near if had[c] <= number]
         if len(near) > 1 and behind:
@@ -181,12 +187,12 @@ def next_turn(turns: Sequence[Trial], candidates: Sequence[Candidate]) -> tuple[
     return min(near, key=lambda c: median(step_s[c]) / (1 - c.margin)), True
 
 
-def told(turns: Sequence[Trial], stays: Candidate) -> str:
-    """Why a candidate stays, in words."""
+def reason_for(selected: Candidate, trials: Sequence[Trial]) -> str:
+    """Says in words why a candidate is selected."""
     taken: dict[str, list[float]] = {}
-    for turn in turns:
-        taken.setdefault(turn.name, []).extend(turn.step_s)
+    for trial in trials:
+        taken.setdefault(trial.name, []).extend(trial.step_s)
     shown = {name: f"{median(step_s) * 1e3:.3g} ms" for name, step_s in taken.items()}
-    own = shown.pop(stays.name)
+    own = shown.pop(selected.name)
     others = ", ".join(f"{name} {ms}" for name, ms in shown.items())
-    return f"{stays.name} takes {own} a step" + (f" ({others})" if others else "")
+    return f"{selected.name} takes {own} a step" + (f" ({others})" if others else "")

@@ -1,24 +1,24 @@
-"""Notices that steps take another time than they used to, for good."""
+"""Notices when steps have come to take another time, for good."""
 
 from __future__ import annotations
 
 _WINDOW = 32
-"""Steps that are looked at together."""
+"""Steps per window, of which one time is taken."""
 _WINDOWS = 2
-"""So many of them, one after the other, must be off."""
+"""Consecutive windows that must have changed the same way."""
 _FACTOR = 1.25
-"""By this: single links and busy hosts make steps differ by less."""
+"""Relative change in step time that triggers re-planning; jitter stays below."""
 _FIRST, _LATEST = 128, 1024
-"""Steps until the ranks first compare, without and at most with plans that were watched before."""
+"""Steps until ranks first compare: under the first selected plan, and at most under later ones."""
 _PAUSE = 256
-"""Steps between two comparisons. Each lets all that is in flight arrive, and so costs a part of a
+"""Steps between two comparisons; each waits for all that is in flight, which costs part of a
 step."""
 
 
 class Drift:
-    """Watches the steps under a plan that stays.
+    """Watches how long steps take under a plan that was selected.
 
-    It knows of time only what it is told. How steps are counted does not depend on how long they
+    It asks no clock. How steps are counted does not depend on how long they
     take, so all ranks compare after the same ones.
 
     Args:
@@ -36,7 +36,7 @@ class Drift:
         self._off = 0
 
     def ended(self, *at_s: float) -> bool:
-        """A step has ended.
+        """Counts a step that has ended.
 
         Args:
             at_s: when it did; or, of a device that is behind, when earlier ones did, one after the
@@ -54,6 +54,7 @@ class Drift:
         return True
 
     def _note(self, end_s: float) -> None:
+        """Takes in the end of one step, and looks at the window that it completes."""
         if self._before_s is not None:
             self._window_s.append(end_s - self._before_s)
         self._before_s = end_s
@@ -62,7 +63,7 @@ class Drift:
             self._window_s.clear()
 
     def _look(self, step_s: float) -> None:
-        """Compares the steps of one window: their lower quartile, which no evaluation lengthens."""
+        """Compares one window with the first by its lower quartile; evaluations lengthen others."""
         if self._usual_s is None:
             self._usual_s = step_s
         before, self._factor = self._factor, step_s / self._usual_s
@@ -73,7 +74,7 @@ class Drift:
 
     @property
     def factor(self) -> float | None:
-        """How many times as long steps take by now; None as long as that is nothing new."""
+        """By which factor steps take longer than at first; None as long as that has not changed."""
         return self._factor if self._off >= _WINDOWS else None
 
 

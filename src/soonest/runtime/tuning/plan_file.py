@@ -12,7 +12,7 @@ from soonest.writing import write_json
 
 
 def load(plan: Plan | str | Path | None) -> Plan | None:
-    """The plan that was given.
+    """Reads the plan that was given, if it is a file.
 
     Raises:
         ValueError: it cannot be read.
@@ -47,7 +47,7 @@ def fits(plan: Plan, layout: FlatBuffers, ranks: int) -> bool:
 
 
 def _misfit(plan: Plan, layout: FlatBuffers, ranks: int) -> str | None:
-    """The first thing in which a plan differs from model and group, in words."""
+    """Says in words where a plan first differs from model and group; None if it does not."""
     if plan.ranks != ranks:
         return f"it is for {plan.ranks} ranks, and here are {ranks}"
     theirs, here = _parameters(plan.flats), _parameters(layout.flats)
@@ -67,6 +67,7 @@ def _misfit(plan: Plan, layout: FlatBuffers, ranks: int) -> str | None:
 
 
 def _parameters(flats: tuple[Flat, ...]) -> dict[str, str]:
+    """Size and dtype of each parameter in words, by name."""
     return {
         slot.name: f"{slot.numel} elements of {flat.dtype}" for flat in flats for slot in flat.slots
     }

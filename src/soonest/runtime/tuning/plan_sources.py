@@ -1,4 +1,4 @@
-"""What a plan may choose from, given the optimizer and what the user asks for."""
+"""What a plan may be chosen from, given the optimizer and what the user asks for."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from soonest.runtime.optim import bucket_update, patch
 
 
 class PlanSources(NamedTuple):
-    """What a plan could choose from.
+    """The methods and costs that a plan was chosen from, and why.
 
     Args:
         network: as calibrated.
         methods: that it may use.
-        given: why it could not choose, if so.
+        given: why there was nothing to choose, if so.
         notes: for the report.
     """
 
@@ -37,8 +37,8 @@ def methods_for(
     Args:
         asked: the one that the user wants.
         given: the plan that the user gives.
-        ranks: over which to combine.
-        sharded: the optimizer's state is shared out.
+        ranks: over which to reduce.
+        sharded: the optimizer's state is sharded.
 
     Raises:
         ValueError: one is not there, or not on these ranks, or does not fit ``sharded``.
@@ -53,16 +53,16 @@ def methods_for(
         comm.check_method(method, ranks)
         if shards(method) != sharded:
             raise ValueError(
-                f"method {method!r} shares out the optimizer's state: say shard_optimizer=True"
+                f"method {method!r} shards the optimizer's state: say shard_optimizer=True"
                 if shards(method)
-                else f"method {method!r} does not share out the optimizer's state: "
+                else f"method {method!r} does not shard the optimizer's state: "
                 "leave out shard_optimizer, or take method='shard'"
             )
     return named
 
 
 def can_shard(optimizer: Optimizer, separable: bool | None) -> bool:
-    """Whether to share out the optimizer's state, as the user wants; if not, a warning says so.
+    """Whether the optimizer's state can be sharded, as the user wants; a warning says if not.
 
     Raises:
         ValueError: what ``separable`` says forbids it.
@@ -81,14 +81,14 @@ def can_shard(optimizer: Optimizer, separable: bool | None) -> bool:
         return True
     warnings.warn(
         f"{type(optimizer).__name__} is not known to update each element by itself, so its state "
-        "is not shared out: every rank keeps all of it",
+        "is not sharded: every rank keeps all of it",
         stacklevel=5,
     )
     return False
 
 
 def replaced_step(optimizer: Optimizer) -> str:
-    """What is to be said of a step that cannot be seen through."""
+    """Says what is wrong with a ``step`` that cannot be seen through; the sentence goes on."""
     return (
         f"optimizer.step of this {type(optimizer).__name__} was replaced by "
         f"{vars(optimizer)['step']!r}, which does not lead to the optimizer's own step"
@@ -96,10 +96,10 @@ def replaced_step(optimizer: Optimizer) -> str:
 
 
 def warn_of_replaced_step(optimizer: Optimizer) -> None:
-    """Says what is lost where ``step`` has been replaced by something unknown."""
+    """Warns of what is lost where ``step`` has been replaced by something unknown."""
     if patch.hides_step(optimizer):
         warnings.warn(
-            f"{replaced_step(optimizer)}. It gets gradients that are combined, and updates what it "
+            f"{replaced_step(optimizer)}. It gets gradients that are reduced, and updates what it "
             "likes, but nothing of it overlaps the next forward pass: call soonest.prioritize "
             "before replacing it",
             stacklevel=5,
@@ -107,7 +107,7 @@ def warn_of_replaced_step(optimizer: Optimizer) -> None:
 
 
 def note_on(optimizer: Optimizer, shard_optimizer: bool, ranks: int) -> str:
-    """What is to be said of how the optimizer's state is shared out."""
+    """Says for the report how the optimizer's state is sharded, or could be."""
     name = type(optimizer).__name__
     if not bucket_update.is_elementwise(optimizer):
         return f"{name} may look at whole parameters, so every rank updates all of them."

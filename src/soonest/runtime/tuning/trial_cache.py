@@ -1,4 +1,4 @@
-"""What runs of one job remember for those after them, where cut and method decide the rounding."""
+"""On-disk cache of tuning results, so that a restart picks the same plan and rounding."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from soonest.core.plan import Plan
 from soonest.runtime.tuning.cache import keep, place_of, recall
-from soonest.runtime.tuning.candidates import Trial, turns_of
+from soonest.runtime.tuning.candidates import Trial, trials_of
 
 _FORMAT = 2
 
 
 class SavedPlan(NamedTuple):
-    """What stayed, for training that is resumed.
+    """The plan that was selected, for training that is resumed.
 
     Args:
         order: of the parameters in the flat buffers, by name.
@@ -26,27 +26,27 @@ class SavedPlan(NamedTuple):
 
 
 class TrialCache:
-    """The memory of the first rank.
+    """Keeps the first rank's trials and plans for later runs of one job.
 
     Args:
         job: what tells this training from others, as JSON.
 
     Attributes:
-        turns: that earlier runs have had.
+        trials: of earlier runs.
         searched: the plan that an earlier run has searched for; None if none has.
     """
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         self._job = {**job, "format": _FORMAT}
         self._file: Path | None = None
-        self.turns: list[Trial] = []
+        self.trials: list[Trial] = []
         self.searched: Plan | None = None
 
-    def recall_turns(self, details: Mapping[str, Any]) -> bool:
-        """Finds out what earlier runs have measured.
+    def recall_trials(self, details: Mapping[str, Any]) -> bool:
+        """Reads what earlier runs have measured.
 
         Args:
-            details: what else turns depend on, as JSON.
+            details: what else trials depend on, as JSON.
 
         Returns:
             Whether what this run measures can be kept.
@@ -55,34 +55,34 @@ class TrialCache:
         data = recall(self._file) if self._file else None
         try:
             self.searched = Plan.from_json(data["searched"])  # type: ignore[index]
-            self.turns = turns_of(data["turns"])  # type: ignore[index]
+            self.trials = trials_of(data["turns"])  # type: ignore[index]
         except (KeyError, TypeError, ValueError):  # none yet, or no longer readable
-            self.searched, self.turns = None, []
-        return self.keep_turns(self.turns)
+            self.searched, self.trials = None, []
+        return self.keep_trials(self.trials)
 
-    def keep_turns(self, turns: Sequence[Trial]) -> bool:
-        """Lets later runs know, also of the searched plan; False where that is not possible."""
+    def keep_trials(self, trials: Sequence[Trial]) -> bool:
+        """Keeps trials and the searched plan for later runs; False where that is not possible."""
         plan = self.searched
-        data = {"searched": plan.to_json() if plan else None, "turns": turns}
+        data = {"searched": plan.to_json() if plan else None, "turns": trials}
         return self._file is not None and keep(self._file, data)
 
-    def forget_turns(self) -> None:
-        """From now on neither those of earlier runs count here, nor those of this one later."""
-        self._file, self.turns, self.searched = None, [], None
+    def forget_trials(self) -> None:
+        """Forgets earlier runs' trials here, and keeps no more of this one's for later."""
+        self._file, self.trials, self.searched = None, [], None
 
-    def choice(self) -> SavedPlan | None:
-        """What stayed last; None if nothing is known."""
+    def saved_plan(self) -> SavedPlan | None:
+        """The plan that was selected last; None if there is none."""
         file = place_of("choice", self._job)
         try:
-            choice = SavedPlan(**recall(file)) if file else None
-            if choice is not None:
-                Plan.from_json(choice.plan)
-                choice = choice._replace(order=[str(name) for name in choice.order])
+            saved = SavedPlan(**recall(file)) if file else None
+            if saved is not None:
+                Plan.from_json(saved.plan)
+                saved = saved._replace(order=[str(name) for name in saved.order])
         except (TypeError, ValueError):  # none yet, or no longer readable
             return None
-        return choice
+        return saved
 
-    def keep_choice(self, choice: SavedPlan) -> None:
-        """Lets later runs know what stays."""
+    def keep_plan(self, plan: SavedPlan) -> None:
+        """Keeps the plan that was selected for later runs."""
         if file := place_of("choice", self._job):
-            keep(file, choice._asdict())
+            keep(file, plan._asdict())

@@ -1,4 +1,4 @@
-"""What ``prioritize`` refuses, in one sentence each."""
+"""Refuses models, optimizers and options that cannot be prioritized, in one sentence each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from soonest.core.plan import METHODS
 from soonest.runtime.comm import Wire
 from soonest.runtime.execute.choose_lane import has_lane
-from soonest.runtime.flat.buffers import overlap, trainable
+from soonest.runtime.flat.buffers import trainable
+from soonest.runtime.flat.storage import overlap
 from soonest.runtime.optim.patch import is_taken_over
 from soonest.runtime.validate import wrappers
 
@@ -44,12 +45,12 @@ def check(model: nn.Module, optimizer: Optimizer, without: Collection[str] = ())
 
 
 def check_model(model: nn.Module, without: Collection[str] = ()) -> None:
-    """Raises ValueError if soonest cannot share the gradients of this model, as it is now."""
+    """Raises ValueError if the gradients of this model cannot be synchronized, as it is now."""
     wrappers.check_inside(model)
     named = trainable(model, without)
     if not named:
         raise ValueError(
-            "the model has no parameter that requires a gradient, so there is nothing to share: "
+            "the model has no parameter that requires a gradient, so there is nothing to send: "
             "call prioritize on the model that is trained"
         )
     for name, _, parameter in named:
@@ -65,7 +66,7 @@ def check_model(model: nn.Module, without: Collection[str] = ()) -> None:
         sparse = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
         if sparse and f"{name}.weight".removeprefix(".") not in without:
             raise ValueError(
-                f"module {name!r} produces sparse gradients, which cannot be combined: "
+                f"module {name!r} produces sparse gradients, which cannot be reduced: "
                 "build it with sparse=False"
             )
 
@@ -112,12 +113,12 @@ def check_options(method: str | None, wire: Wire, *, shard_optimizer: bool) -> N
 
 
 def check_parts(model: nn.Module, without: Collection[str]) -> None:
-    """Raises ValueError if the state of a parameter could not be shared out over the ranks."""
+    """Raises ValueError if the state of a parameter could not be sharded over the ranks."""
     for name, _, parameter in trainable(model, without):
         if parameter.is_complex():
             raise ValueError(
                 f"parameter {name!r} is {parameter.dtype}, and states of complex parameters are "
-                "not shared out over the ranks: leave out shard_optimizer=True"
+                "not sharded: leave out shard_optimizer=True"
             )
         if not is_non_overlapping_and_dense_or_false(parameter):
             raise ValueError(
@@ -166,7 +167,7 @@ def _check_devices(named: list[tuple[str, str, nn.Parameter]]) -> None:
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer, former: Collection[int] = ()) -> None:
-    """Raises ValueError if it holds something that cannot be updated here.
+    """Raises ValueError if the optimizer has something that cannot be updated here.
 
     Args:
         model, optimizer: the user's own.

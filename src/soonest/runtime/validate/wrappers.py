@@ -1,4 +1,4 @@
-"""Who else may share the gradients of a model: they would be averaged twice, or not at all."""
+"""Finds who else synchronizes the gradients of a model: they would be averaged twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 _FSDP = ("FSDPModule", "FullyShardedDataParallel")
 _LIBRARIES = {"horovod", "byteps", "bagua", "deepspeed", "hivemind"}
-_TWICE = "which shares gradients itself, so they would be averaged twice"
+_TWICE = "which synchronizes gradients itself, so they would be averaged twice"
 _INSTEAD = (
     "leave that out and call soonest.prioritize(model, optimizer) with the bare model, or put "
     "soonest.DistributedDataParallel(model) in its place"
@@ -21,13 +21,13 @@ _INSTEAD = (
 
 
 def check_inside(model: nn.Module) -> None:
-    """Raises ValueError if a part of this model has its gradients shared by something else."""
+    """Raises ValueError if something else in this model synchronizes gradients of it."""
     for name, module in model.named_modules():
         where = f"module {name!r}" if name else "the model"
         if is_ours(module):
             if not module.has_given_way:
                 raise ValueError(
-                    f"{where} is a soonest.DistributedDataParallel, which shares gradients "
+                    f"{where} is a soonest.DistributedDataParallel, which synchronizes gradients "
                     "already: call its own prioritize(optimizer) instead"
                 )
         elif (kind := _kind_of(module)) is not None:
@@ -35,7 +35,7 @@ def check_inside(model: nn.Module) -> None:
 
 
 def check_outside(model: nn.Module) -> None:
-    """Raises ValueError if something else that exists shares gradients of this model."""
+    """Raises ValueError if something else around this model synchronizes gradients of it."""
     if next(_wrappers_of(model), None) is None:
         return
     gc.collect()  # one that nobody uses any more does no harm
@@ -43,7 +43,7 @@ def check_outside(model: nn.Module) -> None:
         kind = type(wrapper).__name__
         if is_ours(wrapper):
             raise ValueError(
-                "the model is in a soonest.DistributedDataParallel, which shares gradients "
+                "the model is in a soonest.DistributedDataParallel, which synchronizes gradients "
                 "already: call the prioritize(optimizer) of that one instead"
             )
         raise ValueError(f"the model is wrapped by {kind} from outside, {_TWICE}: {_INSTEAD}")
@@ -58,10 +58,10 @@ def check_caller() -> None:
 
 
 def check_optimizer_of_others(optimizer: Optimizer) -> None:
-    """Raises ValueError if the optimizer itself shares gradients, as Horovod's does."""
+    """Raises ValueError if the optimizer itself synchronizes gradients, as Horovod's does."""
     for cls in type(optimizer).__mro__:
-        for param in (cls, *vars(cls).values()):
-            library = str(getattr(param, "__module__", "")).split(".", 1)[0]
+        for member in (cls, *vars(cls).values()):
+            library = str(getattr(member, "__module__", "")).split(".", 1)[0]
             if library in _LIBRARIES:
                 raise ValueError(
                     f"the optimizer is wrapped by {library}, {_TWICE}: give prioritize the "
@@ -75,13 +75,14 @@ def is_ours(module: Any) -> bool:
 
 
 def _kind_of(module: nn.Module) -> str | None:
-    """The name of what shares gradients, if a module does."""
+    """The name of a module's kind, if it synchronizes gradients."""
     if isinstance(module, DistributedDataParallel | DataParallel):
         return type(module).__name__
     return "FSDP" if any(cls.__name__ in _FSDP for cls in type(module).__mro__) else None
 
 
 def _wrappers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Looks among all objects for modules that synchronize gradients of this model from outside."""
     mine = {id(parameter) for parameter in model.parameters()}
     inside = {id(module) for module in model.modules()}
     kinds = set(_with_subclasses(DistributedDataParallel, DataParallel))
@@ -96,6 +97,7 @@ def _wrappers_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _with_subclasses(*classes: type) -> Iterator[type]:
+    """Iterates over some classes and all that derive from them."""
     for cls in classes:
         yield cls
         yield from _with_subclasses(*cls.__subclasses__())

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import soonest
 from helpers.failing import model_and_optimizer, steps
 from helpers.ranks import run_ranks
-from soonest.runtime.comm import groups, joining
+from soonest.runtime.comm import groups, rendezvous
 
 LIMIT_S = 30.0
 
@@ -21,7 +21,7 @@ def meet(store: Any, ranks: int, timeout_s: float = LIMIT_S) -> list[str | list[
     found: dict[int, str | list[int]] = {}
 
     def come(rank: int) -> None:
-        meeting = joining._Meeting(store, rank, 3)
+        meeting = rendezvous.Rendezvous(store, rank, 3)
         try:
             found[rank] = meeting.wait(timeout_s)
         except RuntimeError:
@@ -51,7 +51,7 @@ def test_those_of_an_earlier_meeting_do_not_count() -> None:
 def test_who_comes_without_the_first_does_not_take_an_earlier_one_for_it() -> None:
     store = dist.HashStore()
     meet(store, 3)
-    second = joining._Meeting(store, 1, 3)
+    second = rendezvous.Rendezvous(store, 1, 3)
     with pytest.raises(RuntimeError, match="waited 0 s for all to come"):
         second.wait(0.2)
     assert second.missing() == [0]

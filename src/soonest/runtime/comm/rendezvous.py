@@ -1,4 +1,4 @@
-"""How the ranks of a group come together in a communicator of our own."""
+"""How the ranks of a group come together in a communicator of our own, and who is missing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch.distributed as dist
 from soonest.errors import PeerLostError, SoonestError
 from soonest.runtime import comm
 from soonest.runtime.comm import groups
-from soonest.runtime.comm.failures import reason_of
+from soonest.runtime.comm.error_text import reason_of
 
-_MEET_S = 0.05
+_LONGEST_PAUSE_S = 0.05
 """The longest pause between two looks whether all have come."""
 _FIRST = "first"
 
 
-def private_group(parent: comm.Group, timeout_s: float | None) -> comm.Group:
-    """A communicator of our own over the ranks of ``parent``; a collective call.
+def connect(parent: comm.Group, timeout_s: float | None) -> comm.Group:
+    """Makes a private group over the ranks of ``parent`` once all have come; a collective call.
 
     Args:
         parent: of which ranks.
@@ -29,13 +29,13 @@ def private_group(parent: comm.Group, timeout_s: float | None) -> comm.Group:
         PeerLostError: not all of them came.
         SoonestError: they did, but could not be connected.
     """
-    params = dist.get_process_group_ranks(parent)
+    ranks = len(dist.get_process_group_ranks(parent))
     _calls[parent.group_name] += 1
     store = dist.distributed_c10d.PrefixStore(
         f"soonest/prioritize/{parent.group_name}/{_calls[parent.group_name]}",
         dist.distributed_c10d._get_default_store(),
     )
-    meeting = _Meeting(store, parent.rank(), len(params))
+    meeting = Rendezvous(store, parent.rank(), ranks)
     try:
         word = meeting.wait(timeout_s=groups.timeout_for(parent, timeout_s).total_seconds())
         own = dist.distributed_c10d.PrefixStore(word, store)
@@ -54,8 +54,8 @@ def private_group(parent: comm.Group, timeout_s: float | None) -> comm.Group:
         raise PeerLostError(f"{failure}: {who} did not call it ({reason_of(error)})") from error
 
 
-class _Meeting:
-    """The ranks wait for each other in a key-value store that may have seen others before them.
+class Rendezvous:
+    """Lets ranks wait for each other in a key-value store that others may have used before.
 
     A launcher that starts ranks anew may keep the store, with all that the ranks before these wrote
     there. So the first rank says a word that is new, the others answer to that one, and only what
@@ -93,12 +93,12 @@ class _Meeting:
                 comm.look()
                 look_s = now_s + comm.LOOK_S
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _MEET_S)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         assert self._word is not None
         return self._word
 
     def missing(self) -> list[int]:
-        """Who has not come, as far as this rank can tell."""
+        """The ranks that have not come, as far as this one can tell."""
         word = self._word
         if word is None or (self._rank and self._store.check([f"{word}/all"])):
             return [] if self._accepted() else [0]
