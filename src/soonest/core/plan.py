@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from soonest.core.flat import ALIGN_BYTES, Flat, Slot, borders
+
+__all__ = [
+    "ALIGN_BYTES",
+    "Bucket",
+    "FORMAT",
+    "Flat",
+    "METHODS",
+    "Op",
+    "Plan",
+    "SHARED_PARAMETERS",
+    "Slot",
+    "borders",
+    "first_difference",
+    "shards",
+]
+
 FORMAT = 1
-ALIGN_BYTES = 64
-"""Parameters start at multiples of this, as in torch's own allocator: kernels round alike."""
+"""Of the JSON that ``Plan.to_json`` writes."""
 
 METHODS: dict[str, tuple[str, ...]] = {
     "allreduce": ("all_reduce",),
@@ -31,86 +46,6 @@ SHARED_PARAMETERS = "all_gather_parameters"
 def shards(method: str) -> bool:
     """Whether under this method each rank updates only its part of the parameters."""
     return METHODS[method][-1] == SHARED_PARAMETERS
-
-
-def borders(numel: int, ranks: int, itemsize: int) -> list[int]:
-    """Where the ranks' parts of a slice begin and end: equal, aligned, the last ones shorter.
-
-    Args:
-        numel: elements of the slice.
-        ranks: how many parts.
-        itemsize: bytes of one element.
-
-    Returns:
-        ``ranks + 1`` elements, from 0 to ``numel``.
-    """
-    align = max(1, ALIGN_BYTES // itemsize)
-    part = -(-numel // (ranks * align)) * align
-    return [min(rank * part, numel) for rank in range(ranks + 1)]
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where one parameter lives in a flat buffer.
-
-    The element behind its last one, at ``start + numel``, belongs to it too. In the gradient buffer
-    it counts the ranks that used the parameter, so that this knowledge travels with the gradient.
-
-    Args:
-        name: of the parameter, as in ``model.named_parameters()``.
-        layer: of the module that owns it.
-        start: first element, a multiple of the alignment.
-        numel: elements of the parameter.
-    """
-
-    name: str
-    layer: str
-    start: int
-    numel: int
-
-    @property
-    def count_at(self) -> int:
-        """Element that counts the ranks that used the parameter."""
-        return self.start + self.numel
-
-
-@dataclass(frozen=True)
-class Flat:
-    """A flat buffer: the slots of all parameters of one dtype, in order of first use.
-
-    Args:
-        dtype: as torch names it, for example ``float32``.
-        itemsize: bytes of one element.
-        numel: elements of the buffer, gaps included.
-        slots: by ``start``.
-    """
-
-    dtype: str
-    itemsize: int
-    numel: int
-    slots: tuple[Slot, ...]
-
-    @property
-    def align(self) -> int:
-        """Alignment in elements."""
-        return max(1, ALIGN_BYTES // self.itemsize)
-
-    @classmethod
-    def lay_out(cls, dtype: str, itemsize: int, parameters: Iterable[tuple[str, str, int]]) -> Flat:
-        """Places parameters one behind the other.
-
-        Args:
-            dtype: as torch names it.
-            itemsize: bytes of one element.
-            parameters: ``(name, layer, numel)`` in order of first use.
-        """
-        align = max(1, ALIGN_BYTES // itemsize)
-        slots: list[Slot] = []
-        start = 0
-        for name, layer, numel in parameters:
-            slots.append(Slot(name, layer, start, numel))
-            start += -(-(numel + 1) // align) * align
-        return cls(dtype, itemsize, start, tuple(slots))
 
 
 @dataclass(frozen=True, slots=True)
