@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from itertools import accumulate, pairwise
 from soonest.core.plan import Bucket
 from soonest.core.planner.bucketing import PARTS, cut
 from soonest.core.planner.ddp_buckets import filled
+from soonest.core.planner.dispatch import Chain, dispatch
 from soonest.core.planner.search_space import Piece, Send, Space
 
 _COARSENESS = (1.0, 0.25, 0.5, 2.0, 4.0, 8.0, PARTS, math.inf)
@@ -76,41 +76,16 @@ def _layer_borders(space: Space, flat: int) -> list[int]:
 
 
 def dispatched(space: Space, pieces: Sequence[Piece]) -> list[Send]:
-    """The ops of all pieces: whenever the network gets free, the longest tail goes first.
-
-    That is Schrage's heuristic (J. Carlier, "The one-machine sequencing problem", European
-    Journal of Operational Research 11, 1982), latencies taken as hidden.
-    """
+    """The ops of all pieces as ``dispatch`` puts them in order, latencies taken as hidden."""
     space.work += 2 * len(pieces)
-    coming = sorted((piece.ready_s, number) for number, piece in enumerate(pieces))
-    coming.reverse()
-    later: list[tuple[float, int, Send]] = []
-    waiting: list[tuple[float, int, Send]] = []
-    sharing: list[tuple[float, int, Send]] = []
-    order: list[Send] = []
-    now = 0.0
-    while coming or waiting or later or sharing:
-        if not (coming or waiting or later):
-            later, sharing = sharing, later
-        if not waiting:
-            first = min(coming[-1][0] if coming else math.inf, later[0][0] if later else math.inf)
-            now = max(now, first)
-        while coming and coming[-1][0] <= now:
-            number = coming.pop()[1]
-            send = pieces[number].sends[0]
-            heapq.heappush(waiting, (-pieces[number].sends[-1].tail_s, number, send))
-        while later and later[0][0] <= now:
-            _, number, send = heapq.heappop(later)
-            heapq.heappush(waiting, (-pieces[number].sends[-1].tail_s, number, send))
-        _, number, send = heapq.heappop(waiting)
-        order.append(send)
-        now += send.transfer_s
-        sends = send.piece.sends
-        if send.stage + 1 < len(sends):
-            after = sends[send.stage + 1]
-            if after.shares:
-                ready_s = max(now, space.backward_s) + send.piece.part_s
-                heapq.heappush(sharing, (ready_s, number, after))
-            else:
-                heapq.heappush(later, (now, number, after))
-    return order
+    chains = [
+        Chain(
+            piece.ready_s,
+            piece.sends[-1].tail_s,
+            piece.part_s,
+            [(0.0, send.transfer_s, send.shares) for send in piece.sends],
+        )
+        for piece in pieces
+    ]
+    order = dispatch(chains, backward_s=space.backward_s)
+    return [pieces[number].sends[stage] for number, stage in order]

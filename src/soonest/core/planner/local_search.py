@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
+from soonest.core.planner.descent import descend
 from soonest.core.planner.search_space import Piece, Send, Space
 
 _GAIN = 1e-5
@@ -82,26 +83,24 @@ class _Search:
         return cost <= (1 + _OP * len(order)) * self._goal_s
 
     def _descend(self, order: Order, cost: float, work: int) -> tuple[float, Order]:
-        """Makes the first change that helps, as long as there is one.
+        """Goes downhill, with so much work at most.
 
-        Only changes that may let the op land earlier for which the step waits: what is sent behind
-        that op does not matter. Changes of one kind follow each other while they help.
+        Only by changes that may let the op end earlier for which the step waits: what is sent
+        behind that op does not matter.
         """
         stop = self._space.work + min(work, self._left())
-        kinds, vain = (self._moves, self._cuts), 0
-        while vain < len(kinds) and not self._is_good(cost, order):
-            critical, idle = self._space.critical(order, self._window)
-            limit = cost * (1 - _GAIN)
-            for candidate in kinds[0](order, critical, idle):
-                tried = self._cost(candidate, limit)
-                if tried < limit:
-                    order, cost, vain = candidate, tried, 0
-                    break
-                if self._space.work > stop:
-                    return cost, order
-            else:
-                kinds, vain = kinds[::-1], vain + 1
-        return cost, order
+        return descend(
+            order,
+            cost,
+            [
+                lambda order: self._moves(order, *self._space.critical(order, self._window)),
+                lambda order: self._cuts(order, *self._space.critical(order, self._window)),
+            ],
+            timed=self._cost,
+            gain=_GAIN,
+            is_good=self._is_good,
+            is_spent=lambda: self._space.work > stop,
+        )
 
     def _moves(self, order: Order, critical: int, idle: Sequence[int]) -> Iterator[Order]:
         """The critical op earlier, one in front of it behind it, or a ready one into a gap."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from soonest.core.cost import Network
 from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan, shards
 from soonest.core.planner.bucketing import cut_points, layers_between
-from soonest.core.simulator.simulate import one_by_one
+from soonest.core.simulator.lane import one_by_one
 from soonest.core.trace import Trace
 
 _EACH = 15

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from soonest.core.cost import Network
 from soonest.core.plan import Plan
-from soonest.core.simulator.simulate import Interval, Lane, Run, timeline_of
+from soonest.core.simulator.lane import Interval, Lane
+from soonest.core.simulator.simulate import Run, timeline_of
 from soonest.core.simulator.workload import Workload
 from soonest.core.timeline import Timeline
 from soonest.core.trace import Trace
@@ -149,7 +150,10 @@ class _Cluster:
             trace, plan.flats, plan.buckets, network, ranks=plan.ranks, clip=clip
         )
         jobs = [work.jobs[index] for index in work.sequence(plan.ops)]
-        self._ops = [(job, op.alone) for job, op in zip(jobs, plan.ops, strict=True)]
+        self._ops = [
+            (job.bucket, job.latency_s, job.transfer_s, op.alone)
+            for job, op in zip(jobs, plan.ops, strict=True)
+        ]
         self._window, self._blocking = plan.window, plan.blocking
         self._backward_s = [layer.bwd_us * 1e-6 for layer in trace.layers]
         self._factors, self._draws = factors, draws

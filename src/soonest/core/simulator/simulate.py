@@ -1,26 +1,19 @@
 """One steady-state step under a plan, simulated.
 
-The model of the network: an op first waits out its latency and then transfers. The latency of an
-op in flight passes while others transfer, but transfers are serial, in the order of issue, because
-they share the same links. So a window of two hides the latency of every op whose predecessor
-transfers for at least as long, and a window of one hides none. Updates run beside the computation,
-and one that has begun is not put off, so what arrives earlier may hold up what is needed first.
+What the network and the updates do is in ``lane``; here it meets the computation.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from soonest.core.cost import Network
 from soonest.core.plan import Plan
-from soonest.core.simulator.workload import Job, Workload
+from soonest.core.simulator.lane import Interval, Lane, one_by_one
+from soonest.core.simulator.workload import Workload
 from soonest.core.timeline import Span, Timeline
 from soonest.core.trace import Trace
-
-Interval = tuple[float, float]
-"""Start and end, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,46 +44,6 @@ class Run:
         return self.forwards[-1][1]
 
 
-class Lane:
-    """What issues the ops of one step, strictly in order, and the network that carries them.
-
-    Args:
-        window: how many ops may be in flight.
-
-    Attributes:
-        issued, transfers: see ``Run``.
-    """
-
-    def __init__(self, window: int) -> None:
-        self._window = window
-        self._alone = False
-        self.issued: list[float] = []
-        self.transfers: list[Interval] = []
-
-    def send(self, ops: Iterable[tuple[Job, bool]], at_s: list[float]) -> None:
-        """Issues some more ops, each as soon as can be.
-
-        Args:
-            ops: each with whether no other is issued behind it before it is done.
-            at_s: per bucket, when what is sent first is ready; becomes the end of its last op.
-        """
-        window, alone = self._window, self._alone
-        every, transfers = self.issued, self.transfers
-        issued, end = (every[-1], transfers[-1][1]) if every else (0.0, 0.0)
-        for position, (job, next_alone) in enumerate(ops, len(transfers)):
-            # Behind the op in front, whatever is ready: neither is issued nor transfers before it.
-            issued = max(issued, at_s[job.bucket])
-            behind = 1 if alone else window
-            if position >= behind:
-                issued = max(issued, transfers[position - behind][1])
-            start = max(issued + job.latency_s, end)
-            end = at_s[job.bucket] = start + job.transfer_s
-            every.append(issued)
-            transfers.append((start, end))
-            alone = next_alone
-        self._alone = alone
-
-
 def run(
     work: Workload,
     order: Sequence[int],
@@ -114,7 +67,10 @@ def run(
     jobs = [work.jobs[index] for index in order]
     if alone is None:
         alone = [job.bucket in work.alone for job in jobs]
-    ops = list(zip(jobs, alone, strict=True))
+    ops = [
+        (job.bucket, job.latency_s, job.transfer_s, last)
+        for job, last in zip(jobs, alone, strict=True)
+    ]
     lane = Lane(window)
     at = list(work.ready_s)
     lane.send(ops[: work.combining], at)
@@ -141,37 +97,6 @@ def run(
         now = start + duration
         forwards.append((start, now))
     return Run(work.gradient_s, lane.issued, lane.transfers, norm, updates, parts, forwards)
-
-
-def one_by_one(
-    by_need: Sequence[int],
-    ready_s: Mapping[int, float] | Sequence[float],
-    duration_s: Sequence[float],
-    from_s: float,
-) -> list[Interval | None]:
-    """Updates one item at a time, the one needed first among those that are ready.
-
-    Args:
-        by_need: the items, the one needed first in front.
-        ready_s, duration_s: per item.
-        from_s: nothing is updated before.
-
-    Returns:
-        Per item, when it is updated; None if it is not among those needed.
-    """
-    intervals: list[Interval | None] = [None] * len(duration_s)
-    coming = sorted((ready_s[item], place) for place, item in enumerate(by_need))
-    waiting: list[int] = []
-    now, arrived = from_s, 0
-    for ready, _ in coming:
-        now = max(now, ready)  # If this one is not ready, all in front of it have been updated.
-        while arrived < len(coming) and coming[arrived][0] <= now:
-            heapq.heappush(waiting, coming[arrived][1])
-            arrived += 1
-        item = by_need[heapq.heappop(waiting)]
-        start, now = now, now + duration_s[item]
-        intervals[item] = (start, now)
-    return intervals
 
 
 def _run_plan(trace: Trace, plan: Plan, network: Network, clip: bool) -> Run:
