@@ -11,7 +11,8 @@ from soonest.core.plan import Bucket
 from soonest.core.planner.bucketing import PARTS, cut
 from soonest.core.planner.ddp_buckets import filled
 from soonest.core.planner.dispatch import Chain, dispatch
-from soonest.core.planner.search_space import Piece, Send, Space
+from soonest.core.planner.pieces import Piece, Send
+from soonest.core.planner.search_space import Space
 
 _COARSENESS = (1.0, 0.25, 0.5, 2.0, 4.0, 8.0, PARTS, math.inf)
 _FILLED_BYTES = 25e6
@@ -77,7 +78,7 @@ def _layer_borders(space: Space, flat: int) -> list[int]:
 
 def dispatched(space: Space, pieces: Sequence[Piece]) -> list[Send]:
     """The ops of all pieces as ``dispatch`` puts them in order, latencies taken as hidden."""
-    space.work += 2 * len(pieces)
+    space.timer.work += 2 * len(pieces)
     chains = [
         Chain(
             piece.ready_s,
@@ -87,5 +88,5 @@ def dispatched(space: Space, pieces: Sequence[Piece]) -> list[Send]:
         )
         for piece in pieces
     ]
-    order = dispatch(chains, backward_s=space.backward_s)
+    order = dispatch(chains, backward_s=space.timer.backward_s)
     return [pieces[number].sends[stage] for number, stage in order]

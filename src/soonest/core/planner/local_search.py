@@ -12,7 +12,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 
 from soonest.core.planner.descent import descend
-from soonest.core.planner.search_space import Piece, Send, Space
+from soonest.core.planner.pieces import Piece, Send
+from soonest.core.planner.search_space import Space
 
 _GAIN = 1e-5
 """A change must shorten the step by this share to be made."""
@@ -45,12 +46,13 @@ def search(
         bound_s: that no step is shorter than.
         max_work: ops and layers that may be timed.
     """
-    return _Search(space, window, bound_s * (1 + _NEAR), space.work + max_work).run(starts)
+    return _Search(space, window, bound_s * (1 + _NEAR), space.timer.work + max_work).run(starts)
 
 
 class _Search:
     def __init__(self, space: Space, window: int, goal_s: float, max_work: int) -> None:
         self._space = space
+        self._timer = space.timer
         self._window = window
         self._goal_s = goal_s
         self._max_work = max_work
@@ -72,12 +74,12 @@ class _Search:
         return order
 
     def _left(self) -> int:
-        return self._max_work - self._space.work
+        return self._max_work - self._timer.work
 
     def _cost(self, order: Order, limit: float = math.inf) -> float:
         """Seconds of a step, and a little for each op; above the limit any such cost."""
         ops = 1 + _OP * len(order)
-        return ops * self._space.step_s(order, self._window, limit / ops)
+        return ops * self._timer.step_s(order, self._window, limit / ops)
 
     def _is_good(self, cost: float, order: Order) -> bool:
         return cost <= (1 + _OP * len(order)) * self._goal_s
@@ -88,18 +90,18 @@ class _Search:
         Only by changes that may let the op end earlier for which the step waits: what is sent
         behind that op does not matter.
         """
-        stop = self._space.work + min(work, self._left())
+        stop = self._timer.work + min(work, self._left())
         return descend(
             order,
             cost,
             [
-                lambda order: self._moves(order, *self._space.critical(order, self._window)),
-                lambda order: self._cuts(order, *self._space.critical(order, self._window)),
+                lambda order: self._moves(order, *self._timer.critical(order, self._window)),
+                lambda order: self._cuts(order, *self._timer.critical(order, self._window)),
             ],
             timed=self._cost,
             gain=_GAIN,
             is_good=self._is_good,
-            is_spent=lambda: self._space.work > stop,
+            is_spent=lambda: self._timer.work > stop,
         )
 
     def _moves(self, order: Order, critical: int, idle: Sequence[int]) -> Iterator[Order]:

@@ -19,16 +19,12 @@ class Job(NamedTuple):
         kind: of the op.
         latency_s: passes while others transfer.
         transfer_s: how long it keeps the network to itself.
-        before: index of the job of the same bucket that comes before it; -1 for the first one.
-        last: whether the bucket is combined or, if its parameters are shared, in place with it.
     """
 
     bucket: int
     kind: str
     latency_s: float
     transfer_s: float
-    before: int
-    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +107,9 @@ class Workload:
             by_need = sorted({layer for layers in layers_of for layer in layers})
         jobs: list[Job] = []
         for bucket, size in enumerate(sizes):
-            kinds = METHODS[buckets[bucket].method]
-            for stage, kind in enumerate(kinds):
+            for kind in METHODS[buckets[bucket].method]:
                 cost = network.op(kind)
-                before = len(jobs) - 1 if stage else -1
-                transfer_s, last = cost.transfer_s(size), stage == len(kinds) - 1
-                jobs.append(Job(bucket, kind, cost.latency_at(size), transfer_s, before, last))
+                jobs.append(Job(bucket, kind, cost.latency_at(size), cost.transfer_s(size)))
         return cls(
             jobs=jobs,
             # Heads and tails fall from layer to layer, so those of the first are the largest.
@@ -134,16 +127,6 @@ class Workload:
             by_need=by_need,
             norm_s=_number_s(network) if clip else None,
         )
-
-    def ready_of(self, job: Job, before_s: float) -> float:
-        """When a job can be issued, if the one before it of the same bucket ended then.
-
-        Parameters are shared after the update, which ``optimizer.step()`` allows; this leaves out
-        that it may have to wait for updates of other buckets' parts.
-        """
-        if job.kind == SHARED_PARAMETERS:
-            return max(before_s, self.backward_s) + self.part_s[job.bucket]
-        return self.ready_s[job.bucket] if job.before < 0 else before_s
 
     def sequence(self, ops: Iterable[Op]) -> list[int]:
         """The indices of the jobs that the ops of a plan stand for."""
