@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from helpers import strategies
 from soonest.core.cost import Cost, Network
-from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan, shards
+from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan, Slot, shards
 from soonest.core.planner.bounds import lower_bound_s
 from soonest.core.planner.planner import choices, cut, first_plan, flats_of, make_plan, order
 from soonest.core.simulator.simulate import step_time_s
@@ -20,6 +20,27 @@ from soonest.core.trace import Layer, Trace
 SHIPPED = ["alexnet", "googlenet", "resnet50", "vgg16"]
 RANKS = [2, 4, 8, 16]
 MB = 1_000_000
+
+
+def test_the_steps_drawn_beside_the_planner_take_as_long_as_they_say():
+    layers = [Layer(name, size, 2e6, 4e6) for name, size in (("1", 64), ("2", 64), ("3", 384))]
+    trace, network = Trace("three", tuple(layers)), Network.linear(0.0, 32.0)
+    flat = Flat(
+        "float32", 4, 128, (Slot("1", "1", 0, 15), Slot("2", "2", 16, 15), Slot("3", "3", 32, 95))
+    )
+    thirds = [Bucket(0, at, at + 16, "allreduce", ("3",)) for at in range(32, 128, 16)]
+    first = [Bucket(0, 0, 16, "allreduce", ("1",)), Bucket(0, 16, 32, "allreduce", ("2",))]
+    whole = (*first, Bucket(0, 32, 128, "allreduce", ("3",)))
+
+    def step_s(buckets, order, *, blocking=False):
+        ops = tuple(Op(bucket, "all_reduce") for bucket in order)
+        plan = Plan(2, (flat,), tuple(buckets), ops, blocking=blocking)
+        return step_time_s(trace, plan, network)
+
+    assert step_s(whole, (2, 1, 0), blocking=True) == pytest.approx(26)
+    assert step_s(whole, (2, 0, 1)) == pytest.approx(24)
+    assert step_s((*first, *thirds), (2, 3, 1, 4, 0, 5, 6, 7)) == pytest.approx(22)
+    assert lower_bound_s(trace, network) == pytest.approx(22)
 
 
 def slow_and_small(trace: Trace) -> Trace:

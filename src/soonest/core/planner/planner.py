@@ -1,4 +1,52 @@
-"""Chooses what is sent in one piece, how, and in which order."""
+"""Chooses what is sent in one piece, how, and in which order.
+
+[Note: why the first layer goes first]
+
+A backward pass makes gradients from the last layer to the first, and the next forward pass needs
+parameters from the first layer to the last. So the first layer's gradient is the last to be ready
+and the first to be needed: nothing hides its transfer. The last layer's has all the time between.
+Whoever sends in the order of readiness, and waits for all before the update, hides transfers behind
+the backward pass alone. Three layers, the last of which is as large as a fully connected one:
+
+    time     0       4       8       12      16      20      24
+    compute  |b3-----|b2-----|b1-----|               |f1-|f2-|f3-|     as DDP does: 26
+    network          |3----------------------|2--|1--|
+
+    compute  |b3-----|b2-----|b1-----|           |f1-|f2-|f3-|         the first layer first: 24
+    network          |3----------------------|1--|2--|
+
+    compute  |b3-----|b2-----|b1-----|   |f1-|f2-|   |f3-|             in pieces as well: 22
+    network          |3a-|3b-|2--|3c-|1--|3d-|3e-|3f-|
+
+*The lower bound.* The transfers of layers 1 to k all lie between the end of layer k's backward
+computation and the start of its next forward computation, one after the other. So no step is
+shorter than, for any k,
+
+    transfers of layers 1..k  +  forward and backward computation of layers k and above
+
+nor than the computation alone; here k = 3 gives 16 + 6 = 22. ``bounds.py`` proves it and adds what
+latencies, updates and the window cost. It also says when a search may end.
+
+*Why pieces.* A transfer that has begun is not interrupted, so a large one holds up whatever becomes
+urgent behind it. Slices let the urgent pass. But every op has a latency and costs of its own, so
+small parameters are fused; and both are only a choice of where flat buffers are cut into buckets.
+``bucketing.py`` makes small ones in front, where nothing hides them, and lets sizes double from
+there.
+
+*Which order.* The network shall never idle while something is ready, and of what is ready the
+bucket goes first that the next forward pass needs first: Schrage's rule, in ``dispatch.py``. It
+does not look ahead: it may send a large bucket just before an urgent one is ready. So a descent
+(``descent.py``) moves single ops while that shortens the simulated step.
+
+*What is searched.* ``first_plan`` knows no times yet, and sends in the order of the backward pass.
+``make_plan`` takes its buckets from sizes and the network alone, because with more than two ranks
+they decide how sums are rounded, and searches the order only. ``best_plan`` searches buckets,
+methods and order together: from several simple plans (``initial_orders.py``) it moves ops, moves
+the borders of buckets, divides and joins them and changes their methods (``local_search.py``). It
+ends as near to the bound as makes no difference, or when it has done a given amount of work; that
+is counted, not timed, so that the same arguments give the same plan on any machine. Of several
+windows the smallest is taken that is as good as any.
+"""
 
 from __future__ import annotations
 
@@ -149,8 +197,8 @@ def _searched(space: Space, windows: Sequence[int], max_work: int) -> Plan:
     bound_s = lower_bound_s(trace, network, methods=space.methods, window=widest)
     starts = simple_orders(space)
     sequence = search(space, starts, widest, bound_s=bound_s, max_work=max_work)
-    near_s = space.step_s(sequence, widest) * (1 + _AS_GOOD)
-    window = min(w for w in windows if space.step_s(sequence, w) <= near_s)
+    near_s = space.timer.step_s(sequence, widest) * (1 + _AS_GOOD)
+    window = min(w for w in windows if space.timer.step_s(sequence, w) <= near_s)
     plan = space.plan(sequence, window)
     alone = first_needed(trace, plan.buckets)
     careful = replace(plan, ops=tuple(replace(op, alone=op.bucket in alone) for op in plan.ops))
