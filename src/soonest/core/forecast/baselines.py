@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 from soonest.core.cost import Network
 from soonest.core.plan import Bucket, Flat, Op, Plan
-from soonest.core.planner.ddp_buckets import filled
+from soonest.core.planner.ddp_buckets import CAP_BYTES, FIRST_BYTES, filled
 from soonest.core.planner.planner import flats_of
 from soonest.core.simulator.simulate import simulate
 from soonest.core.timeline import Span, Timeline
@@ -21,7 +21,7 @@ from soonest.core.trace import Layer, Trace
 MB = 1 << 20
 
 SWEEP_MB: dict[str, tuple[float, ...]] = {
-    "default": (1, 25),
+    "default": (FIRST_BYTES // MB, CAP_BYTES // MB),
     **{f"{mb} MB": (mb,) for mb in (1, 5, 50, 100, 400)},
 }
 """Bucket sizes of ``DistributedDataParallel``: of the first bucket and of the others."""

@@ -16,7 +16,8 @@ from soonest.core.planner.search_space import Space
 
 _COARSENESS = (1.0, 0.25, 0.5, 2.0, 4.0, 8.0, PARTS, math.inf)
 _FILLED_BYTES = 25e6
-"""Size of the buckets that ``DistributedDataParallel`` fills from the back."""
+"""Size of one start's buckets, about as large as DDP's; the search moves on from there, and what
+it then finds depends on the very number, so it is not DDP's own."""
 _MOST_PIECES = 64
 """Above so many pieces a cut at every border is not tried: it would cost more than it shows."""
 
