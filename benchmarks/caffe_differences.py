@@ -27,6 +27,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import golden_caffe as golden  # pyright: ignore[reportMissingImports]
+
 from soonest.caffe.io import prototxt
 from soonest.caffe.net.registry import LAYERS
 

@@ -1,4 +1,4 @@
-"""What combining a tensor over the ranks costs, fitted from measurements or taken as ideal."""
+"""What reducing a tensor over the ranks costs, fitted from measurements or taken as ideal."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Cost:
 
         Args:
             latency_s: of a bucket of no size, all of it hidden behind others' transfers.
-            bytes_per_s: bytes of the *bucket* combined per second; this is not the rate of a link.
+            bytes_per_s: bytes of the *bucket* reduced per second; this is not the rate of a link.
         """
         if not 0 <= latency_s < math.inf:
             raise ValueError(f"latency_s is {latency_s!r}, but must be zero or more")
@@ -137,7 +137,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Network:
-    """What combining costs on the group at hand.
+    """What each kind of op costs on the group at hand.
 
     Args:
         costs: by kind of op, see ``plan.METHODS``; those of ``all_reduce`` at least.

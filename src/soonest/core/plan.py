@@ -18,7 +18,7 @@ __all__ = [
     "METHODS",
     "Op",
     "Plan",
-    "SHARED_PARAMETERS",
+    "GATHER_PARAMETERS",
     "Slot",
     "borders",
     "first_difference",
@@ -39,13 +39,13 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """Every method with the ops that carry it out, in the order in which they follow each other."""
 
-SHARED_PARAMETERS = "all_gather_parameters"
+GATHER_PARAMETERS = "all_gather_parameters"
 """The op that follows an update instead of preceding it; methods that end with it shard."""
 
 
 def shards(method: str) -> bool:
     """Whether under this method each rank updates only its part of the parameters."""
-    return METHODS[method][-1] == SHARED_PARAMETERS
+    return METHODS[method][-1] == GATHER_PARAMETERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +140,10 @@ class Plan:
                     f"method takes {', '.join(METHODS[bucket.method])}, in this order"
                 )
         sharded = {shards(bucket.method) for bucket in self.buckets}
-        shared = [op.kind == SHARED_PARAMETERS for op in self.ops]
-        if len(sharded) > 1 or shared != sorted(shared):
+        gathers = [op.kind == GATHER_PARAMETERS for op in self.ops]
+        if len(sharded) > 1 or gathers != sorted(gathers):
             raise ValueError(
-                "a plan shards all buckets or none, and shares parameters behind all gradients"
+                "a plan shards all buckets or none, and gathers parameters behind all gradients"
             )
         if self.window < 1:
             raise ValueError(f"window is {self.window}, but at least one op must be in flight")
@@ -168,14 +168,14 @@ class Plan:
         return any(shards(bucket.method) for bucket in self.buckets)
 
     @cached_property
-    def combining(self) -> int:
-        """How many ops combine gradients; those behind them share parameters."""
-        return sum(op.kind != SHARED_PARAMETERS for op in self.ops)
+    def reducing(self) -> int:
+        """How many ops reduce gradients; those behind them gather parameters."""
+        return sum(op.kind != GATHER_PARAMETERS for op in self.ops)
 
     @cached_property
     def reduces(self) -> frozenset[int]:
-        """The ops with which the gradients of a bucket are combined."""
-        last = {op.bucket: i for i, op in enumerate(self.ops) if op.kind != SHARED_PARAMETERS}
+        """The ops with which the gradients of a bucket are reduced."""
+        last = {op.bucket: i for i, op in enumerate(self.ops) if op.kind != GATHER_PARAMETERS}
         return frozenset(last.values())
 
     @cached_property

@@ -44,10 +44,10 @@ class Replay(nn.Module):
         slow_motion: every time is multiplied by it.
         shrink: every number of parameters is divided by it; at least one is left.
         momentum: that of the SGD which trains it; a multiple of 1/16, so that all is exact.
-        alone: whether gradients are not combined over the ranks, so that each rank makes the
+        alone: whether gradients are not reduced over the ranks, so that each rank makes the
             mean by itself; by default this is so if no process group exists.
         check: whether every forward pass makes sure that the parameters it reads have arrived.
-        rounding: the largest relative error of one rounding of what is combined, where it is
+        rounding: the largest relative error of one rounding of what is reduced, where it is
             rounded on the way; 0.0 if it is not.
         overhead_s: what a layer takes besides, forward and backward, as ``measure_overhead_s``
             finds it; layers sleep less by that.

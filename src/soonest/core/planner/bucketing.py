@@ -1,8 +1,8 @@
 """Where flat buffers are cut, by sizes, layers, ranks and the network alone.
 
-This never depends on times measured while training: with more than two ranks the cut and the
+This never depends on times measured while training: with more than two ranks buckets and
 methods decide how sums are rounded, and results must be equal from run to run (a calibration is
-kept from one to the next, and so is which of several cuts turned out to be the fastest).
+kept from one to the next, and so is which of several bucketings turned out to be the fastest).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def flats_of(trace: Trace, itemsize: int = 4) -> tuple[Flat, ...]:
     return (Flat.lay_out(dtype, itemsize, [entry for entry in sizes if entry[2]]),)
 
 
-def cut(
+def make_buckets(
     flats: Sequence[Flat],
     network: Network,
     *,
@@ -53,7 +53,7 @@ def cut(
 
     Args:
         flats: the flat buffers.
-        network: what combining costs; gives each bucket the cheapest method for its size.
+        network: what each op costs; gives each bucket the cheapest method for its size.
         ranks: how many.
         methods: to choose from; all but sharding ones if None.
         coarseness: by which factor buckets are larger than usual; ``PARTS`` leaves two of each

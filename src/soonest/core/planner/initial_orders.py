@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
 from soonest.core.plan import Bucket
-from soonest.core.planner.bucketing import PARTS, cut
+from soonest.core.planner.bucketing import PARTS, make_buckets
 from soonest.core.planner.ddp_buckets import filled
 from soonest.core.planner.dispatch import Chain, dispatch
 from soonest.core.planner.pieces import Piece, Send
@@ -19,24 +19,24 @@ _FILLED_BYTES = 25e6
 """Size of one start's buckets, about as large as DDP's; the search moves on from there, and what
 it then finds depends on the very number, so it is not DDP's own."""
 _MOST_PIECES = 64
-"""Above so many pieces a cut at every border is not tried: it would cost more than it shows."""
+"""Above so many pieces a bucket for every piece is not tried: it would cost more than it shows."""
 
 
 def simple_orders(space: Space) -> list[list[Send]]:
-    """Orders for different cuts, each with the cheapest methods and with the leanest ones."""
+    """Orders for different bucketings, each with the cheapest methods and with the leanest ones."""
     orders: dict[tuple[Piece, ...], list[Send]] = {}
-    for cuts in _cuts(space):
+    for bucketing in _bucketings(space):
         for choose in (space.cheapest, space.leanest):
-            pieces = [choose(i, a, b) for i, at in enumerate(cuts) for a, b in pairwise(at)]
+            pieces = [choose(i, a, b) for i, at in enumerate(bucketing) for a, b in pairwise(at)]
             if tuple(pieces) not in orders:
                 orders[tuple(pieces)] = dispatched(space, pieces)
     return list(orders.values())
 
 
-def _cuts(space: Space) -> Iterator[list[list[int]]]:
+def _bucketings(space: Space) -> Iterator[list[list[int]]]:
     """Per flat buffer, the indices of the cut points that are used."""
     for coarseness in _COARSENESS:
-        buckets = cut(
+        buckets = make_buckets(
             space.flats,
             space.network,
             ranks=space.ranks,
@@ -46,9 +46,9 @@ def _cuts(space: Space) -> Iterator[list[list[int]]]:
         yield [_snapped(points, i, buckets) for i, points in enumerate(space.points)]
     yield [_filled(space, i) for i in range(len(space.flats))]
     layers = [_layer_borders(space, i) for i in range(len(space.flats))]
-    for cuts in (layers, [list(range(len(points))) for points in space.points]):
-        if sum(map(len, cuts)) <= _MOST_PIECES:
-            yield cuts
+    for bucketing in (layers, [list(range(len(points))) for points in space.points]):
+        if sum(map(len, bucketing)) <= _MOST_PIECES:
+            yield bucketing
 
 
 def _snapped(points: Sequence[int], flat: int, buckets: Sequence[Bucket]) -> list[int]:
@@ -85,7 +85,7 @@ def dispatched(space: Space, pieces: Sequence[Piece]) -> list[Send]:
             piece.ready_s,
             piece.sends[-1].tail_s,
             piece.part_s,
-            [(0.0, send.transfer_s, send.shares) for send in piece.sends],
+            [(0.0, send.transfer_s, send.gathers) for send in piece.sends],
         )
         for piece in pieces
     ]

@@ -1,4 +1,4 @@
-"""Searches for the cut, methods and order with the shortest simulated step, all of them together.
+"""Searches for the buckets, methods and order with the shortest simulated step, all together.
 
 From several simple plans it goes downhill by small changes, then again and again from the best plan
 so far after a few random ones (H. R. Lourenço, O. C. Martin, T. Stützle, "Iterated local search",
@@ -59,9 +59,9 @@ class _Search:
 
     def run(self, starts: Sequence[Order]) -> Order:
         timed = [(self._cost(order), number) for number, order in enumerate(starts)]
-        share = int(_DESCENT_WORK * self._left())
+        work = int(_DESCENT_WORK * self._left())
         found = [
-            self._descend(starts[number], cost, share) for cost, number in sorted(timed)[:_DESCENTS]
+            self._descend(starts[number], cost, work) for cost, number in sorted(timed)[:_DESCENTS]
         ]
         cost, order = min(found, key=lambda entry: entry[0])
         draw, vain = random.Random(0), 0
@@ -96,7 +96,7 @@ class _Search:
             cost,
             [
                 lambda order: self._moves(order, *self._timer.critical(order, self._window)),
-                lambda order: self._cuts(order, *self._timer.critical(order, self._window)),
+                lambda order: self._bucketings(order, *self._timer.critical(order, self._window)),
             ],
             timed=self._cost,
             gain=_GAIN,
@@ -116,7 +116,7 @@ class _Search:
             if _passable(order, old, new):
                 yield _moved(order, old, new)
 
-    def _cuts(self, order: Order, critical: int, idle: Sequence[int]) -> Iterator[Order]:
+    def _bucketings(self, order: Order, critical: int, idle: Sequence[int]) -> Iterator[Order]:
         pieces = self._space.pieces_of(order)
         place = {piece: at for at, piece in enumerate(pieces)}
         seen: set[Piece] = set()
@@ -179,7 +179,7 @@ class _Search:
                         yield _moved(split, old, new)
 
     def _like(self, piece: Piece, flat: int, first: int, last: int) -> Piece:
-        """A piece combined as another one: as is cheapest or by the very method."""
+        """A piece reduced as another one: as is cheapest or by the very method."""
         cheapest = self._space.cheapest(flat, first, last)
         if piece is self._space.cheapest(piece.flat, piece.first, piece.last):
             return cheapest
@@ -235,7 +235,7 @@ def _passable(order: Order, old: int, new: int) -> bool:
     """Whether an op may move: no ops of a piece pass each other, and no gradients parameters."""
     send = order[old]
     passed = order[new:old] if new < old else order[old + 1 : new + 1]
-    return all(other.piece is not send.piece and other.shares == send.shares for other in passed)
+    return all(other.piece is not send.piece and other.gathers == send.gathers for other in passed)
 
 
 def _swapped(order: Order, instead: Mapping[Piece, Sequence[Piece]]) -> Order:

@@ -1,4 +1,4 @@
-"""In which order the buckets of a cut are sent. It may depend on times: it changes no number."""
+"""In which order given buckets are sent. It may depend on times: it changes no number."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from soonest.core.cost import Network
-from soonest.core.plan import SHARED_PARAMETERS, Bucket, Flat, Op
+from soonest.core.plan import GATHER_PARAMETERS, Bucket, Flat, Op
 from soonest.core.planner.descent import descend
 from soonest.core.planner.dispatch import Chain, dispatch
 from soonest.core.simulator.simulate import Run, run
@@ -57,7 +57,7 @@ def _dispatched(work: Workload, window: int) -> list[int]:
     for index, job in enumerate(work.jobs):
         if not ops[job.bucket]:
             first[job.bucket] = index
-        ops[job.bucket].append((job.latency_s, job.transfer_s, job.kind == SHARED_PARAMETERS))
+        ops[job.bucket].append((job.latency_s, job.transfer_s, job.kind == GATHER_PARAMETERS))
     chains = [
         Chain(work.ready_s[i], work.tail_s[i], work.part_s[i], chain, i in work.alone)
         for i, chain in enumerate(ops)
@@ -93,10 +93,10 @@ def _moves(work: Workload, sequence: list[int], result: Run) -> Iterator[list[in
     shorten the step. Slices of one parameter never pass each other, and no gradients parameters.
     """
     kinds = [work.layers_of[work.jobs[index].bucket] for index in sequence]
-    shared = [work.jobs[index].kind == SHARED_PARAMETERS for index in sequence]
+    gathers = [work.jobs[index].kind == GATHER_PARAMETERS for index in sequence]
     for right in range(_critical(work, sequence, result), 0, -1):
         for left in range(right - 1, -1, -1):
-            if shared[left] != shared[right]:
+            if gathers[left] != gathers[right]:
                 break
             between = sequence[left + 1 : right]
             head, tail = sequence[:left], sequence[right + 1 :]

@@ -14,7 +14,7 @@ class Piece:
     Args:
         flat: index of its flat buffer.
         first, last: indices of the cut points where it starts and stops.
-        method: how it is combined.
+        method: how it is reduced.
         ready_s: when the gradients of all layers that it carries are ready.
         part_s: how long a rank takes to update its part, where it is sharded.
         layers: indices of the layers that it carries.
@@ -40,10 +40,10 @@ class Send(NamedTuple):
         ready_s: when it may be issued, if it is the first of its piece.
         latency_s: passes while others transfer.
         transfer_s: how long it keeps the network to itself.
-        tail_s: what must still be computed once its piece has landed with it; minus infinity if it
+        tail_s: what must still be computed once its piece is there with it; minus infinity if it
             is not the last of its piece.
         stage: how many ops of its piece come before it.
-        shares: whether it shares parameters, behind an update.
+        gathers: whether it gathers parameters, behind an update.
         piece: whose op this is.
     """
 
@@ -52,5 +52,5 @@ class Send(NamedTuple):
     transfer_s: float
     tail_s: float
     stage: int
-    shares: bool
+    gathers: bool
     piece: Piece

@@ -56,8 +56,8 @@ from dataclasses import replace
 from soonest.core.cost import Network
 from soonest.core.plan import (
     ALIGN_BYTES,
+    GATHER_PARAMETERS,
     METHODS,
-    SHARED_PARAMETERS,
     Bucket,
     Flat,
     Op,
@@ -69,8 +69,8 @@ from soonest.core.planner.bucketing import (
     FRONT_WORTH,
     PARTS,
     choices,
-    cut,
     flats_of,
+    make_buckets,
     worthwhile_bytes,
 )
 from soonest.core.planner.initial_orders import simple_orders
@@ -85,7 +85,7 @@ __all__ = [
     "backward_order",
     "best_plan",
     "choices",
-    "cut",
+    "make_buckets",
     "first_plan",
     "flats_of",
     "make_plan",
@@ -93,7 +93,7 @@ __all__ = [
 ]
 
 WINDOWS = (1, 2, 3, 4)
-"""How many ops in flight are worth trying: more share the network with nothing to gain."""
+"""How many ops in flight are worth trying: more use the network at once with nothing to gain."""
 SLICES = 512
 """Into so many equal slices a search may cut a whole model."""
 MAX_WORK = 600_000
@@ -118,14 +118,14 @@ def make_plan(
     Args:
         trace: its layers have the names of ``Slot.layer``.
         flats: the flat buffers.
-        network: what combining costs.
+        network: what each op costs.
         ranks: how many.
         window: how many ops may be in flight at once.
-        methods, coarseness: see ``cut``.
+        methods, coarseness: see ``make_buckets``.
         pace: transfers take so many times as long as ``network`` says. Only the order depends on
             this.
     """
-    buckets = cut(flats, network, ranks=ranks, methods=methods, coarseness=coarseness)
+    buckets = make_buckets(flats, network, ranks=ranks, methods=methods, coarseness=coarseness)
     ops = order(trace, flats, buckets, network.slowed(pace), ranks=ranks, window=window)
     return Plan(ranks, tuple(flats), buckets, ops, window)
 
@@ -153,7 +153,7 @@ def best_plan(
     Args:
         trace: its layers have the names of ``Slot.layer``.
         flats: the flat buffers.
-        network: what combining costs.
+        network: what each op costs.
         ranks: how many.
         windows: how many ops may be in flight at once; the smallest that is as good as any.
         methods: to choose from; all but sharding ones if None.
@@ -221,10 +221,10 @@ def first_plan(
 ) -> Plan:
     """The plan before the model was measured: the order in which a backward pass makes gradients.
 
-    Flat buffers side by side are walked at the same relative pace. Parameters that are shared
+    Flat buffers side by side are walked at the same relative pace. Parameters that are gathered
     behind an update come in the order in which a forward pass needs them.
     """
-    buckets = cut(flats, network, ranks=ranks, methods=methods)
+    buckets = make_buckets(flats, network, ranks=ranks, methods=methods)
     return Plan(ranks, tuple(flats), buckets, backward_order(flats, buckets), window)
 
 
@@ -235,6 +235,6 @@ def backward_order(flats: Sequence[Flat], buckets: Sequence[Bucket]) -> tuple[Op
         key=lambda i: (-buckets[i].stop / flats[buckets[i].flat].numel, buckets[i].flat),
     )
     ops = [Op(i, kind) for i in backward for kind in METHODS[buckets[i].method]]
-    ahead = [op for op in ops if op.kind != SHARED_PARAMETERS]
-    behind = [op for op in reversed(ops) if op.kind == SHARED_PARAMETERS]
+    ahead = [op for op in ops if op.kind != GATHER_PARAMETERS]
+    behind = [op for op in reversed(ops) if op.kind == GATHER_PARAMETERS]
     return (*ahead, *behind)

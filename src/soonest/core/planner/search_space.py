@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 from soonest.core.cost import Network
-from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan, shards
+from soonest.core.plan import GATHER_PARAMETERS, METHODS, Bucket, Flat, Op, Plan, shards
 from soonest.core.planner.bucketing import cut_points, layers_between
 from soonest.core.planner.pieces import Piece, Send
 from soonest.core.planner.unrolled import UnrolledTimer
@@ -24,7 +24,7 @@ class Space:
     Args:
         trace: the model.
         flats: its flat buffers.
-        network: what combining costs.
+        network: what each op costs.
         ranks: how many.
         methods: that pieces may have; either all of them shard or none.
         slice_bytes: see ``cut_points``.
@@ -111,11 +111,11 @@ class Space:
         piece = Piece(flat, first, last, method, ready_s, part_s, layers, need)
         kinds = METHODS[method]
         for stage, kind in enumerate(kinds):
-            cost, shares = self.network.op(kind), kind == SHARED_PARAMETERS
+            cost, gathers = self.network.op(kind), kind == GATHER_PARAMETERS
             late_s = tail_s if stage == len(kinds) - 1 else -math.inf
             transfer_s = cost.transfer_s(size)
             piece.sends.append(
-                Send(ready_s, cost.latency_at(size), transfer_s, late_s, stage, shares, piece)
+                Send(ready_s, cost.latency_at(size), transfer_s, late_s, stage, gathers, piece)
             )
         return piece
 

@@ -73,16 +73,16 @@ class UnrolledTimer:
         chained = self._chained
         ends = [0.0] * window
         ended: dict[Piece, float] = {}
-        shared_from: dict[Piece, float] | None = None
+        gather_from: dict[Piece, float] | None = None
         end = issued = 0.0
         late = self.compute_s
         # The list grows meanwhile: its end of an op is read again ``window`` ops later.
         for slot_free, send in zip(ends, order):  # noqa: B905
-            ready, latency, transfer, tail, stage, shares, piece = send
+            ready, latency, transfer, tail, stage, gathers, piece = send
             if stage:
-                if shares and shared_from is None:
-                    shared_from = self._shared_from(ended)
-                ready = (shared_from if shares and shared_from else ended)[piece]
+                if gathers and gather_from is None:
+                    gather_from = self._gather_from(ended)
+                ready = (gather_from if gathers and gather_from else ended)[piece]
             if ready > issued:
                 issued = ready
             if slot_free > issued:
@@ -101,24 +101,24 @@ class UnrolledTimer:
     def _updated_s(self, order: Sequence[Send], ends: Sequence[float]) -> float:
         """The same from the ends of all ops, layer by layer."""
         self.work += 2 * len(self._forward_s)
-        landed: dict[int, float] = {}
+        available: dict[int, float] = {}
         for send, end in zip(order, ends, strict=True):
             if send.tail_s >= 0:
-                landed.update(dict.fromkeys(send.piece.layers, end))
+                available.update(dict.fromkeys(send.piece.layers, end))
         now = self.backward_s
-        updates = one_by_one(sorted(landed), landed, self._update_s, now)
+        updates = one_by_one(sorted(available), available, self._update_s, now)
         for update, forward in zip(updates, self._forward_s, strict=True):
             now = (update[1] if update and update[1] > now else now) + forward
         return now
 
-    def _shared_from(self, combined: Mapping[Piece, float]) -> dict[Piece, float]:
-        """When the parts of all pieces are updated, from when their gradients are combined."""
+    def _gather_from(self, reduced: Mapping[Piece, float]) -> dict[Piece, float]:
+        """When the parts of all pieces are updated, from when their gradients are reduced."""
         if not self._update_per_byte:
-            return {piece: max(at, self.backward_s) for piece, at in combined.items()}
-        self.work += len(combined)
-        pieces = sorted(combined, key=lambda piece: piece.need)
+            return {piece: max(at, self.backward_s) for piece, at in reduced.items()}
+        self.work += len(reduced)
+        pieces = sorted(reduced, key=lambda piece: piece.need)
         durations = [piece.part_s for piece in pieces]
-        ready = [combined[piece] for piece in pieces]
+        ready = [reduced[piece] for piece in pieces]
         parts = one_by_one(range(len(pieces)), ready, durations, self.backward_s)
         return {piece: part[1] for piece, part in zip(pieces, parts, strict=True) if part}
 
@@ -131,11 +131,11 @@ class UnrolledTimer:
         """
         self.work += len(order)
         lane = Lane(window)
-        reducing = [send for send in order if not send.shares]
+        reducing = [send for send in order if not send.gathers]
         at = {send.piece: send.ready_s for send in reducing}
         lane.send(map(_op, reducing), at)
         if len(reducing) < len(order):
-            at = self._shared_from(at)
+            at = self._gather_from(at)
             lane.send(map(_op, order[len(reducing) :]), at)
         late, position = -math.inf, 0
         idle: list[int] = []

@@ -57,12 +57,12 @@ def run(
     Args:
         work: what to run.
         order: indices of all jobs, in the order of issue; those of a bucket in theirs, and those
-            that share parameters behind all others.
+            that gather parameters behind all others.
         window: how many ops may be in flight.
         alone: per op of the order, whether no other is issued behind it before it is done; those
             of the buckets in ``work.alone`` if None.
-        blocking: nothing is updated before all gradients are combined, and no forward computation
-            starts before all parameters have landed.
+        blocking: nothing is updated before all gradients are reduced, and no forward computation
+            starts before all parameters are there.
     """
     jobs = [work.jobs[index] for index in order]
     if alone is None:
@@ -73,7 +73,7 @@ def run(
     ]
     lane = Lane(window)
     at = list(work.ready_s)
-    lane.send(ops[: work.combining], at)
+    lane.send(ops[: work.reducing], at)
     stepped, norm = work.backward_s, None  # ``optimizer.step()`` is called after it.
     if blocking or work.norm_s is not None:
         stepped = max([stepped, *at])
@@ -85,14 +85,14 @@ def run(
     if work.sharded:
         parts = one_by_one(work.by_need, at, work.part_s, stepped)
         at = [part[1] if part else 0.0 for part in parts]
-        lane.send(ops[work.combining :], at)
-        landed = work.by_layer(at)
+        lane.send(ops[work.reducing :], at)
+        available = work.by_layer(at)
     else:
         updates = one_by_one(work.by_need, work.by_layer(at), work.update_s, stepped)
-        landed = [update[1] if update else 0.0 for update in updates]
+        available = [update[1] if update else 0.0 for update in updates]
     forwards: list[Interval] = []
-    now = max([work.backward_s, *landed]) if blocking else work.backward_s
-    for duration, there in zip(work.forward_s, landed, strict=True):
+    now = max([work.backward_s, *available]) if blocking else work.backward_s
+    for duration, there in zip(work.forward_s, available, strict=True):
         start = max(now, there)
         now = start + duration
         forwards.append((start, now))
@@ -117,17 +117,17 @@ def simulate(
 
     A bucket is ready when the gradients of all its layers are. Ops are issued strictly in the
     order of the plan, at most ``plan.window`` in flight. After the backward pass a layer is updated
-    when all its buckets are combined, and its forward computation waits for that. Where the plan
-    shards, a rank updates its part of a bucket instead, then shares it, and the forward computation
-    of a layer waits for all its buckets. Updates run one at a time, what is needed first in front.
-    If the plan blocks, everything waits for everything.
+    when all its buckets are reduced, and its forward computation waits for that. Where the plan
+    shards, a rank updates its part of a bucket instead, then all parts are gathered, and the
+    forward computation of a layer waits for all its buckets. Updates run one at a time, what is
+    needed first in front. If the plan blocks, everything waits for everything.
 
     Args:
         trace: the model.
         plan: what is sent, how, and in which order.
-        network: what combining costs.
+        network: what each op costs.
         clip: gradients are clipped by the norm of all of them, so no update starts before all are
-            combined and, where the plan shards, the norms of the ranks' parts are summed.
+            reduced and, where the plan shards, the norms of the ranks' parts are summed.
         title: of the timeline.
 
     Raises:

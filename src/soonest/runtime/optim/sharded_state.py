@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.core.plan import GATHER_PARAMETERS, Plan
 from soonest.errors import SoonestError
 from soonest.runtime import comm
 from soonest.runtime.comm import EXACT, Piece, Ranks, Wire
@@ -327,7 +327,7 @@ class ShardedState:
                 values[at : at + known.numel()] = known
         piece = Piece(values, values, itemsize=itemsize)
         with self.together("gathering the optimizer's state"):
-            comm.run(SHARED_PARAMETERS, self.ranks, piece)
+            comm.run(GATHER_PARAMETERS, self.ranks, piece)
         return values
 
 
