@@ -233,5 +233,5 @@ def test_on_emulated_hosts(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert picture.read_bytes().startswith(b"\x89PNG")
     said = capfd.readouterr()
     assert "100%  4 MiB by every method" in said.out, "progress in plain lines"
-    assert "Combining a tensor over 2 hosts, links of 1 Gbit/s" in said.out
+    assert "Reducing a tensor over 2 hosts, links of 1 Gbit/s" in said.out
     assert not said.err
