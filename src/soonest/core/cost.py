@@ -15,6 +15,7 @@ from soonest.core.plan import METHODS
 MAX_BYTES_PER_S = 1e30
 """As good as infinite, but finite, so that JSON can carry it."""
 _FAR_BYTES = 1e12
+"""A size beyond any bucket, as the second point of a straight line."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Cost:
         return min((t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in points)
 
     def slowed(self, factor: float) -> Cost:
-        """With transfers that take so many times as long."""
+        """The same cost with transfers that take so many times as long; latencies do not change."""
         hidden_s = self.hidden_s or (self.latency_s,) * len(self.seconds)
         seconds = tuple(
             late + factor * (second - late)
@@ -164,7 +165,7 @@ class Network:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Those whose costs are known."""
+        """The methods that can be planned with: all of their ops have known costs."""
         return tuple(m for m, kinds in METHODS.items() if all(k in self.costs for k in kinds))
 
     def cost_s(self, method: str, size_bytes: float) -> float:
@@ -200,7 +201,7 @@ class Network:
         return min(self.op(METHODS[method][0]).latency_s for method in self.methods)
 
     def slowed(self, factor: float) -> Network:
-        """One with transfers that take so many times as long."""
+        """The same network with transfers that take so many times as long."""
         return Network({kind: cost.slowed(factor) for kind, cost in self.costs.items()})
 
     @classmethod

@@ -149,6 +149,7 @@ class Plan:
             raise ValueError(f"window is {self.window}, but at least one op must be in flight")
 
     def bucket_bytes(self, index: int) -> int:
+        """Size of a bucket's gradients in their own dtype."""
         bucket = self.buckets[index]
         return (bucket.stop - bucket.start) * self.flats[bucket.flat].itemsize
 
@@ -200,6 +201,7 @@ class Plan:
         return f"bucket {index} ({self.bucket_bytes(index) / 1e6:.2f} MB of {shown})"
 
     def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data, from which ``fingerprint`` is made and ``from_json`` reads."""
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 from soonest.core.forecast.predict import ARMS, SOONEST, TUNED, Row, Scenario, row_of, slowed
 
 _WORTH = 0.01
-"""Less than this is no gain: predictions are not better than that."""
+"""Gains below this fraction are not told: predictions are not more exact than that."""
 _RIVALS = tuple(arm for arm in ARMS if arm not in ("sequential", SOONEST))
 
 

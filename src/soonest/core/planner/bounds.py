@@ -1,4 +1,7 @@
-"""What no schedule can beat."""
+"""A lower bound of the step time, which no schedule can beat.
+
+What it means for plans is in [Note: why the first layer goes first] in ``planner.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from soonest.core.plan import GATHER_PARAMETERS, METHODS, shards
 from soonest.core.trace import Trace
 
 _WEIGHTS = (1.0, 0.75, 0.5, 0.25, 0.0)
-"""How much transfers count beside places in flight: every mixture of both is a bound."""
+"""Weights of the transfers in ``_Mixture``: each gives a valid bound, and the largest counts."""
 
 
 def lower_bound_s(
@@ -79,7 +82,7 @@ def lower_bound_s(
 def _unsharded_s(
     trace: Trace, network: Network, methods: Sequence[str], window: int | None
 ) -> float:
-    """Where every rank updates everything."""
+    """The bound for plans that do not shard: every rank updates every layer."""
     kinds = [METHODS[method] for method in methods]
     latency_s = min(network.op(first).latency_s for first, *_ in kinds)
     weights = _WEIGHTS if window else (1.0,)
@@ -103,7 +106,7 @@ def _unsharded_s(
 
 
 def _sharded_s(trace: Trace, network: Network, methods: Sequence[str], window: int | None) -> float:
-    """Where parameters are gathered after they were updated in parts."""
+    """The bound for plans that shard: ranks update parts, and then gather the parameters."""
     del window  # The transfers of both ops are so many that latencies matter little.
     reducing = [METHODS[method][:-1] for method in methods]
     total, gathering = trace.total_bytes, [(GATHER_PARAMETERS,)]

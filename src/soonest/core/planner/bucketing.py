@@ -1,4 +1,6 @@
-"""Where flat buffers are cut, by sizes, layers, ranks and the network alone.
+"""Divides flat buffers into buckets, by sizes, layers, ranks and the network alone.
+
+Why the first ones are small: [Note: why the first layer goes first] in ``planner.py``.
 
 This never depends on times measured while training: with more than two ranks buckets and
 methods decide how sums are rounded, and results must be equal from run to run (a calibration is
@@ -140,6 +142,7 @@ def _next_cut(flat: Flat, at: int, size: float, layer_ends: list[int], slot_ends
 
 
 def layers_between(flat: Flat, start: int, stop: int) -> tuple[str, ...]:
+    """Names of the layers that own parameters, whole or in part, between two elements."""
     first = bisect_right(flat.slots, start, key=lambda slot: slot.start) - 1
     last = bisect_left(flat.slots, stop, key=lambda slot: slot.start)
     return tuple(dict.fromkeys(slot.layer for slot in flat.slots[max(first, 0) : last]))

@@ -1,4 +1,4 @@
-"""Simple plans, from which a search begins."""
+"""The simple plans from which a search begins: several bucketings, each in dispatched order."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ def _filled(space: Space, flat: int) -> list[int]:
 
 
 def _layer_borders(space: Space, flat: int) -> list[int]:
+    """Indices of the cut points at which one layer ends and the next begins."""
     slots = space.flats[flat].slots
     starts = {b.start for a, b in pairwise(slots) if a.layer != b.layer}
     points = space.points[flat]

@@ -16,20 +16,23 @@ from soonest.core.planner.pieces import Piece, Send
 from soonest.core.planner.search_space import Space
 
 _GAIN = 1e-5
-"""A change must shorten the step by this share to be made."""
+"""A change must shorten the step by this fraction to be made, lest rounding decides."""
 _NEAR = 1e-4
-"""As near to the bound, nothing more is sought."""
+"""An order within this fraction of the lower bound ends the search."""
 _DESCENTS = 3
-"""From so many of the simple plans, each with so much of the work at most."""
+"""How many of the simple plans, the best ones, are improved before random changes begin."""
 _DESCENT_WORK = 0.2
+"""Fraction of all work that each of these may take, so that enough is left for what follows."""
 _FEW = 12
-"""Up to so many ops all moves of single ops are tried, beyond only those that look useful."""
+"""With at most this many ops every move of a single op is tried; with more, only useful ones."""
 _KICKS = (1, 2, 3, 4)
+"""How many random changes lead away from the best plan before the next descent: one of these."""
 _ENOUGH = 150
-"""After so many random changes in vain the search ends."""
+"""The search ends after so many descents in a row that found nothing better."""
 
 _OP = 2e-5
-"""What an op costs besides, as a share of the step: the simulator does not know of everything."""
+"""What each op is taken to cost besides, as a fraction of the step. The simulator does not know of
+host overheads, so of two equally fast plans the one with fewer ops is the better."""
 
 Order = list[Send]
 
@@ -50,6 +53,8 @@ def search(
 
 
 class _Search:
+    """One search: its limits and the changes that it tries. See ``search``."""
+
     def __init__(self, space: Space, window: int, goal_s: float, max_work: int) -> None:
         self._space = space
         self._timer = space.timer
@@ -137,7 +142,7 @@ class _Search:
                 yield _swapped(order, {piece: [other]})
 
     def _of_two(self, order: Order, left: Piece, right: Piece) -> Iterator[Order]:
-        """Two neighbours as one, or with the border between them elsewhere."""
+        """Joins two neighbouring pieces, or moves the border between them."""
         flat, first, border, last = left.flat, left.first, left.last, right.last
         for like in (left, right) if left.method != right.method else (left,):
             both = self._like(like, flat, first, last)
@@ -157,7 +162,7 @@ class _Search:
     def _in_two(
         self, order: Order, piece: Piece, at: int, critical: int, idle: Sequence[int]
     ) -> Iterator[Order]:
-        """One piece as two, side by side or one of them elsewhere."""
+        """Divides a piece in two, which are sent side by side or far from each other."""
         for middle in _middles(piece.first, piece.last):
             halves = [
                 self._like(piece, piece.flat, piece.first, middle),
@@ -179,7 +184,10 @@ class _Search:
                         yield _moved(split, old, new)
 
     def _like(self, piece: Piece, flat: int, first: int, last: int) -> Piece:
-        """A piece reduced as another one: as is cheapest or by the very method."""
+        """The piece between other borders, by a like method.
+
+        That is the cheapest for its size if the given piece has the cheapest, and else the same.
+        """
         cheapest = self._space.cheapest(flat, first, last)
         if piece is self._space.cheapest(piece.flat, piece.first, piece.last):
             return cheapest
@@ -187,7 +195,7 @@ class _Search:
         return next((same for same in every if same.method == piece.method), cheapest)
 
     def _kicked(self, order: Order, draw: random.Random) -> Order:
-        """A few random changes."""
+        """The order after a few random changes, from which a descent finds another valley."""
         for _ in range(draw.choice(_KICKS)):
             piece = draw.choice(order).piece
             pieces = self._space.pieces_of(order)
@@ -225,7 +233,7 @@ def _middles(first: int, last: int) -> list[int]:
 
 
 def _moved(order: Order, old: int, new: int) -> Order:
-    """With the op at one place at another one."""
+    """The order with one op taken out and put in at another place."""
     changed = order[:old] + order[old + 1 :]
     changed.insert(new, order[old])
     return changed
@@ -239,7 +247,7 @@ def _passable(order: Order, old: int, new: int) -> bool:
 
 
 def _swapped(order: Order, instead: Mapping[Piece, Sequence[Piece]]) -> Order:
-    """With others in the place of some pieces, op by op."""
+    """The order with the ops of some pieces replaced by those of others, stage by stage."""
     changed: Order = []
     for send in order:
         others = instead.get(send.piece)

@@ -16,7 +16,7 @@ from soonest.core.trace import Trace
 _GAIN = 1e-9
 """A change must shorten the step by this fraction to be made: more than what is rounded."""
 MAX_WORK = 200_000
-"""Ops and layers that the improvement of an order may simulate: a fraction of a second."""
+"""How many ops and layers the descent may simulate: a fraction of a second."""
 
 
 def order(

@@ -95,11 +95,12 @@ __all__ = [
 WINDOWS = (1, 2, 3, 4)
 """How many ops in flight are worth trying: more use the network at once with nothing to gain."""
 SLICES = 512
-"""Into so many equal slices a search may cut a whole model."""
+"""A search may cut a whole model into at most this many equal slices."""
 MAX_WORK = 600_000
-"""Ops and layers that a search may simulate: half a second."""
+"""How many ops and layers a search may simulate: about half a second of one core."""
 _AS_GOOD = 1e-4
-"""By this share a step may be longer with a smaller window, or an urgent op alone."""
+"""A step may be longer by this fraction with a smaller window or with the urgent op alone: both
+are safer, as ops in flight at once slow each other down in ways that no cost shows."""
 
 
 def make_plan(
@@ -191,7 +192,7 @@ def best_plan(
 
 
 def _searched(space: Space, windows: Sequence[int], max_work: int) -> Plan:
-    """The best plan of some pieces."""
+    """The best plan that a search finds in one space, with its window and its urgent ops chosen."""
     trace, network = space.trace, space.network
     widest = max(windows)
     bound_s = lower_bound_s(trace, network, methods=space.methods, window=widest)

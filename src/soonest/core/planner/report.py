@@ -12,7 +12,7 @@ from soonest.core.plan import Plan
 
 @dataclass(frozen=True)
 class Row:
-    """One bucket.
+    """What the report says of one bucket.
 
     Args:
         bucket: its index.

@@ -67,7 +67,7 @@ class Space:
         self._cheapest: dict[tuple[int, int, int], Piece] = {}
 
     def size_bytes(self, flat: int, first: int, last: int) -> int:
-        """Of a piece between two cut points."""
+        """Size of the piece between two cut points, whose indices are given."""
         points = self.points[flat]
         return (points[last] - points[first]) * self.flats[flat].itemsize
 

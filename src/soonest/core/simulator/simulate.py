@@ -41,6 +41,7 @@ class Run:
 
     @property
     def step_s(self) -> float:
+        """Length of the step: the end of the last forward computation, seconds."""
         return self.forwards[-1][1]
 
 
