@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
 
 ROOMS: dict[str, list[str]] = {
     "core": [
-        "forecast", "planner", "simulator", "trace", "timeline", "cost", "plan", "units",
+        "forecast", "planner", "simulator", "trace", "timeline", "cost", "fitting", "plan", "flat",
+        "units",
     ],
     "runtime": [
         "ddp", "api", "setup", "handle", "tuning", "engine", "validate", "execute", "optim",

@@ -1,4 +1,4 @@
-"""What methods of combining cost: what is measured, and what follows from it."""
+"""What methods of reducing cost: what is measured, and what follows from it."""
 
 import json
 from itertools import count, pairwise
@@ -11,7 +11,7 @@ import torch
 from helpers.ranks import run_ranks
 from soonest.bench import methods_rank, methods_show, session
 from soonest.bench.methods import SIZES, Costs, Measuring, kept, repetitions
-from soonest.bench.methods_rank import measure, share
+from soonest.bench.methods_rank import addend, measure
 from soonest.bench.show import Screen
 from soonest.cli import main
 from soonest.core.plan import shards
@@ -158,17 +158,17 @@ def test_all_ranks_have_the_times_of_the_slowest():
 
 def test_a_wrong_sum_is_found_on_whatever_rank():
     for found in run_ranks(measured, 3, "exchange"):
-        assert found["faults"] == ["4096 bytes combined by exchange (on rank 1)"] * 3
+        assert found["faults"] == ["4096 bytes reduced by exchange (on rank 1)"] * 3
 
 
-def test_shares_differ_and_sum_up_exactly():
-    shares = [share(rank, 1000) for rank in range(64)]
-    assert all(not torch.equal(one, other) for one, other in pairwise(shares))
-    assert torch.equal(sum(shares), torch.stack(shares).flip(0).sum(0))
+def test_addends_differ_and_sum_up_exactly():
+    addends = [addend(rank, 1000) for rank in range(64)]
+    assert all(not torch.equal(one, other) for one, other in pairwise(addends))
+    assert torch.equal(sum(addends), torch.stack(addends).flip(0).sum(0))
 
 
 def told(from_call: int) -> list[dict[str, Any]]:
-    """What a run tells if nothing is combined any more from some call on."""
+    """What a run tells if nothing is reduced any more from some call on."""
     ranks = groups.ranks_of(groups.private_group(None, None))
     right, calls, messages = comm.reduce, count(), list[dict[str, Any]]()
 
@@ -191,12 +191,12 @@ def test_after_a_wrong_sum_nothing_more_is_measured(from_call: int, sizes: list[
     assert [m["size_bytes"] for m in first if m["kind"] == "measured"] == sizes
     method = "gather" if sizes else "allreduce"
     size = 4096 if sizes else 1024
-    assert first[-1] == {"kind": "wrong", "fault": f"{size} bytes combined by {method} (on rank 0)"}
+    assert first[-1] == {"kind": "wrong", "fault": f"{size} bytes reduced by {method} (on rank 0)"}
 
 
 def test_wrong_sums_give_no_figures(monkeypatch: pytest.MonkeyPatch):
     def listen(lab: Any, command: Any, take: Any, say: Any) -> None:
-        take(0, {"kind": "wrong", "fault": "4096 bytes combined by split (on rank 1)"})
+        take(0, {"kind": "wrong", "fault": "4096 bytes reduced by split (on rank 1)"})
 
     class Nowhere:
         def __init__(self, *_: object) -> None: ...
@@ -205,7 +205,7 @@ def test_wrong_sums_give_no_figures(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(session, "_listen", listen)
     monkeypatch.setattr(session, "Lab", Nowhere)
-    with pytest.raises(SoonestError, match="the sums are wrong: 4096 bytes combined by split"):
+    with pytest.raises(SoonestError, match="the sums are wrong: 4096 bytes reduced by split"):
         session.methods(2, 1e9, say=print, watch=print)
 
 
@@ -233,5 +233,5 @@ def test_on_emulated_hosts(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert picture.read_bytes().startswith(b"\x89PNG")
     said = capfd.readouterr()
     assert "100%  4 MiB by every method" in said.out, "progress in plain lines"
-    assert "Combining a tensor over 2 hosts, links of 1 Gbit/s" in said.out
+    assert "Reducing a tensor over 2 hosts, links of 1 Gbit/s" in said.out
     assert not said.err

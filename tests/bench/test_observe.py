@@ -96,11 +96,11 @@ def test_every_layer_is_sent_once_when_it_is_ready(timeline: Timeline):
 
 def test_it_waits_then_updates_then_computes(timeline: Timeline):
     [update] = timeline.of("update")
-    landed = max(span.end_s for span in timeline.of("send"))
+    ended = max(span.end_s for span in timeline.of("send"))
     computed = max(span.end_s for span in timeline.of("backward"))
-    if landed > computed:
+    if ended > computed:
         [wait] = timeline.of("wait")
-        assert (wait.start_s, wait.end_s) == (computed, landed)
+        assert (wait.start_s, wait.end_s) == (computed, ended)
     assert computed <= update.start_s <= update.end_s <= timeline.of("forward")[0].start_s
     assert timeline.of("forward")[-1].end_s == pytest.approx(timeline.step_s)
 

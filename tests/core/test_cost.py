@@ -1,4 +1,4 @@
-"""What combining costs: ideal, fitted, written and read."""
+"""What reducing costs: ideal, fitted, written and read."""
 
 import json
 import math

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import strategies
-from soonest.core.plan import SHARED_PARAMETERS, Bucket, Flat, Op, Plan, first_difference
+from soonest.core.plan import GATHER_PARAMETERS, Bucket, Flat, Op, Plan, first_difference
 from soonest.core.planner.planner import first_plan
 
 FLAT = Flat.lay_out(
@@ -52,12 +52,12 @@ def test_a_bucket_with_only_the_count_of_a_slot_carries_the_slot():
 def test_ops_of_a_bucket_follow_each_other():
     first = replace(PLAN.buckets[0], method="shard_direct")
     second = replace(PLAN.buckets[1], method="shard")
-    kinds = "reduce_scatter", "ring_reduce_scatter", SHARED_PARAMETERS, SHARED_PARAMETERS
+    kinds = "reduce_scatter", "ring_reduce_scatter", GATHER_PARAMETERS, GATHER_PARAMETERS
     ops = tuple(Op(index % 2, kind) for index, kind in enumerate(kinds))
     plan = replace(PLAN, buckets=(first, second), ops=ops)
     assert plan.before == (-1, -1, 0, 1)
-    assert plan.reduces == {0, 1}, "parameters are shared after the gradients are combined"
-    assert (plan.sharded, plan.combining) == (True, 2)
+    assert plan.reduces == {0, 1}, "parameters are gathered after the gradients are reduced"
+    assert (plan.sharded, plan.reducing) == (True, 2)
     assert PLAN.before == (-1, -1)
     assert PLAN.reduces == {0, 1}
 
@@ -97,7 +97,7 @@ def test_describe_names_size_and_layers():
         (
             {
                 "buckets": (replace(PLAN.buckets[0], method="shard"), PLAN.buckets[1]),
-                "ops": (Op(0, "ring_reduce_scatter"), PLAN.ops[0], Op(0, SHARED_PARAMETERS)),
+                "ops": (Op(0, "ring_reduce_scatter"), PLAN.ops[0], Op(0, GATHER_PARAMETERS)),
             },
             "shards all buckets or none",
         ),

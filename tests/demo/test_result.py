@@ -101,7 +101,7 @@ def test_step_times_leave_out_the_turns_in_which_plans_take_turns():
     assert "from step 5 on" in "\n".join(summary(result_of(told)))
     never = messages(settled_at=100)
     assert result_of(never).step_ms("soonest") == pytest.approx(400), "or there would be nothing"
-    assert "still took turns" in "\n".join(summary(result_of(never)))
+    assert "still on trial" in "\n".join(summary(result_of(never)))
 
 
 def test_the_bound_comes_from_the_layers_and_the_link():

@@ -8,7 +8,7 @@ from itertools import combinations
 from ortools.sat.python import cp_model
 
 from soonest.core.cost import Cost, Network
-from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan
+from soonest.core.plan import GATHER_PARAMETERS, METHODS, Bucket, Flat, Op, Plan
 from soonest.core.planner.bucketing import cut_points
 from soonest.core.trace import Layer, Trace
 
@@ -101,7 +101,7 @@ def shortest_step(model: Model) -> tuple[float, Plan]:
                     op = _Op(len(groups), kind, *at)
                     cp.add(op.start >= op.issue + latency)
                     cp.add(op.end == op.start + transfer)
-                    if kind == SHARED_PARAMETERS:
+                    if kind == GATHER_PARAMETERS:
                         cp.add(op.issue >= backward)
                         cp.add(op.issue >= ops[-1].end)
                     elif ops:
@@ -170,8 +170,8 @@ def _in_order(
         for literal, x, y in ((before, a, b), (before.negated(), b, a)):
             cp.add(x.end <= y.start).only_enforce_if(literal, *both)
             cp.add(x.issue <= y.issue).only_enforce_if(literal, *both)
-        if (a.kind == SHARED_PARAMETERS) != (b.kind == SHARED_PARAMETERS):
-            cp.add_bool_or(before if b.kind == SHARED_PARAMETERS else before.negated())
+        if (a.kind == GATHER_PARAMETERS) != (b.kind == GATHER_PARAMETERS):
+            cp.add_bool_or(before if b.kind == GATHER_PARAMETERS else before.negated())
 
 
 def _updated(
@@ -248,9 +248,9 @@ def _horizon(model: Model) -> int:
 
 
 REGIMES = {
-    "near": "sharing takes about as long as computing",
-    "slow network": "sharing takes four times as long",
-    "fast network": "sharing takes a third of it",
+    "near": "synchronizing takes about as long as computing",
+    "slow network": "synchronizing takes four times as long",
+    "fast network": "synchronizing takes a third of it",
     "late": "latencies are longer than most transfers",
     "giant first": "a giant embedding, used first, is ready last",
     "tied": "weights used first and last: ready last, needed first, long before and behind",

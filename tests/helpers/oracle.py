@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import simpy
 
 from soonest.core.cost import Network
-from soonest.core.plan import METHODS, SHARED_PARAMETERS, Plan
+from soonest.core.plan import GATHER_PARAMETERS, METHODS, Plan
 from soonest.core.timeline import Timeline
 from soonest.core.trace import Trace
 
@@ -42,7 +42,7 @@ class Together:
         self.done = [env.event() for _ in plan.ops]
         self.normed = env.event()
         self.sent: list[Seen] = []
-        combining = [kinds for kinds in METHODS.values() if kinds[-1] != SHARED_PARAMETERS]
+        combining = [kinds for kinds in METHODS.values() if kinds[-1] != GATHER_PARAMETERS]
         known = [kinds for kinds in combining if all(kind in network.costs for kind in kinds)]
         self._norm_s = min(sum(network.op(kind).seconds[0] for kind in kinds) for kinds in known)
 
@@ -103,7 +103,7 @@ class Rank:
             self.seen.append([])
             self._gradients = {layer.name: self._env.event() for layer in self._trace.layers}
             self._closed = self._env.event()
-            sharded = any(op.kind == SHARED_PARAMETERS for op in self._plan.ops)
+            sharded = any(op.kind == GATHER_PARAMETERS for op in self._plan.ops)
             together = self._world.step(step)
             self._env.process(self._optimizer(together, sharded))
             self._env.process(self._lane(together))
@@ -129,7 +129,7 @@ class Rank:
         slots = simpy.Container(self._env, self._plan.window, init=self._plan.window)
         for index, op in enumerate(self._plan.ops):
             before = [i for i in self._ops_of[op.bucket] if i < index]
-            if op.kind == SHARED_PARAMETERS:
+            if op.kind == GATHER_PARAMETERS:
                 yield self._updated[str(op.bucket)]
             elif before:
                 yield together.done[before[-1]]
@@ -185,7 +185,7 @@ class Rank:
             self._updated[key].succeed()
 
     def _combines(self, op: int) -> bool:
-        return self._plan.ops[op].kind != SHARED_PARAMETERS
+        return self._plan.ops[op].kind != GATHER_PARAMETERS
 
     def _after_all_else_now(self) -> simpy.Event:
         """Happens at this moment, but behind everything else that does."""

@@ -7,7 +7,7 @@ from random import Random
 from hypothesis import strategies as st
 
 from soonest.core.cost import Cost, Network
-from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, Plan, shards
+from soonest.core.plan import GATHER_PARAMETERS, METHODS, Bucket, Flat, Op, Plan, shards
 from soonest.core.planner.planner import flats_of
 from soonest.core.trace import Layer, Trace
 
@@ -96,7 +96,7 @@ def any_cut(
     left = [(bucket, list(METHODS[entry.method])) for bucket, entry in enumerate(buckets)]
     ops: list[Op] = []
     while left:
-        combining = [entry for entry in left if entry[1][0] != SHARED_PARAMETERS]
+        combining = [entry for entry in left if entry[1][0] != GATHER_PARAMETERS]
         bucket, kinds = random.choice(combining or left)
         ops.append(Op(bucket, kinds.pop(0), random.random() < 0.2))
         left = [entry for entry in left if entry[1]]

@@ -6,7 +6,9 @@ import torch
 
 from soonest.core.trace import Layer, Trace
 from soonest.lab import Loopback
-from soonest.lab.replay import LR, Pace, Replay
+from soonest.lab.pace import Pace
+from soonest.lab.replay import Replay
+from soonest.lab.replay_layer import LR
 
 TRACE = Trace(
     "small",

@@ -8,7 +8,7 @@ from pathlib import Path
 TABLE = Path(__file__).parents[2] / "docs" / "pytorch-tests.md"
 EXCEPTIONS = {
     "test_ddp_native_mixed_precision_ignored_params": (
-        "asks for `mixed_precision`, which is refused with a sentence: gradients are combined in "
+        "asks for `mixed_precision`, which is refused with a sentence: gradients are reduced in "
         "the dtype that parameters have when wrapped (with torch's class, too, it does not train "
         "on CPUs)"
     ),

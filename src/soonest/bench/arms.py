@@ -33,9 +33,9 @@ class Arm:
     Args:
         replay: what is trained.
         forward: does a forward pass; returns the loss.
-        update: does the rest of a step with it: backward pass, sharing, update.
+        update: does the rest of a step with it: backward pass, communication, update.
         flush: waits until nothing is in flight.
-        ready: whether steps are from now on as they stay.
+        ready: whether steps stay alike from now on.
         settle: makes the parameters whole on this rank, so that they can be verified.
         timeline: of the last complete step, if the arm measures it.
         observe: makes the arm measure it; steps may take longer from then on.

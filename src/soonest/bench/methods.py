@@ -1,4 +1,4 @@
-"""What each method of combining a tensor costs by size, and where which is the cheapest."""
+"""What each method of reducing a tensor costs by size, and where which is the cheapest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DROPPED, DROPPED_FROM = 4.0, 256 << 10
 """A method that costs so many times as much as the cheapest, at so many bytes or more, is not
 measured with still more."""
 _LATENCY_S = 5e-3
-"""About what combining next to nothing takes."""
+"""About what reducing next to nothing takes."""
 
 
 def repetitions(size_bytes: int) -> int:
@@ -136,7 +136,7 @@ class Costs:
 
     @property
     def title(self) -> str:
-        return f"Combining a tensor over {self.hosts} hosts, links of {rate_text(self.link_bps)}"
+        return f"Reducing a tensor over {self.hosts} hosts, links of {rate_text(self.link_bps)}"
 
     @property
     def sizes(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""One rank that measures methods of combining: ``python -m soonest.bench.methods_rank``."""
+"""One rank that measures methods of reducing: ``python -m soonest.bench.methods_rank``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TIMEOUT = timedelta(seconds=300)
 
 @dataclass(frozen=True)
 class Found:
-    """What combining tensors of one size came to, the same on every rank.
+    """What reducing tensors of one size came to, the same on every rank.
 
     Args:
         times_s: by method, seconds of each repetition on the slowest rank.
@@ -48,7 +48,7 @@ def measure(
     times: int,
     on_repeated: Callable[[], None] = lambda: None,
 ) -> Found:
-    """Combines tensors by all methods in turn and looks at every sum; a collective call.
+    """Reduces tensors by all methods in turn and looks at every sum; a collective call.
 
     Args:
         ranks: over which.
@@ -58,8 +58,8 @@ def measure(
         on_repeated: called after each.
     """
     rank, n = ranks.group.rank(), ranks.group.size()
-    mine = share(rank, size_bytes // ITEM_BYTES)
-    whole = torch.stack([share(other, mine.numel()) for other in range(n)]).sum(0)
+    mine = addend(rank, size_bytes // ITEM_BYTES)
+    whole = torch.stack([addend(other, mine.numel()) for other in range(n)]).sum(0)
     tensor = torch.empty_like(mine)
     took: dict[str, list[float]] = {method: [] for method in methods}
     faults: list[str] = []
@@ -71,7 +71,7 @@ def measure(
             comm.reduce(method, ranks, tensor)
             took[method].append(time.perf_counter() - began_s)
             if not torch.equal(tensor, whole):
-                faults.append(f"{size_bytes} bytes combined by {method} (on rank {rank})")
+                faults.append(f"{size_bytes} bytes reduced by {method} (on rank {rank})")
         on_repeated()
     every = comm.gather_objects(ranks.group, (took, faults))
     slowest_s = {
@@ -81,7 +81,7 @@ def measure(
     return Found(slowest_s, [fault for _, faults in every for fault in faults])
 
 
-def share(rank: int, count: int) -> Tensor:
+def addend(rank: int, count: int) -> Tensor:
     """What a rank brings: small whole numbers, so that sums are exact in whatever order."""
     return ((torch.arange(count) * (rank + 3) + rank) % _PERIOD).float()
 

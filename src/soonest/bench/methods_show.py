@@ -1,4 +1,4 @@
-"""Shows what methods of combining cost: a table, what to see in it, and a picture."""
+"""Shows what methods of reducing cost: a table, what to see in it, and a picture."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class DdpObserver:
         hooks.append(optimizer.register_step_pre_hook(self._update_began))
         hooks.append(optimizer.register_step_post_hook(self._update_ended))
         self._hooks = hooks
-        ddp.register_comm_hook(None, self._combine)
+        ddp.register_comm_hook(None, self._reduce)
 
     def timeline(self) -> Timeline | None:
         """The last complete step; None before there is one."""
@@ -77,7 +77,7 @@ class DdpObserver:
         if self._step is not None:
             self._step.ready[self._layer_of[id(parameter)]] = _now_s()
 
-    def _combine(self, _, bucket):  # Without types: DDP refuses those given as strings.
+    def _reduce(self, _, bucket):  # Without types: DDP refuses those given as strings.
         """What DDP does without a hook, with the time taken when it begins and ends."""
         step, began = self._step, _now_s()
         index, size_mb = bucket.index(), bucket.buffer().nbytes / 1e6
@@ -136,9 +136,9 @@ class _Step:
         for index, size_mb, layers, began, ended in self.sent:
             named = ", ".join(sorted(dict.fromkeys(layers), key=lambda x: order.get(x, len(order))))
             add("network", "send", f"bucket {index} ({size_mb:.2f} MB of {named})", began, ended)
-        landed = max((ended for *_, ended in self.sent), default=reached)
-        if landed > reached:
-            add("compute", "wait", "all gradients", reached, landed)
+        reduced = max((ended for *_, ended in self.sent), default=reached)
+        if reduced > reached:
+            add("compute", "wait", "all gradients", reached, reduced)
         add("update", "update", "all", *self.update)
         starts = [*self.needed.values(), ended_s]
         for layer, start, end in zip(self.needed, starts, starts[1:], strict=False):

@@ -19,7 +19,7 @@ row is one comparison on emulated hosts: all arms are trained in turn by the sam
 module that replays a model's measured compute. Times are medians in the model's own milliseconds.
 The parameters of every arm have been verified on every rank.
 
-- *sharing*: how often as long as computing it takes to combine all gradients once, at the rate
+- *synchronizing*: how often as long as computing it takes to reduce all gradients once, at the rate
   that TCP leaves of the links.
 - *bound*: no schedule is faster, see `soonest.core.planner.bounds`.
 - *{BASELINE}*: the best of several bucket sizes. *best other*: the fastest arm besides soonest.
@@ -62,7 +62,7 @@ def panel(result: Result, title: str | None = None) -> bars.Panel:
 
 def _table(results: Mapping[Case, Result]) -> Iterator[str]:
     yield (
-        f"| model | sharing | bound, ms | soonest, ms | × bound | {BASELINE}, ms | "
+        f"| model | synchronizing | bound, ms | soonest, ms | × bound | {BASELINE}, ms | "
         "speed-up | best other | speed-up |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from soonest.lab.replay import LR, Replay
+from soonest.lab.replay import Replay
+from soonest.lab.replay_layer import LR
 
 
 def ddp(replay: Replay, caps_mb: Sequence[float]) -> DistributedDataParallel:

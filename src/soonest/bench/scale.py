@@ -45,7 +45,7 @@ def choose(
     slow_motion: float | None = None,
     shrink: float | None = None,
 ) -> tuple[float, float]:
-    """Slow motion and shrink that this machine can carry; one that is given stays.
+    """Slow motion and shrink that this machine can carry; one that is given is kept.
 
     Args:
         trace: to be replayed.

@@ -57,7 +57,7 @@ def check_arms(arms: Sequence[str]) -> None:
 
 
 def check_method(method: str, arms: Sequence[str]) -> None:
-    """Raises ValueError if ``soonest`` cannot combine by this method here, or is not compared."""
+    """Raises ValueError if ``soonest`` cannot reduce by this method here, or is not compared."""
     arms_of = {options.get("method"): arm for arm, options in VARIANTS.items()}
     why_not = absent(list(VARIANTS))
     can = [name for name, arm in arms_of.items() if name and arm not in why_not]
@@ -88,7 +88,7 @@ def probe(hosts: int, *, say: Say) -> Capacity:
 
 
 def methods(hosts: int, link_bps: float, *, say: Say, watch: Watch) -> Costs:
-    """Measures what each method of combining costs.
+    """Measures what each method of reducing costs.
 
     Args:
         hosts: how many, one rank each.

@@ -70,7 +70,7 @@ class Settings:
             one of the user's own, see ``soonest.bench.arms.Arm``.
         steps: counted, of each arm and round.
         rounds: how many turns each arm takes.
-        method: by which ``soonest`` combines every bucket; None leaves it the choice.
+        method: by which ``soonest`` reduces every bucket; None leaves it the choice.
         overhead_s: see ``lab.replay.Replay``; measured by the ranks.
     """
 
@@ -92,7 +92,7 @@ class Settings:
 
     @property
     def network(self) -> Network:
-        """What combining costs at the least, in the trace's own time."""
+        """What reducing all gradients costs at the least, in the trace's own time."""
         return payload_network(self.hosts, self.link_bps)
 
     @property
@@ -105,7 +105,7 @@ class Settings:
 
     @property
     def communication_s(self) -> float:
-        """To combine all gradients once, with nothing else going on."""
+        """To reduce all gradients once, with nothing else going on."""
         return self.network.cost_s("allreduce", self.trace.total_bytes)
 
     def sweep(self) -> dict[str, tuple[float, ...]]:
@@ -128,12 +128,12 @@ class Settings:
 
 
 def payload_network(hosts: int, link_bps: float) -> Network:
-    """What combining costs on such links: a ring, at the rate that TCP leaves for payload."""
+    """What each op costs on such links: a ring, at the rate that TCP leaves for payload."""
     return Network.ideal(hosts, link_bps * PAYLOAD_SHARE)
 
 
 def link_for(trace: Trace, hosts: int, load: float) -> float:
-    """Rate of links on which combining takes ``load`` times as long as computing, bits per second.
+    """Rate of links on which reducing takes ``load`` times as long as computing, bits per second.
 
     Raises:
         ValueError: nothing is computed or nothing is sent, so that there is no such rate.

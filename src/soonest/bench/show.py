@@ -70,7 +70,7 @@ def _table(result: Result) -> Table:
     table.add_column("step, ms", justify="right")
     table.add_column("× bound", justify="right")
     table.add_column(f"speed, {BASELINE} = 1", justify="right")
-    table.add_column("sharing hidden", justify="right")
+    table.add_column("communication hidden", justify="right")
     table.add_column("what it is", style="dim")
     best = min(
         (row for row in result.rows() if row.arm != "local"),
@@ -97,7 +97,7 @@ def _table(result: Result) -> Table:
 def _remarks(result: Result) -> Iterator[str]:
     record = result.record
     yield (
-        f"In the model's own time: computing {record['compute_ms']:.2f} ms, sharing "
+        f"In the model's own time: computing {record['compute_ms']:.2f} ms, synchronizing "
         f"{record['communication_ms']:.2f} ms. Here all took {record['slow_motion']:g} times as "
         f"long, tensors and buckets were 1/{record['shrink']:g} of their size, and links "
         f"{record['shaped_link_bps'] / 1e6:.3g} Mbit/s."

@@ -17,7 +17,7 @@ from soonest.writing import write_json
 TRACES = ("alexnet", "vgg16", "resnet50", "googlenet")
 HOSTS = (2, 4, 8)
 LOADS = (0.5, 1.0, 2.0)
-"""How many times as long as computing it takes to combine all gradients."""
+"""How many times as long as computing it takes to reduce all gradients."""
 _STEPS, _ROUNDS = 3, 2
 _CLOSE = 1.05
 """Nearer to the bound than this, a timeline shows nothing worth keeping."""
@@ -33,7 +33,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        return f"{self.trace}, {self.hosts} hosts, sharing = {self.load:g} × computing"
+        return f"{self.trace}, {self.hosts} hosts, synchronizing = {self.load:g} × computing"
 
     def file(self, folder: Path) -> Path:
         return folder / f"{self.trace}-{self.hosts}-hosts-{self.load:g}x.json"
@@ -57,7 +57,7 @@ def run(
         say, watch: see ``session.run``.
 
     Raises:
-        SoonestError: a comparison failed; records written before stay.
+        SoonestError: a comparison failed; records written before are kept.
     """
     capacities: dict[int, Capacity] = {}
     left = [case for case in chosen if not case.file(folder).exists()]

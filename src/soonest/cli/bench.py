@@ -42,7 +42,7 @@ def add_to(commands: Any) -> None:
         "--link",
         type=link,
         metavar="RATE",
-        help="of the cluster's links, e.g. 25gbit; or 2x: sharing takes twice as long as "
+        help="of the cluster's links, e.g. 25gbit; or 2x: synchronizing takes twice as long as "
         "computing (1x)",
     )
     bench.add_argument(
@@ -57,7 +57,7 @@ def add_to(commands: Any) -> None:
         help="what to compare (all); also soonest-METHOD, as in soonest-gather",
     )
     bench.add_argument(
-        "--method", metavar="METHOD", help="combine every bucket of the arm soonest so (cheapest)"
+        "--method", metavar="METHOD", help="reduce every bucket of the arm soonest so (cheapest)"
     )
     bench.add_argument(
         "--steps", type=at_least(1), metavar="K", help="counted, per arm and round (6)"
@@ -78,7 +78,7 @@ def add_to(commands: Any) -> None:
     what.add_argument(
         "--methods",
         action="store_true",
-        help="train nothing, measure what each method of combining a tensor costs by size, on "
+        help="train nothing, measure what each method of reducing a tensor costs by size, on "
         "links of the rate --link (1gbit)",
     )
     what.add_argument(
@@ -137,7 +137,7 @@ def _compare(args: argparse.Namespace, screen: Screen) -> Result:
     name = args.trace or "alexnet"
     trace, hosts = Trace.load(name), args.hosts or 4
     if not trace.total_bytes:
-        raise ValueError(f"trace {name!r} has no parameters: there is nothing to share")
+        raise ValueError(f"trace {name!r} has no parameters: there is nothing to synchronize")
     arms = args.arms.split(",") if args.arms else list(ARMS)
     session.check_arms(arms)
     if args.method is not None:

@@ -32,7 +32,7 @@ def add_to(commands: Any) -> None:
         "--link",
         type=rate,
         metavar="RATE",
-        help="of the emulated hosts; by default one on which combining the gradients takes about "
+        help="of the emulated hosts; by default one on which reducing the gradients takes about "
         "as long as computing them",
     )
     where.add_argument("--loopback", action="store_true", help="use no emulated hosts")

@@ -1,4 +1,4 @@
-"""``soonest bench --methods``: what each method of combining costs."""
+"""``soonest bench --methods``: what each method of reducing costs."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def add_to(commands: Any) -> None:
         type=at_least(1),
         default=1,
         metavar="G",
-        help="they share its link, and sharing among them costs nothing (%(default)s)",
+        help="they share its link, and reducing among them costs nothing (%(default)s)",
     )
     predict.add_argument(
         "--global-batch",

@@ -1,24 +1,21 @@
-"""What combining a tensor over the ranks costs, fitted from measurements or taken as ideal."""
+"""What reducing a tensor over the ranks costs, fitted from measurements or taken as ideal."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
-from statistics import median
 from typing import Any
 
+from soonest.core.fitting import TINY_S, fitted
 from soonest.core.plan import METHODS
 
 MAX_BYTES_PER_S = 1e30
 """As good as infinite, but finite, so that JSON can carry it."""
-_TINY_S = 1e-9
 _FAR_BYTES = 1e12
-_OUTLIER = 5.0
-"""Times the usual deviation: what is further off is no measurement of the network."""
+"""A size beyond any bucket, as the second point of a straight line."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Cost:
         if self.hidden_s:
             left_s = [t - h for t, h in zip(self.seconds, self.hidden_s, strict=True)]
             if self.hidden_s[0] != self.latency_s or any(
-                b < a - _TINY_S for part in (self.hidden_s, left_s) for a, b in pairwise(part)
+                b < a - TINY_S for part in (self.hidden_s, left_s) for a, b in pairwise(part)
             ):
                 raise ValueError(
                     f"hidden_s {self.hidden_s} must rise from latency_s, and seconds by more"
@@ -72,7 +69,7 @@ class Cost:
 
         Args:
             latency_s: of a bucket of no size, all of it hidden behind others' transfers.
-            bytes_per_s: bytes of the *bucket* combined per second; this is not the rate of a link.
+            bytes_per_s: bytes of the *bucket* reduced per second; this is not the rate of a link.
         """
         if not 0 <= latency_s < math.inf:
             raise ValueError(f"latency_s is {latency_s!r}, but must be zero or more")
@@ -91,9 +88,6 @@ class Cost:
     ) -> Cost:
         """Fits measured times: medians per size, outliers dropped, made never falling.
 
-        Falling times are replaced by their mean (M. Ayer et al., "An empirical distribution
-        function for sampling with incomplete information", Ann. Math. Statist. 26, 1955).
-
         Args:
             samples: ``(size_bytes, seconds)``, at least one, in any order, sizes repeated at will.
             spaced_s: by size, the time from op to op if there is always another in flight; what is
@@ -101,33 +95,7 @@ class Cost:
                 the smallest size. Without it, all is latency that is left of a line through the two
                 smallest sizes at no size.
         """
-        by_size: defaultdict[float, list[float]] = defaultdict(list)
-        for size, seconds in samples:
-            by_size[float(size)].append(max(seconds, _TINY_S))
-        if not by_size:
-            raise ValueError("a cost cannot be fitted to no samples: measure at least one size")
-        sizes: tuple[float, ...] = tuple(sorted(by_size))
-        kept = [_without_outliers(by_size[size]) for size in sizes]
-        seconds = _never_falling([median(times) for times in kept])
-        spread = [_deviation(times) / median(times) for times in kept if len(times) > 1] or [0.0]
-        if not spaced_s:
-            latency_s = min(max(0.0, _at_nothing(sizes, seconds)), seconds[0])
-            return cls(sizes, tuple(seconds), latency_s, median(spread))
-        # What single ops get through at once, links with some room for more do not carry for long.
-        seconds = _never_falling(
-            [max(t, spaced_s.get(size, 0.0)) for size, t in zip(sizes, seconds, strict=True)]
-        )
-        found_s = [
-            t - spaced_s[size] for size, t in zip(sizes, seconds, strict=True) if size in spaced_s
-        ]
-        hidden_s: list[float] = []
-        rising = iter(_never_falling(found_s))
-        for size, second in zip(sizes, seconds, strict=True):
-            before_s = hidden_s[-1] if hidden_s else 0.0
-            most_s = before_s + second - (seconds[len(hidden_s) - 1] if hidden_s else 0.0)
-            here_s = next(rising) if size in spaced_s else before_s
-            hidden_s.append(min(max(before_s, here_s), most_s))
-        return cls(sizes, tuple(seconds), hidden_s[0], median(spread), tuple(hidden_s))
+        return cls(*fitted(samples, spaced_s))
 
     def alone_s(self, size_bytes: float) -> float:
         """Seconds that an op takes on an idle network."""
@@ -159,7 +127,7 @@ class Cost:
         return min((t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in points)
 
     def slowed(self, factor: float) -> Cost:
-        """With transfers that take so many times as long."""
+        """The same cost with transfers that take so many times as long; latencies do not change."""
         hidden_s = self.hidden_s or (self.latency_s,) * len(self.seconds)
         seconds = tuple(
             late + factor * (second - late)
@@ -170,7 +138,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Network:
-    """What combining costs on the group at hand.
+    """What each kind of op costs on the group at hand.
 
     Args:
         costs: by kind of op, see ``plan.METHODS``; those of ``all_reduce`` at least.
@@ -197,7 +165,7 @@ class Network:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Those whose costs are known."""
+        """The methods that can be planned with: all of their ops have known costs."""
         return tuple(m for m, kinds in METHODS.items() if all(k in self.costs for k in kinds))
 
     def cost_s(self, method: str, size_bytes: float) -> float:
@@ -233,7 +201,7 @@ class Network:
         return min(self.op(METHODS[method][0]).latency_s for method in self.methods)
 
     def slowed(self, factor: float) -> Network:
-        """One with transfers that take so many times as long."""
+        """The same network with transfers that take so many times as long."""
         return Network({kind: cost.slowed(factor) for kind, cost in self.costs.items()})
 
     @classmethod
@@ -299,35 +267,3 @@ class Network:
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is no network: {error}") from None
-
-
-def _at_nothing(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """Where the line through the two smallest sizes meets no size at all."""
-    if len(sizes) == 1:
-        return seconds[0]
-    (s0, s1), (t0, t1) = sizes[:2], seconds[:2]
-    return t0 - s0 * (t1 - t0) / (s1 - s0)
-
-
-def _without_outliers(values: Sequence[float]) -> list[float]:
-    middle, deviation = median(values), _deviation(values)
-    near = [v for v in values if abs(v - middle) <= _OUTLIER * max(deviation, _TINY_S)]
-    return near or list(values)
-
-
-def _deviation(values: Sequence[float]) -> float:
-    """Median deviation from the median."""
-    middle = median(values)
-    return median(abs(value - middle) for value in values)
-
-
-def _never_falling(values: Sequence[float]) -> list[float]:
-    blocks: list[tuple[float, int]] = []
-    for value in values:
-        mean, count = value, 1
-        while blocks and blocks[-1][0] > mean:
-            before, many = blocks.pop()
-            mean = (mean * count + before * many) / (count + many)
-            count += many
-        blocks.append((mean, count))
-    return [mean for mean, count in blocks for _ in range(count)]

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from soonest.core.flat import ALIGN_BYTES, Flat, Slot, borders
+
+__all__ = [
+    "ALIGN_BYTES",
+    "Bucket",
+    "FORMAT",
+    "Flat",
+    "METHODS",
+    "Op",
+    "Plan",
+    "GATHER_PARAMETERS",
+    "Slot",
+    "borders",
+    "first_difference",
+    "shards",
+]
+
 FORMAT = 1
-ALIGN_BYTES = 64
-"""Parameters start at multiples of this, as in torch's own allocator: kernels round alike."""
+"""Of the JSON that ``Plan.to_json`` writes."""
 
 METHODS: dict[str, tuple[str, ...]] = {
     "allreduce": ("all_reduce",),
@@ -24,93 +39,13 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """Every method with the ops that carry it out, in the order in which they follow each other."""
 
-SHARED_PARAMETERS = "all_gather_parameters"
+GATHER_PARAMETERS = "all_gather_parameters"
 """The op that follows an update instead of preceding it; methods that end with it shard."""
 
 
 def shards(method: str) -> bool:
     """Whether under this method each rank updates only its part of the parameters."""
-    return METHODS[method][-1] == SHARED_PARAMETERS
-
-
-def borders(numel: int, ranks: int, itemsize: int) -> list[int]:
-    """Where the ranks' parts of a slice begin and end: equal, aligned, the last ones shorter.
-
-    Args:
-        numel: elements of the slice.
-        ranks: how many parts.
-        itemsize: bytes of one element.
-
-    Returns:
-        ``ranks + 1`` elements, from 0 to ``numel``.
-    """
-    align = max(1, ALIGN_BYTES // itemsize)
-    part = -(-numel // (ranks * align)) * align
-    return [min(rank * part, numel) for rank in range(ranks + 1)]
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where one parameter lives in a flat buffer.
-
-    The element behind its last one, at ``start + numel``, belongs to it too. In the gradient buffer
-    it counts the ranks that used the parameter, so that this knowledge travels with the gradient.
-
-    Args:
-        name: of the parameter, as in ``model.named_parameters()``.
-        layer: of the module that owns it.
-        start: first element, a multiple of the alignment.
-        numel: elements of the parameter.
-    """
-
-    name: str
-    layer: str
-    start: int
-    numel: int
-
-    @property
-    def count_at(self) -> int:
-        """Element that counts the ranks that used the parameter."""
-        return self.start + self.numel
-
-
-@dataclass(frozen=True)
-class Flat:
-    """A flat buffer: the slots of all parameters of one dtype, in order of first use.
-
-    Args:
-        dtype: as torch names it, for example ``float32``.
-        itemsize: bytes of one element.
-        numel: elements of the buffer, gaps included.
-        slots: by ``start``.
-    """
-
-    dtype: str
-    itemsize: int
-    numel: int
-    slots: tuple[Slot, ...]
-
-    @property
-    def align(self) -> int:
-        """Alignment in elements."""
-        return max(1, ALIGN_BYTES // self.itemsize)
-
-    @classmethod
-    def lay_out(cls, dtype: str, itemsize: int, parameters: Iterable[tuple[str, str, int]]) -> Flat:
-        """Places parameters one behind the other.
-
-        Args:
-            dtype: as torch names it.
-            itemsize: bytes of one element.
-            parameters: ``(name, layer, numel)`` in order of first use.
-        """
-        align = max(1, ALIGN_BYTES // itemsize)
-        slots: list[Slot] = []
-        start = 0
-        for name, layer, numel in parameters:
-            slots.append(Slot(name, layer, start, numel))
-            start += -(-(numel + 1) // align) * align
-        return cls(dtype, itemsize, start, tuple(slots))
+    return METHODS[method][-1] == GATHER_PARAMETERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,15 +140,16 @@ class Plan:
                     f"method takes {', '.join(METHODS[bucket.method])}, in this order"
                 )
         sharded = {shards(bucket.method) for bucket in self.buckets}
-        shared = [op.kind == SHARED_PARAMETERS for op in self.ops]
-        if len(sharded) > 1 or shared != sorted(shared):
+        gathers = [op.kind == GATHER_PARAMETERS for op in self.ops]
+        if len(sharded) > 1 or gathers != sorted(gathers):
             raise ValueError(
-                "a plan shards all buckets or none, and shares parameters behind all gradients"
+                "a plan shards all buckets or none, and gathers parameters behind all gradients"
             )
         if self.window < 1:
             raise ValueError(f"window is {self.window}, but at least one op must be in flight")
 
     def bucket_bytes(self, index: int) -> int:
+        """Size of a bucket's gradients in their own dtype."""
         bucket = self.buckets[index]
         return (bucket.stop - bucket.start) * self.flats[bucket.flat].itemsize
 
@@ -233,14 +169,14 @@ class Plan:
         return any(shards(bucket.method) for bucket in self.buckets)
 
     @cached_property
-    def combining(self) -> int:
-        """How many ops combine gradients; those behind them share parameters."""
-        return sum(op.kind != SHARED_PARAMETERS for op in self.ops)
+    def reducing(self) -> int:
+        """How many ops reduce gradients; those behind them gather parameters."""
+        return sum(op.kind != GATHER_PARAMETERS for op in self.ops)
 
     @cached_property
     def reduces(self) -> frozenset[int]:
-        """The ops with which the gradients of a bucket are combined."""
-        last = {op.bucket: i for i, op in enumerate(self.ops) if op.kind != SHARED_PARAMETERS}
+        """The ops with which the gradients of a bucket are reduced."""
+        last = {op.bucket: i for i, op in enumerate(self.ops) if op.kind != GATHER_PARAMETERS}
         return frozenset(last.values())
 
     @cached_property
@@ -265,6 +201,7 @@ class Plan:
         return f"bucket {index} ({self.bucket_bytes(index) / 1e6:.2f} MB of {shown})"
 
     def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data, from which ``fingerprint`` is made and ``from_json`` reads."""
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod

@@ -62,14 +62,17 @@ class Trace:
 
     @property
     def total_bytes(self) -> int:
+        """Size of all parameters."""
         return sum(layer.bytes for layer in self.layers)
 
     @property
     def forward_s(self) -> float:
+        """How long the forward pass of all layers computes."""
         return sum(layer.fwd_us for layer in self.layers) * 1e-6
 
     @property
     def backward_s(self) -> float:
+        """How long the backward pass of all layers computes."""
         return sum(layer.bwd_us for layer in self.layers) * 1e-6
 
     def ready_s(self) -> list[float]:

@@ -21,7 +21,7 @@ class Arm(Protocol):
 
     Attributes:
         model: what to call in the training loop.
-        settled: whether steps are from now on as they stay.
+        settled: whether steps stay alike from now on.
     """
 
     model: nn.Module

@@ -23,7 +23,7 @@ class ArmResult:
     Args:
         losses: per rank and step, nats per byte, as ``float.hex`` writes them: exact.
         seconds: per timed step, by its number.
-        settled_at: the first step of the first turn that began with a plan that stays; None if
+        settled_at: the first step of the first turn that began with the plan selected; None if
             there was none.
         checksums: of the final parameters, by rank.
         test_nats: loss on the held-out text, by rank, nats per byte.
@@ -118,7 +118,7 @@ class Result:
 
     @property
     def warm_turns(self) -> int:
-        """So many turns are not timed: the first, and those in which plans still take turns.
+        """So many turns are not timed: the first, and those in which plans are still on trial.
 
         If they did so until the end, there is nothing else to time.
         """

@@ -14,7 +14,7 @@ from soonest.lab.messages import listen
 
 _AT_FIRST_BPS = 1e9
 _SENDING = 1.2
-"""How long combining the gradients alone takes, in forward and backward passes. They take longer
+"""How long reducing the gradients alone takes, in forward and backward passes. They take longer
 themselves while something is sent, as the emulated network runs on the same cores."""
 _MOST_BPS = 2e9
 """An emulated link of a higher rate would be limited by the CPU."""
@@ -38,7 +38,7 @@ def run(
         settings: what to train.
         loopback: use no emulated hosts.
         asked_bps: rate of the emulated hosts' links, bits per second; by default one on which
-            combining all gradients takes about as long as computing them.
+            reducing all gradients takes about as long as computing them.
         say: gets sentences for the user.
         watch: gets the result so far and the name of an arm that has done one more step.
 
@@ -60,7 +60,7 @@ def run(
                 place.set_link(host, link_bps)
             say(
                 f"Two emulated hosts with links of {link_bps / 1e6:.0f} Mbit/s: "
-                f"to combine the gradients alone takes {8e3 * size / link_bps:.0f} ms."
+                f"to reduce the gradients alone takes {8e3 * size / link_bps:.0f} ms."
             )
             if (cores := len(os.sched_getaffinity(0))) <= RANKS:
                 say(

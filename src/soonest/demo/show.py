@@ -118,7 +118,7 @@ def summary(result: Result) -> Iterator[str]:
     yield (
         f"Time of a step, from step {untimed + 1} on, when soonest's plan had settled:"
         if settled
-        else "Time of a step; soonest's plans still took turns, which more --steps would end:"
+        else "Time of a step; soonest's plans were still on trial, which more --steps would end:"
     )
     for name, title in ARMS.items():
         milliseconds, speedup = result.step_ms(name), result.speedup(name)

@@ -11,6 +11,7 @@ from torch import Tensor
 from soonest.caffe.io.blobs import Array
 from soonest.caffe.layers.base import Layer
 from soonest.caffe.layers.python import ArrayBlob
+from soonest.caffe.net.step import Step
 
 
 class NetBlob(ArrayBlob):
@@ -107,3 +108,16 @@ class ParamBlob(ArrayBlob):
                 f"what a layer learns has the shape {list(self.shape)}, which its definition says: "
                 "change that, or write into .data"
             )
+
+
+class LayerView:
+    """A layer of a net.
+
+    Attributes:
+        type: as in prototxt.
+        blobs: what it learns.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.type: str = step.layer.spec.type
+        self.blobs = [ParamBlob(step.layer, name) for name in step.layer.blob_names]

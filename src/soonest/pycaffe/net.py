@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from soonest.caffe.io import prototxt, weights
 from soonest.caffe.io.blobs import Array
-from soonest.caffe.layers.inputs import Fed, MemoryData
+from soonest.caffe.layers.inputs import MemoryData
 from soonest.caffe.net import net
-from soonest.caffe.net.net import Step, listed
 from soonest.caffe.net.trained import copy_weights, share_weights
 from soonest.caffe.proto.message import Message
 from soonest.caffe.solver import snapshots
 from soonest.pycaffe.batches import batches
-from soonest.pycaffe.blobs import NetBlob, ParamBlob
+from soonest.pycaffe.blobs import LayerView, NetBlob
 from soonest.pycaffe.shapes import inferred
+from soonest.pycaffe.tape import Tape
 
 TRAIN, TEST = 0, 1
 _PHASES = ("TRAIN", "TEST")
-
-
-class LayerView:
-    """A layer of a net.
-
-    Attributes:
-        type: as in prototxt.
-        blobs: what it learns.
-    """
-
-    def __init__(self, step: Step) -> None:
-        self.type: str = step.layer.spec.type
-        self.blobs = [ParamBlob(step.layer, name) for name in step.layer.blob_names]
 
 
 class Net:
@@ -120,9 +106,12 @@ class Net:
                        for name in step.tops]  # fmt: skip
         self.outputs = list(made.output_names)
         self.blob_loss_weights = OrderedDict((name, made.loss_weight(name)) for name in self.blobs)
-        self.runs = False
-        """Whether it runs itself, and not as the net of a solver."""
-        self._tapes: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._tape = Tape(steps, self.blobs)
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is being run itself, and not as the net of a solver."""
+        return self._tape.runs
 
     @property
     def name(self) -> str:
@@ -168,7 +157,7 @@ class Net:
                 blob.data[...] = array
         first, last = self._between(start, end)
         for number in range(first, last + 1):
-            self._run(number)
+            self._tape.run(number)
         wanted = self.outputs if end is None else self.top_names[end]
         return {name: self.blobs[name].data for name in dict.fromkeys([*wanted, *(blobs or ())])}
 
@@ -180,27 +169,6 @@ class Net:
                 )
         first = 0 if start is None else self._steps[start]
         return first, len(self._layer_names) - 1 if end is None else self._steps[end]
-
-    def _run(self, number: int) -> None:
-        """One layer, with what it reads kept for the way back."""
-        step = self._net.steps[number]
-        if step.layer.spec.type == "Input":
-            return
-        # Of their own: layers in place write over what others have read.
-        read = [torch.from_numpy(self.blobs[name].data.copy()) for name in step.bottoms]
-        for bottom, stop in zip(read, step.stops, strict=True):
-            bottom.requires_grad_(not stop)
-        self.runs = True
-        try:
-            with torch.enable_grad():
-                tops = listed(step.layer()) if isinstance(step.layer, Fed) else step.run(read)
-        except ValueError as error:
-            raise ValueError(f"{step.place}: {error}") from None
-        finally:
-            self.runs = False
-        self._tapes[number] = read, tops
-        for name, top in zip(step.tops, tops, strict=True):
-            self.blobs[name].take(top)
 
     def reshape(self) -> None:
         """Gives blobs the shapes that follow from those of the inputs, before any pass."""
@@ -241,42 +209,9 @@ class Net:
                 self.blobs[name].diff[...] = array
         self._between(start, end)
         last = len(self._layer_names) - 1 if start is None else self._steps[start]
-        self._go_back(last, 0 if end is None else self._steps[end])
+        self._tape.go_back(last, 0 if end is None else self._steps[end])
         wanted = self.inputs if end is None else self.bottom_names[end]
         return {name: self.blobs[name].diff for name in dict.fromkeys([*wanted, *(diffs or ())])}
-
-    def _go_back(self, last: int, first: int) -> None:
-        sent: dict[str, Tensor] = {}
-        for number in range(last, first - 1, -1):
-            if number not in self._tapes:
-                continue
-            step = self._net.steps[number]
-            read, tops = self._tapes[number]
-            pairs: list[tuple[Tensor, Tensor]] = []
-            for name, top in zip(step.tops, tops, strict=True):
-                blob = self.blobs[name]
-                if name in sent:
-                    blob.take_diff(sent.pop(name))
-                if top.requires_grad:
-                    pairs.append((top, torch.from_numpy(blob.diff.copy()).reshape(top.shape)))
-            for name, gradient in self._gradients(step, read, pairs):
-                sent[name] = sent[name] + gradient if name in sent else gradient
-        for name, gradient in sent.items():
-            self.blobs[name].take_diff(gradient)
-
-    def _gradients(
-        self, step: Step, read: list[Tensor], pairs: list[tuple[Tensor, Tensor]]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """What a layer sends to its bottoms; what it learns gets its own."""
-        if not pairs:
-            return
-        for bottom in read:
-            bottom.grad = None
-        tops, diffs = zip(*pairs, strict=True)
-        torch.autograd.backward(tops, diffs, retain_graph=True)
-        for name, bottom in zip(step.bottoms, read, strict=True):
-            if bottom.grad is not None:
-                yield name, bottom.grad
 
     def clear_param_diffs(self) -> None:
         """Sets the diffs of everything that layers learn to zero."""

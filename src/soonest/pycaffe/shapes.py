@@ -8,7 +8,7 @@ import torch
 
 from soonest.caffe.layers.base import Shape
 from soonest.caffe.layers.python import ArrayBlob, Python
-from soonest.caffe.net.net import Step, listed
+from soonest.caffe.net.step import Step, listed
 
 
 def inferred(step: Step, shapes: Sequence[Shape]) -> list[Shape]:

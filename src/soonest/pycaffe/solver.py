@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from soonest.caffe.io import prototxt
-from soonest.caffe.net.net import listed
+from soonest.caffe.net.step import listed
 from soonest.caffe.proto.message import Message
 from soonest.caffe.solver.training import Trainer
 from soonest.pycaffe.net import Net

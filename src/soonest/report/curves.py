@@ -151,7 +151,7 @@ def _scales(axes: Axes, chart: Chart) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(colors=_FAINT, labelcolor=INK, labelsize=9, length=0)
     axes.set_xlabel("size of the tensor", size=9.5, color=INK, labelpad=6)
-    axes.set_ylabel("time to combine it", size=9.5, color=INK, labelpad=4)
+    axes.set_ylabel("time to reduce it", size=9.5, color=INK, labelpad=4)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_FAINT)

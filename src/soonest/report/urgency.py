@@ -47,7 +47,7 @@ class Urgency:
 def in_turn(spans: Iterable[Span]) -> list[Span]:
     """The spans, cut where they overlap: every moment belongs to the one that ends first.
 
-    Collectives in flight together share the links, so what tells them apart is when they land.
+    Collectives in flight together use the same links, so what tells them apart is when they end.
     """
     taken: list[Span] = []
     for span in sorted(spans, key=lambda s: (s.end_s, s.start_s)):

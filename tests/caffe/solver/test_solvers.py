@@ -264,7 +264,7 @@ def test_momentum_is_refused_where_there_is_none():
 )
 def test_settings_out_of_range_are_refused(more: str, why: str):
     with pytest.raises(ValueError, match=why):
-        make(parse(more, "SolverParameter"), [{"params": [torch.zeros(1)]}])
+        make(parse(more, "SolverParameter"), [(torch.zeros(1), 1.0)])
 
 
 def test_a_rate_beyond_float32_is_infinite():

@@ -144,7 +144,7 @@ def test_the_latency_limits():
 
 
 def test_where_soonest_gains_is_told():
-    balanced = Links(2 * 46 * MB * 8 / 36e-3)  # sharing takes about as long as computing
+    balanced = Links(2 * 46 * MB * 8 / 36e-3)  # synchronizing takes about as long as computing
     _, said = words(Scenario(MODEL, balanced), (1, 2, 64))
     assert "soonest gains most over the best of its peers on 2 GPUs: 1." in said
     assert "it gains nothing on 64 GPUs" in said

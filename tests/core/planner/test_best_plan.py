@@ -14,8 +14,9 @@ from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan, shards
 from soonest.core.planner.bounds import lower_bound_s
 from soonest.core.planner.initial_orders import dispatched, simple_orders
 from soonest.core.planner.local_search import search
+from soonest.core.planner.pieces import Send
 from soonest.core.planner.planner import MAX_WORK, best_plan, flats_of, make_plan
-from soonest.core.planner.search_space import Send, Space
+from soonest.core.planner.search_space import Space
 from soonest.core.simulator.simulate import step_time_s
 from soonest.core.trace import Layer, Trace
 
@@ -75,14 +76,14 @@ def test_an_order_takes_as_long_as_the_simulator_says(case: tuple[Space, list[Se
         for send in order
     ]
     step_s = step_time_s(space.trace, plan, space.network)
-    assert space.step_s(order, window) == pytest.approx(step_s, rel=TINY)
+    assert space.timer.step_s(order, window) == pytest.approx(step_s, rel=TINY)
 
 
 @given(orders(), st.floats(0.5, 1.5))
 def test_a_limit_changes_nothing_below_it(case: tuple[Space, list[Send], int], share: float):
     space, order, window = case
-    step_s = space.step_s(order, window)
-    limited_s = space.step_s(order, window, share * step_s)
+    step_s = space.timer.step_s(order, window)
+    limited_s = space.timer.step_s(order, window, share * step_s)
     assert limited_s == step_s if share > 1 else limited_s >= share * step_s * (1 - TINY)
 
 
@@ -271,7 +272,7 @@ def test_a_thousand_tensors_take_bounded_work(methods: tuple[str, ...]):
     assert longest <= 200
     assert timed <= MAX_WORK / 8
     search(space, starts, 4, bound_s=0.0, max_work=MAX_WORK)
-    assert space.work <= MAX_WORK + timed
+    assert space.timer.work <= MAX_WORK + timed
 
 
 def test_more_work_finds_no_worse_plan():

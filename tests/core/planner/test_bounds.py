@@ -67,12 +67,12 @@ def shortest_step_s(trace: Trace, latency_s: int = 0) -> float:
         for i in jobs:
             if left[i] and ready[i] <= now + 1e-9:
                 rest = (*left[:i], left[i] - 1, *left[i + 1 :])
-                landed = now + 1 + tail[i] if not rest[i] else 0.0
-                ends.append(max(landed, best(now + 1, rest)))
+                there = now + 1 + tail[i] if not rest[i] else 0.0
+                ends.append(max(there, best(now + 1, rest)))
         return min(ends)
 
-    landed = best(0, tuple(layer.bytes for layer in trace.layers))
-    return max(landed, trace.forward_s + trace.backward_s)
+    there = best(0, tuple(layer.bytes for layer in trace.layers))
+    return max(there, trace.forward_s + trace.backward_s)
 
 
 @given(

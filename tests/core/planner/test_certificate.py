@@ -100,7 +100,7 @@ def layer_first_s(model: Model) -> float:
     for cuts in product(*per_flat):
         pieces = [space.cheapest(i, a, b) for i, at in enumerate(cuts) for a, b in pairwise(at)]
         order = dispatched(space, pieces)
-        steps.append(space.step_s(order, max(model.windows)))
+        steps.append(space.timer.step_s(order, max(model.windows)))
     return min(steps)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers import strategies
 from soonest.core.cost import Cost, Network
 from soonest.core.plan import Flat, Plan
-from soonest.core.planner.ddp_buckets import CAP_BYTES, FIRST_BYTES, cut_like_ddp
+from soonest.core.planner.ddp_buckets import CAP_BYTES, FIRST_BYTES, make_ddp_buckets
 from soonest.core.planner.planner import backward_order
 
 NETWORK = Network(
@@ -26,7 +26,7 @@ def flat_of(*sizes_mb: float) -> Flat:
 
 def layers_of(flat: Flat) -> list[tuple[str, ...]]:
     """Of the buckets, in the order of a backward pass."""
-    buckets = cut_like_ddp([flat], NETWORK, methods=["gather", "allreduce"])
+    buckets = make_ddp_buckets([flat], NETWORK, methods=["gather", "allreduce"])
     assert {bucket.method for bucket in buckets} == {"allreduce"}
     return [bucket.layers for bucket in buckets[::-1]]
 
@@ -55,7 +55,7 @@ def test_they_are_those_that_torch_computes(sizes_mb: list[float]):
 
 
 def test_a_method_that_is_asked_for_is_kept_to():
-    (bucket,) = cut_like_ddp([flat_of(0.1)], NETWORK, methods=["gather"])
+    (bucket,) = make_ddp_buckets([flat_of(0.1)], NETWORK, methods=["gather"])
     assert bucket.method == "gather"
 
 
@@ -74,6 +74,6 @@ def test_torch_has_not_changed_the_sizes():
 def test_any_model_makes_a_plan(data: st.DataObject):
     flats = data.draw(strategies.flats(data.draw(strategies.traces())))
     network = data.draw(strategies.networks)
-    buckets = cut_like_ddp(flats, network, methods=network.methods)
+    buckets = make_ddp_buckets(flats, network, methods=network.methods)
     plan = Plan(2, tuple(flats), buckets, backward_order(flats, buckets), blocking=True)
     assert sum(len(slots) for slots in plan.slots_of) == sum(len(flat.slots) for flat in flats)

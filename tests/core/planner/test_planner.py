@@ -11,15 +11,43 @@ from hypothesis import strategies as st
 
 from helpers import strategies
 from soonest.core.cost import Cost, Network
-from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan, shards
+from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan, Slot, shards
 from soonest.core.planner.bounds import lower_bound_s
-from soonest.core.planner.planner import choices, cut, first_plan, flats_of, make_plan, order
+from soonest.core.planner.planner import (
+    choices,
+    first_plan,
+    flats_of,
+    make_buckets,
+    make_plan,
+    order,
+)
 from soonest.core.simulator.simulate import step_time_s
 from soonest.core.trace import Layer, Trace
 
 SHIPPED = ["alexnet", "googlenet", "resnet50", "vgg16"]
 RANKS = [2, 4, 8, 16]
 MB = 1_000_000
+
+
+def test_the_steps_drawn_beside_the_planner_take_as_long_as_they_say():
+    layers = [Layer(name, size, 2e6, 4e6) for name, size in (("1", 64), ("2", 64), ("3", 384))]
+    trace, network = Trace("three", tuple(layers)), Network.linear(0.0, 32.0)
+    flat = Flat(
+        "float32", 4, 128, (Slot("1", "1", 0, 15), Slot("2", "2", 16, 15), Slot("3", "3", 32, 95))
+    )
+    thirds = [Bucket(0, at, at + 16, "allreduce", ("3",)) for at in range(32, 128, 16)]
+    first = [Bucket(0, 0, 16, "allreduce", ("1",)), Bucket(0, 16, 32, "allreduce", ("2",))]
+    whole = (*first, Bucket(0, 32, 128, "allreduce", ("3",)))
+
+    def step_s(buckets, order, *, blocking=False):
+        ops = tuple(Op(bucket, "all_reduce") for bucket in order)
+        plan = Plan(2, (flat,), tuple(buckets), ops, blocking=blocking)
+        return step_time_s(trace, plan, network)
+
+    assert step_s(whole, (2, 1, 0), blocking=True) == pytest.approx(26)
+    assert step_s(whole, (2, 0, 1)) == pytest.approx(24)
+    assert step_s((*first, *thirds), (2, 3, 1, 4, 0, 5, 6, 7)) == pytest.approx(22)
+    assert lower_bound_s(trace, network) == pytest.approx(22)
 
 
 def slow_and_small(trace: Trace) -> Trace:
@@ -53,7 +81,7 @@ def sizes(flat: Flat, buckets: tuple[Bucket, ...]) -> list[int]:
 def test_buckets_cover_the_flats_exactly(data: st.DataObject):
     flats = data.draw(strategies.flats(data.draw(strategies.traces())))
     covered: list[list[int]] = [[] for _ in flats]
-    for bucket in cut(flats, usual(2), ranks=data.draw(strategies.ranks)):
+    for bucket in make_buckets(flats, usual(2), ranks=data.draw(strategies.ranks)):
         covered[bucket.flat].append(bucket.start)
         covered[bucket.flat].append(bucket.stop)
     for flat, ends in zip(flats, covered, strict=True):
@@ -77,7 +105,7 @@ def test_parameters_are_cut_at_multiples_of_the_alignment_and_small_ones_never(
 ):
     flats = data.draw(strategies.flats(data.draw(strategies.traces())))
     ranks = data.draw(strategies.ranks)
-    for bucket in cut(flats, usual(2), ranks=ranks):
+    for bucket in make_buckets(flats, usual(2), ranks=ranks):
         flat = flats[bucket.flat]
         assert bucket.start % flat.align == 0
         for slot in flat.slots:
@@ -101,31 +129,33 @@ def test_the_cut_does_not_depend_on_what_was_measured(trace: Trace, data: st.Dat
 @pytest.mark.parametrize("name", SHIPPED)
 def test_real_models_are_sent_in_a_few_dozen_pieces(name: str, ranks: int):
     for trace in (Trace.load(name), slow_and_small(Trace.load(name))):
-        count = len(cut(flats_of(trace), usual(ranks), ranks=ranks))
+        count = len(make_buckets(flats_of(trace), usual(ranks), ranks=ranks))
         assert 10 <= count <= 40
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_many_ranks_get_fewer_pieces(name: str):
     flats = flats_of(Trace.load(name))
-    assert len(cut(flats, usual(16), ranks=16)) < len(cut(flats, usual(4), ranks=4))
+    assert len(make_buckets(flats, usual(16), ranks=16)) < len(
+        make_buckets(flats, usual(4), ranks=4)
+    )
 
 
 def test_a_tiny_model_is_one_bucket():
     flats = (Flat.lay_out("float32", 4, [(str(i), str(i), 10) for i in range(20)]),)
-    assert len(cut(flats, usual(2), ranks=2)) == 1
+    assert len(make_buckets(flats, usual(2), ranks=2)) == 1
 
 
 def test_a_model_of_nothing_is_no_bucket():
     flats = flats_of(Trace("t", (Layer("a", 0, 1, 1),)))
-    assert cut(flats, usual(2), ranks=2) == ()
+    assert make_buckets(flats, usual(2), ranks=2) == ()
     assert first_plan(flats, usual(2), ranks=2).ops == ()
     assert first_plan((), usual(2), ranks=2).ops == ()
 
 
 def test_a_large_parameter_is_sliced_into_near_equal_pieces():
     flats = flats_of(Trace("t", (Layer("front", MB, 1, 1), Layer("large", 100 * MB, 1, 1))))
-    pieces = sizes(flats[0], cut(flats, usual(2), ranks=2))
+    pieces = sizes(flats[0], make_buckets(flats, usual(2), ranks=2))
     middle = pieces[len(pieces) // 2 - 5 : len(pieces) // 2 + 5]
     assert max(middle) <= 1.05 * min(middle)
     assert max(pieces) <= 1.5 * 101 * MB / 24
@@ -135,7 +165,7 @@ def test_cuts_fall_between_layers_where_layers_are_small():
     layers = tuple(Layer(str(i), MB, 1, 1) for i in range(200))
     flats = flats_of(Trace("t", layers))
     starts = {slot.start for slot in flats[0].slots}
-    inside = [b for b in cut(flats, usual(2), ranks=2) if b.start not in starts]
+    inside = [b for b in make_buckets(flats, usual(2), ranks=2) if b.start not in starts]
     assert not inside
 
 
@@ -143,12 +173,12 @@ def test_small_layers_beside_large_ones_are_no_op_of_their_own():
     """As batch normalisation beside convolution: an op for a few bytes costs its latency."""
     layers = tuple(Layer(str(i), 4 * MB if i % 2 else 4096, 1, 1) for i in range(40))
     flats = flats_of(Trace("t", layers))
-    assert min(sizes(flats[0], cut(flats, usual(2), ranks=2))[1:]) > 100_000
+    assert min(sizes(flats[0], make_buckets(flats, usual(2), ranks=2))[1:]) > 100_000
 
 
 def test_pieces_grow_from_the_front_and_shrink_to_the_back():
     flats = flats_of(Trace("t", (Layer("all", 100 * MB, 1, 1),)))
-    pieces = sizes(flats[0], cut(flats, usual(2), ranks=2))
+    pieces = sizes(flats[0], make_buckets(flats, usual(2), ranks=2))
     assert pieces[0] < 0.01 * sum(pieces)
     assert all(b <= 2.2 * max(a, pieces[0]) for a, b in itertools.pairwise(pieces))
     assert pieces[:10] == sorted(pieces[:10])
@@ -157,7 +187,7 @@ def test_pieces_grow_from_the_front_and_shrink_to_the_back():
 
 def middle_cuts(flat: Flat) -> list[int]:
     """Where the buckets in the middle half of a flat buffer start."""
-    starts = [bucket.start for bucket in cut((flat,), usual(2), ranks=2)]
+    starts = [bucket.start for bucket in make_buckets((flat,), usual(2), ranks=2)]
     return [start for start in starts if flat.numel < 4 * start < 3 * flat.numel]
 
 
@@ -187,13 +217,13 @@ def test_a_large_layer_is_cut_between_its_parameters():
 
 def test_a_tiny_rest_joins_the_bucket_in_front():
     flats = flats_of(Trace("t", (Layer("large", 100 * MB, 1, 1), Layer("tiny", 100, 1, 1))))
-    last = cut(flats, usual(2), ranks=2)[-1]
+    last = make_buckets(flats, usual(2), ranks=2)[-1]
     assert last.layers == ("large", "tiny")
 
 
 def test_many_ranks_get_no_piece_too_small_to_share():
     flats = flats_of(Trace("t", (Layer("all", 2 * MB, 1, 1),)))
-    pieces = sizes(flats[0], cut(flats, usual(16), ranks=16))
+    pieces = sizes(flats[0], make_buckets(flats, usual(16), ranks=16))
     assert min(pieces) >= 16 * 2048 * 0.7
     assert max(pieces) >= 16 * 16384 * 0.7
 
@@ -213,7 +243,7 @@ def test_every_flat_buffer_is_cut_by_itself():
         Flat.lay_out("float32", 4, [("a.w", "a", 5 * MB), ("b.w", "b", 5 * MB)]),
         Flat.lay_out("bfloat16", 2, [("a.h", "a", 7)]),
     )
-    buckets = cut(flats, usual(2), ranks=2)
+    buckets = make_buckets(flats, usual(2), ranks=2)
     assert buckets[-1] == Bucket(1, 0, 32, "allreduce", ("a",))
     assert len(buckets) > 20
 
@@ -223,7 +253,7 @@ def test_every_bucket_gets_the_cheapest_method(data: st.DataObject):
     flats = data.draw(strategies.flats(data.draw(strategies.traces())))
     ranks = data.draw(strategies.ranks)
     network = Network.ideal(ranks, 1e9, latency_s=data.draw(st.sampled_from([0.0, 1e-5, 1e-3])))
-    for bucket in cut(flats, network, ranks=ranks):
+    for bucket in make_buckets(flats, network, ranks=ranks):
         size = (bucket.stop - bucket.start) * flats[bucket.flat].itemsize
         assert not shards(bucket.method)
         cheapest = min(network.cost_s(method, size) for method in choices(network))
@@ -248,7 +278,7 @@ def test_cheaper_small_ops_allow_smaller_buckets():
     flats = flats_of(trace)
     network = Network.ideal(8, 1e8, latency_s=2e-3)
     few, more = (
-        cut(flats, network, ranks=8, methods=methods)
+        make_buckets(flats, network, ranks=8, methods=methods)
         for methods in (["allreduce"], ["allreduce", "exchange", "split"])
     )
     assert min(sizes(flats[0], more)) < min(sizes(flats[0], few)) / 2
@@ -407,7 +437,8 @@ def test_the_bucket_that_the_forward_pass_begins_with_flies_alone(name: str):
 def test_a_coarser_cut_has_fewer_and_larger_buckets():
     flats = flats_of(Trace.load("resnet50"))
     fine, coarser, one = (
-        cut(flats, usual(2), ranks=2, coarseness=coarseness) for coarseness in (1.0, 4.0, math.inf)
+        make_buckets(flats, usual(2), ranks=2, coarseness=coarseness)
+        for coarseness in (1.0, 4.0, math.inf)
     )
     assert len(fine) > 2 * len(coarser) > 4
     assert [(bucket.start, bucket.stop) for bucket in one] == [(0, flats[0].numel)]

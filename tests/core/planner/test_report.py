@@ -1,4 +1,4 @@
-"""Why a bucket is combined as it is, with predicted and measured times."""
+"""Why a bucket is reduced as it is, with predicted and measured times."""
 
 from dataclasses import replace
 

@@ -76,7 +76,7 @@ def test_nobody_shares_parameters_before_the_last_rank_has_updated_its_part():
     trace, plan, network = one_layer(update_s=60 / 64 * 4, method="shard_direct")
     steps = simulate_ranks(trace, plan, network, stragglers={1: 2.0}, rank=1)
     # A part is 32 of 60 bytes, so it takes 2 s, and the straggler 4. Backward until 4, sending
-    # until 9, update until 13, sharing until 18, forward until 24.
+    # until 9, update until 13, gathering until 18, forward until 24.
     assert lanes(steps) == {
         "backward": [(0, 4)],
         "send": [(4, 9), (13, 18)],

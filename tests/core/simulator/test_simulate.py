@@ -105,22 +105,22 @@ def test_parameters_are_shared_after_the_update_of_a_part():
     plan = several_ops("shard", trace, [(1, 0), (0, 0), (0, 1), (1, 1)])
     timeline = simulate(trace, plan, slow_ops())
     parts = [24 / 2 * size / 376 for size in (128, 256)]
-    # l1 is ready at 5, issued then and combined at 5 + 0.5 + 2. l0 is ready at 6, and so is issued
+    # l1 is ready at 5, issued then and reduced at 5 + 0.5 + 2. l0 is ready at 6, and so is issued
     # within the window; it transfers for 1 s behind l1, until 8.5. Meanwhile l1 is being updated.
     first, second = 7.5 + parts[1], 7.5 + parts[1] + parts[0]
     assert on(timeline, "update") == [
         ("update", plan.describe(1), pytest.approx(7.5), pytest.approx(first)),
         ("update", plan.describe(0), pytest.approx(first), pytest.approx(second)),
     ]
-    # l0 is shared first, as planned: 0.5 s of latency, 1 s of transfer; l1 has 2 s behind it. The
+    # l0 is gathered first, as planned: 0.5 s of latency, 1 s of transfer; l1 has 2 s behind it. The
     # backward pass ended at 6, and each layer's forward takes 1 s.
-    shared = [second + 1.5, second + 3.5]
-    assert [end for _, end in sends(timeline)] == pytest.approx([7.5, 8.5, *shared])
+    gathered = [second + 1.5, second + 3.5]
+    assert [end for _, end in sends(timeline)] == pytest.approx([7.5, 8.5, *gathered])
     assert on(timeline, "wait") == [
-        ("wait", "l0", pytest.approx(6), pytest.approx(shared[0])),
-        ("wait", "l1", pytest.approx(shared[0] + 1), pytest.approx(shared[1])),
+        ("wait", "l0", pytest.approx(6), pytest.approx(gathered[0])),
+        ("wait", "l1", pytest.approx(gathered[0] + 1), pytest.approx(gathered[1])),
     ]
-    assert timeline.step_s == pytest.approx(shared[1] + 1)
+    assert timeline.step_s == pytest.approx(gathered[1] + 1)
 
 
 @pytest.mark.parametrize(("window", "ends"), [(1, [4, 7, 10]), (2, [4, 5, 7]), (3, [4, 5, 6])])
@@ -162,10 +162,10 @@ def test_only_the_ops_said_to_fly_alone_do():
     """Of the two ops of a bucket it may be one: the second op of l1 here, and not the first."""
     trace = model((1, 1, 0.5), (1, 1, 1))
     plan = several_ops("shard", trace, [(1, 0), (0, 0), (1, 1), (0, 1)])
-    *first, shared, last = plan.ops
-    plan = replace(plan, ops=(*first, replace(shared, alone=True), last))
+    *first, gathered, last = plan.ops
+    plan = replace(plan, ops=(*first, replace(gathered, alone=True), last))
     # Each has 0.5 s of latency and 0.5 s of transfer, and parts take no time. l1 is ready at 1, l0
-    # at 1.5, while l1 is in flight. l1 is combined at 2, and shared from then to 3. l0 is combined
+    # at 1.5, while l1 is in flight. l1 is reduced at 2, and gathered from then to 3. l0 is reduced
     # at 2.5, but has to wait for that.
     assert sends(simulate(trace, plan, slow_ops())) == [(1, 2), (1.5, 2.5), (2, 3), (3, 4)]
 
@@ -207,7 +207,7 @@ def test_the_layer_needed_first_is_updated_first():
 
 def test_an_update_that_has_begun_runs_to_its_end():
     trace = model((1, 10, 1), (1, 10, 1), update_s=10.0)
-    # l1 is sent from 1 to 2 and l0 from 2 to 3. l1 is combined as the backward pass ends, and so
+    # l1 is sent from 1 to 2 and l0 from 2 to 3. l1 is reduced as the backward pass ends, and so
     # updated from 2 to 7, and l0, though needed first, from 7 to 12: 12 + 10 + 10.
     assert step_time_s(trace, plan_of(trace, [1, 0]), network()) == pytest.approx(32)
     # If l0 is sent first, from 2 to 3, it is updated from 3 to 8. l1 is sent from 3 to 4 and
@@ -231,11 +231,11 @@ def test_a_faster_network_may_bring_the_wrong_update_forward():
     assert faster_s > usual_s
 
 
-def test_clipped_gradients_are_all_combined_before_any_is_used():
+def test_clipped_gradients_are_all_reduced_before_any_is_used():
     trace = model((1, 1, 1), (2, 1, 10), (3, 1, 1), update_s=3 * 376 / 124)
     timeline = simulate(trace, plan_of(trace, [2, 1, 0]), network(), clip=True)
     # l2 is sent from 1 to 4, l1 from 11 to 13, l0 from 13 to 14. Then all are updated, the layer
-    # needed first in front, though l2 was combined long before: 60, 124 and 188 bytes of 372.
+    # needed first in front, though l2 was reduced long before: 60, 124 and 188 bytes of 372.
     ends = [14 + 3 * 376 / 124 * size / 372 for size in (60, 60 + 124, 372)]
     assert sends(timeline) == [(1, 4), (11, 13), (13, 14)]
     assert on(timeline, "update") == [
@@ -252,9 +252,9 @@ def test_clipping_parts_takes_an_op_of_its_own():
     plan = several_ops("shard", trace, [(1, 0), (0, 0), (0, 1), (1, 1)])
     cheaper = Network({**slow_ops().costs, "exchange": Cost.linear(0.25, UNIT_BYTES)})
     timeline = simulate(trace, plan, cheaper, clip=True)
-    # Combined at 2 and 3. A number takes 0.25 s by the cheapest method that combines, not 0.5 s.
+    # Reduced at 2 and 3. A number takes 0.25 s by the cheapest method that reduces, not 0.5 s.
     # Each part is 32 of 120 bytes of 3.75 s: 1 s. So l0 is updated from 3.25 to 4.25, l1 until
-    # 5.25; l0 is shared from 4.25 to 5.25 and computes until 6.25, as l1 is shared from 5.25 on.
+    # 5.25; l0 is gathered from 4.25 to 5.25 and computes until 6.25, as l1 is from 5.25 on.
     assert sends(timeline) == [(1, 2), (2, 3), (3, 3.25), (4.25, 5.25), (5.25, 6.25)]
     assert [span.name for span in timeline.of("send")][2] == "norm of all gradients"
     assert [(s.start_s, s.end_s) for s in timeline.of("update")] == [

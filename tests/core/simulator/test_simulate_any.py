@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from helpers import strategies
 from helpers.oracle import World, flat, spans
 from soonest.core.cost import Network
-from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.core.plan import GATHER_PARAMETERS, Plan
 from soonest.core.planner.bounds import lower_bound_s
 from soonest.core.planner.planner import flats_of, make_plan
 from soonest.core.simulator.simulate import Run, run, simulate, step_time_s
@@ -48,7 +48,7 @@ def test_no_bucket_is_sent_before_it_is_ready(sharded: bool, seed: int, clip: bo
         assert issued >= max(ready[layer] for layer in plan.buckets[op.bucket].layers)
         if before >= 0:
             assert issued >= seen.transfers[before][1]
-        if op.kind == SHARED_PARAMETERS:
+        if op.kind == GATHER_PARAMETERS:
             part = seen.parts[op.bucket]
             assert part
             assert issued >= part[1]
@@ -72,7 +72,7 @@ def test_the_lane_keeps_its_order_and_its_window(sharded: bool, seed: int, clip:
 
 @both
 @given(seeds, st.booleans())
-def test_no_layer_runs_before_its_data_has_landed(sharded: bool, seed: int, clip: bool):
+def test_no_layer_runs_before_its_data_is_there(sharded: bool, seed: int, clip: bool):
     trace, plan, network = strategies.any_step(seed, sharded=sharded)
     seen = run_of(trace, plan, network, clip=clip)
     for index, (layer, (start, _)) in enumerate(zip(trace.layers, seen.forwards, strict=True)):
@@ -91,15 +91,15 @@ def test_no_layer_runs_before_its_data_has_landed(sharded: bool, seed: int, clip
 
 @both
 @given(seeds)
-def test_clipping_holds_every_update_back_until_all_is_combined(sharded: bool, seed: int):
+def test_clipping_holds_every_update_back_until_all_is_reduced(sharded: bool, seed: int):
     trace, plan, network = strategies.any_step(seed, sharded=sharded)
     seen = run_of(trace, plan, network, clip=True)
-    combining = [seen.transfers[i][1] for i in plan.reduces]
+    reducing = [seen.transfers[i][1] for i in plan.reduces]
     updates = [update for update in (*seen.updates, *seen.parts) if update]
-    assert all(update[0] >= max(combining) for update in updates)
+    assert all(update[0] >= max(reducing) for update in updates)
     if sharded and updates:
         assert seen.norm
-        assert seen.norm[0] >= max(combining)
+        assert seen.norm[0] >= max(reducing)
         assert all(update[0] >= seen.norm[1] for update in updates)
     # With updates that could be the other way round: they would begin in another order.
     idle = replace(trace, update_us=0.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from soonest.caffe.net import rules
 from soonest.caffe.net.debug import Watch
 from soonest.caffe.net.registry import LAYERS
 from soonest.caffe.net.sharing import Blob, Sharing
+from soonest.caffe.net.step import Step, listed, unfit
 from soonest.caffe.proto.message import Message
 
 
@@ -34,43 +34,6 @@ class Result(NamedTuple):
     loss: Tensor
     outputs: dict[str, Tensor]
     blobs: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A layer in its place.
-
-    Attributes:
-        layer: the module.
-        bottoms: names of what it reads.
-        tops: names of what it writes; the same name as a bottom means that it replaces it.
-        weights: with which its tops count in the loss.
-        stops: which bottoms get no gradient.
-        place: of its definition, for errors.
-        shapes: of its bottoms, for which it was made; later ones may have others.
-    """
-
-    layer: Layer
-    bottoms: list[str]
-    tops: list[str]
-    weights: list[float]
-    stops: list[bool]
-    place: str
-    shapes: list[Shape]
-
-    def run(self, bottoms: list[Tensor]) -> list[Tensor]:
-        """Its tops.
-
-        Raises:
-            ValueError: bottoms have shapes that it cannot take.
-        """
-        shapes = [tuple(bottom.shape) for bottom in bottoms]
-        try:
-            return listed(self.layer(*bottoms))
-        except (IndexError, RuntimeError) as error:
-            if shapes == self.shapes:
-                raise
-            raise _unfit(shapes, error) from error
 
 
 class Net(nn.Module):
@@ -155,7 +118,7 @@ class Net(nn.Module):
                 layer.share(*self._share, divide=self._divide)
                 results = listed(layer.infer(*(made[name] for name in bottoms)))
         except (IndexError, RuntimeError) as error:
-            raise _unfit(shapes, error) from error
+            raise unfit(shapes, error) from error
         for name, result in zip(tops, results, strict=True):
             check_shape(result.shape, f"top {name!r}")
         if spec.has("propagate_down") and len(spec.propagate_down) != len(bottoms):
@@ -197,7 +160,7 @@ class Net(nn.Module):
             ]
             read = watch.reads(read) if watch else read
             with _placed(step.place):
-                tops = _fed(step, inputs) if isinstance(step.layer, Fed) else step.run(read)
+                tops = step.fed(inputs) if isinstance(step.layer, Fed) else step.run(read)
             if not read and self.definition.force_backward and torch.is_grad_enabled():
                 tops = [top if top.requires_grad else top.detach().requires_grad_() for top in tops]
             if watch:
@@ -252,20 +215,6 @@ class Net(nn.Module):
         return message
 
 
-def _fed(step: Step, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """The tops of a layer that a program feeds, taken out of what it gives."""
-    given = {name: inputs.pop(name) for name in step.tops if name in inputs}
-    if len(given) == len(step.tops):
-        return [given[name] for name in step.tops]
-    own = zip(step.tops, listed(step.layer()), strict=True)
-    return [given.get(name, top) for name, top in own]
-
-
-def _unfit(shapes: list[Shape], error: Exception) -> ValueError:
-    given = [list(shape) for shape in shapes]
-    return ValueError(f"it cannot take bottoms of the shapes {given}: {error}")
-
-
 def _state(definition: Message, phase: str, given: Message | None) -> Message:
     """The state of the definition, with what is given instead of what it says."""
     state = Message("NetState", phase=phase)
@@ -303,10 +252,6 @@ def _key(name: str, taken: nn.ModuleDict) -> str:
     while key in taken or hasattr(taken, key):
         key += "_"
     return key
-
-
-def listed(tops: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
-    return [tops] if isinstance(tops, Tensor) else list(tops)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -68,3 +70,20 @@ def score(net: Net, batches: int, *, say: Say) -> None:
         for value in blob.flatten().tolist():
             loss = f" (* {weight:g} = {weight * value:g} loss)" if weight else ""
             say(f"{name} = {value:g}{loss}")
+
+
+@torch.no_grad()
+def tested(
+    net: Net,
+    batches: int,
+    *,
+    given_up: Callable[[], bool],
+    watch: Callable[[], Watch | None],
+) -> tuple[float, dict[str, Tensor]] | None:
+    """The mean loss and the mean of each output over so many batches; None if given up."""
+    means = Means()
+    for _ in range(batches):
+        if given_up():
+            return None
+        means.add(net(watch=watch()))
+    return means.loss, means.outputs()

@@ -8,7 +8,7 @@ Each updates every parameter by itself: prioritize them with ``separable=True``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -215,12 +215,12 @@ SOLVERS: dict[str, type[CaffeSolver]] = {
 """Per type as prototxt has it, its class."""
 
 
-def make(solver: Message, groups: list[dict[str, Any]]) -> CaffeSolver:
+def make(solver: Message, learned: Sequence[tuple[Tensor, float]]) -> CaffeSolver:
     """The optimizer that a ``SolverParameter`` asks for.
 
     Args:
         solver: the message.
-        groups: of parameters.
+        learned: every blob that is learned, with its ``decay_mult``; each becomes a group.
 
     Raises:
         ValueError: there is no such type, or it cannot be made so.
@@ -229,8 +229,12 @@ def make(solver: Message, groups: list[dict[str, Any]]) -> CaffeSolver:
         raise ValueError(f"no solver {solver.type!r} exists: take one of {', '.join(SOLVERS)}")
     if solver.regularization_type not in ("L1", "L2"):
         raise ValueError(f"regularization_type is {solver.regularization_type!r}: take L1 or L2")
+    groups: list[dict[str, Any]] = [
+        {"params": [blob], "weight_decay": solver.weight_decay * decay_mult}
+        for blob, decay_mult in learned
+    ]
     return SOLVERS[solver.type](
-        groups,
+        groups or [{"params": []}],
         solver.base_lr,
         momentum=solver.momentum,
         momentum2=solver.momentum2,
@@ -240,3 +244,20 @@ def make(solver: Message, groups: list[dict[str, Any]]) -> CaffeSolver:
         l1=solver.regularization_type == "L1",
         iter_size=solver.iter_size,
     )
+
+
+def clip_scale(solver: Message, gradients: Sequence[Tensor | None]) -> tuple[float, float | None]:
+    """By which gradients are multiplied so that their norm is not above ``clip_gradients``.
+
+    Args:
+        solver: the message.
+        gradients: of all blobs that are learned; None where there is none.
+
+    Returns:
+        The factor, at most one, and the L2 norm of all gradients together if it is above that.
+    """
+    most = solver.clip_gradients
+    if most < 0:
+        return 1.0, None
+    norm = torch.nn.utils.get_total_norm([one for one in gradients if one is not None]).item()
+    return (1.0, None) if norm <= most else (most / norm, norm)

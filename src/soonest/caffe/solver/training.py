@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -18,7 +18,7 @@ from soonest.caffe.net.trained import copy_weights, share_weights
 from soonest.caffe.proto.message import Message
 from soonest.caffe.solver import nets, snapshots, solvers
 from soonest.caffe.solver.rates import Rate
-from soonest.caffe.solver.scoring import Means
+from soonest.caffe.solver.scoring import tested
 from soonest.caffe.solver.signals import Requests
 
 
@@ -38,7 +38,7 @@ class Trainer:
         net: the net that is trained.
         tests: those that are tested.
         loss: of the last iteration, on this rank.
-        handle: what shares gradients, once several ranks train.
+        handle: what synchronizes gradients, once several ranks train.
 
     Raises:
         ValueError: the solver or a net cannot be made.
@@ -90,15 +90,7 @@ class Trainer:
             if isinstance(blob.tensor, nn.Parameter) and blob.tensor.requires_grad
         ]
         self.optimizer = solvers.make(
-            solver,
-            [
-                {
-                    "params": [blob.tensor],
-                    "weight_decay": solver.weight_decay * (blob.decay_mult or 0),
-                }
-                for blob in self._learned
-            ]
-            or [{"params": []}],
+            solver, [(blob.tensor, blob.decay_mult or 0) for blob in self._learned]
         )
         self._unreached: list[Tensor] | None = None
         self.iteration = 0
@@ -186,9 +178,9 @@ class Trainer:
         self.loss = 0.0
         outputs: dict[str, Tensor] = {}
         self._shown = shown = self._due(solver.display)
-        for turn in range(solver.iter_size):
+        for number in range(solver.iter_size):
             watch = self._watch(self.net) if shown else None
-            with self._alone(turn < solver.iter_size - 1):
+            with self._alone(number < solver.iter_size - 1):
                 result = self.net(watch=watch)
                 self._backward(result.loss)
             if watch:
@@ -250,18 +242,13 @@ class Trainer:
 
     def _clip_scale(self) -> float:
         """By which gradients are multiplied so that their norm is not above what is allowed."""
-        most = self.solver.clip_gradients
-        if most < 0:
-            return 1.0
-        gradients = [blob.tensor.grad for blob in self._learned]
-        norm = torch.nn.utils.get_total_norm([one for one in gradients if one is not None]).item()
-        if norm <= most:
-            return 1.0
-        self._say(
-            f"Gradient clipping: scaling down gradients (L2 norm {norm:g} > {most:g}) "
-            f"by scale factor {most / norm:g}"
-        )
-        return most / norm
+        scale, norm = solvers.clip_scale(self.solver, [blob.tensor.grad for blob in self._learned])
+        if norm is not None:
+            self._say(
+                f"Gradient clipping: scaling down gradients (L2 norm {norm:g} > "
+                f"{self.solver.clip_gradients:g}) by scale factor {scale:g}"
+            )
+        return scale
 
     # What is done between iterations
 
@@ -300,20 +287,3 @@ class Trainer:
             snapshots.save(
                 self.solver, self.net, self.optimizer, self.iteration, self.rate.step, self._say
             )
-
-
-@torch.no_grad()
-def tested(
-    net: Net,
-    batches: int,
-    *,
-    given_up: Callable[[], bool],
-    watch: Callable[[], Watch | None],
-) -> tuple[float, dict[str, Tensor]] | None:
-    """The mean loss and the mean of each output over so many batches; None if given up."""
-    means = Means()
-    for _ in range(batches):
-        if given_up():
-            return None
-        means.add(net(watch=watch()))
-    return means.loss, means.outputs()

@@ -19,7 +19,8 @@ from soonest.caffe.files import replaced
 from soonest.caffe.io import prototxt, weights
 from soonest.caffe.io.log import Say
 from soonest.caffe.layers.base import Shape
-from soonest.caffe.net.net import Net, Step, listed
+from soonest.caffe.net.net import Net
+from soonest.caffe.net.step import Step, listed
 from soonest.caffe.net.trained import copy_weights
 from soonest.caffe.tools.torch_layers import written
 from soonest.caffe.tools.torch_part import Part

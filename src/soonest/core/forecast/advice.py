@@ -9,7 +9,7 @@ from typing import Any
 from soonest.core.forecast.predict import ARMS, SOONEST, TUNED, Row, Scenario, row_of, slowed
 
 _WORTH = 0.01
-"""Less than this is no gain: predictions are not better than that."""
+"""Gains below this fraction are not told: predictions are not more exact than that."""
 _RIVALS = tuple(arm for arm in ARMS if arm not in ("sequential", SOONEST))
 
 
@@ -109,9 +109,9 @@ def _what_limits(row: Row, limit: str) -> str:
     if row.hosts == 1:
         return f"{where} nothing goes over the network: computing takes {_ms(step_ms)}."
     told = (
-        f"computing takes {_ms(compute_ms)}, sharing all gradients {_ms(row.share_s * 1e3)}, and a "
-        f"step with soonest {_ms(step_ms)}, {step_ms / (row.bound_s * 1e3):.2f} times what no "
-        "schedule can beat"
+        f"computing takes {_ms(compute_ms)}, synchronizing all gradients "
+        f"{_ms(row.sync_s * 1e3)}, and a step with soonest {_ms(step_ms)}, "
+        f"{step_ms / (row.bound_s * 1e3):.2f} times what no schedule can beat"
     )
     what = {
         "compute": "computing limits the step: most of what is sent hides behind it",
@@ -149,10 +149,10 @@ def _what_it_gains(rows: Sequence[Row]) -> list[str]:
     if not worth:
         last = many[-1]
         why = (
-            "sharing hides behind the backward pass with it as well"
-            if last.share_s < last.compute_s
-            else "sharing takes far longer than computing, and only fewer bytes, faster links or a "
-            "larger batch help"
+            "synchronizing hides behind the backward pass with it as well"
+            if last.sync_s < last.compute_s
+            else "synchronizing takes far longer than computing, and only fewer bytes, faster "
+            "links or a larger batch help"
         )
         return [f"soonest gains nothing over the best of its peers ({_best(last)}) here: {why}."]
     at = max(gains, key=gains.__getitem__)

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 from soonest.core.cost import Network
 from soonest.core.plan import Bucket, Flat, Op, Plan
-from soonest.core.planner.ddp_buckets import filled
+from soonest.core.planner.ddp_buckets import CAP_BYTES, FIRST_BYTES, filled
 from soonest.core.planner.planner import flats_of
 from soonest.core.simulator.simulate import simulate
 from soonest.core.timeline import Span, Timeline
@@ -21,7 +21,7 @@ from soonest.core.trace import Layer, Trace
 MB = 1 << 20
 
 SWEEP_MB: dict[str, tuple[float, ...]] = {
-    "default": (1, 25),
+    "default": (FIRST_BYTES // MB, CAP_BYTES // MB),
     **{f"{mb} MB": (mb,) for mb in (1, 5, 50, 100, 400)},
 }
 """Bucket sizes of ``DistributedDataParallel``: of the first bucket and of the others."""
@@ -30,7 +30,7 @@ GROUPS_MB = (0, 5, 25, 100)
 """Least sizes of what ``fully_shard`` is called on."""
 
 IN_FLIGHT = 2
-"""Buckets that a gloo group combines at once. NCCL's stream has one more waiting likewise."""
+"""Buckets that a gloo group reduces at once. NCCL's stream has one more waiting likewise."""
 
 
 def sequential(trace: Trace, network: Network, *, ranks: int) -> Timeline:
@@ -38,7 +38,7 @@ def sequential(trace: Trace, network: Network, *, ranks: int) -> Timeline:
 
     Args:
         trace: the model.
-        network: what combining costs.
+        network: what each op costs.
         ranks: how many.
 
     Returns:
@@ -70,10 +70,10 @@ def ddp(
 
     Args:
         trace: the model.
-        network: what combining costs.
+        network: what each op costs.
         ranks: how many.
-        caps_mb: sizes of the first bucket and of the following ones; the last one stays. A bucket
-            ends with the parameter that fills it, and no parameter is cut.
+        caps_mb: sizes of the first bucket and of the following ones; the last one holds for
+            all that follow. A bucket ends with the parameter that fills it, whole.
         in_flight: how many buckets may be on their way at once.
         title: of the timeline.
 
@@ -110,7 +110,7 @@ def fsdp2(
 
     Args:
         trace: the model.
-        network: what combining costs; of reduce-scatter and all-gather, or else half of an
+        network: what each op costs; of reduce-scatter and all-gather, or else half of an
             all-reduce is taken for either.
         ranks: how many.
         parameters: what gathering parameters costs; ``network`` if None.
@@ -166,7 +166,7 @@ def fsdp2_on_gloo(trace: Trace, network: Network, *, ranks: int) -> Timeline:
 
     Args:
         trace: the model.
-        network: what combining costs.
+        network: what each op costs.
         ranks: how many.
 
     Returns:

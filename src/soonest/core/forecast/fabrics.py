@@ -41,7 +41,7 @@ class Fabric(Protocol):
         ...
 
     def network(self, hosts: int) -> Network:
-        """What combining over so many hosts costs."""
+        """What each op costs over so many hosts."""
         ...
 
     def faster(self, factor: float) -> Fabric:
@@ -106,7 +106,7 @@ class Links:
         )
 
     def network(self, hosts: int) -> Network:
-        """What combining over so many hosts costs.
+        """What each op costs over so many hosts.
 
         Raises:
             ValueError: there is no host.
@@ -157,7 +157,7 @@ class Calibrated:
     With as many hosts as were measured, the costs are those measured.
 
     Args:
-        measured: what combining costs.
+        measured: what each op costs.
         hosts: with so many, at least two.
         rate, latency: factors on the rate of links and on what does not depend on the size.
 
@@ -189,7 +189,7 @@ class Calibrated:
         )
 
     def network(self, hosts: int) -> Network:
-        """What combining over so many hosts costs.
+        """What each op costs over so many hosts.
 
         Raises:
             ValueError: there is no host.

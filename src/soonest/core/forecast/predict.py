@@ -43,7 +43,7 @@ class Scenario:
     Args:
         trace: the model, as one GPU computes ``batch`` samples.
         fabric: what joins the hosts.
-        gpus_per_host: the GPUs of a host share its link, and sharing among them costs nothing.
+        gpus_per_host: the GPUs of a host share its link, and reducing among them costs nothing.
         batch: samples of the trace; None if that is unknown and does not matter.
         global_batch: samples of a step, all GPUs together; None leaves every GPU ``batch``.
         wire: a key of ``WIRES``; all ways of training send their gradients so.
@@ -95,7 +95,7 @@ class Scenario:
         return slowed(self.trace, samples / self.batch)
 
     def network(self, hosts: int) -> Network:
-        """What combining gradients costs."""
+        """What reducing gradients costs."""
         return self.fabric.network(hosts).slowed(WIRES[self.wire])
 
     @cached_property
@@ -114,7 +114,7 @@ class Row:
         step_s: by way of training, seconds.
         bound_s: what no schedule can beat.
         compute_s: forward and backward pass alone.
-        share_s: combining all gradients once, in one piece, with nothing else going on.
+        sync_s: reducing all gradients once, in one piece, with nothing else going on.
         work: how many times the work of ``single_s`` all GPUs do together in a step.
         single_s: a step of one GPU alone.
     """
@@ -124,7 +124,7 @@ class Row:
     step_s: dict[str, float]
     bound_s: float
     compute_s: float
-    share_s: float
+    sync_s: float
     work: float
     single_s: float
 
@@ -150,7 +150,7 @@ class Row:
             "arms": {arm: figures(step_s) for arm, step_s in self.step_s.items()},
             "bound_ms": self.bound_s * 1e3,
             "compute_ms": self.compute_s * 1e3,
-            "share_ms": self.share_s * 1e3,
+            "share_ms": self.sync_s * 1e3,
         }
 
 
@@ -190,7 +190,7 @@ def row_of(scenario: Scenario, hosts: int, arms: Sequence[str] = tuple(ARMS)) ->
         },
         bound_s=lower_bound_s(trace, network) if costly else trace.forward_s + trace.backward_s,
         compute_s=trace.forward_s + trace.backward_s,
-        share_s=network.cost_s("allreduce", trace.total_bytes) if costly else 0.0,
+        sync_s=network.cost_s("allreduce", trace.total_bytes) if costly else 0.0,
         work=1.0 if scenario.strong else float(gpus),
         single_s=scenario.single_s,
     )

@@ -1,4 +1,7 @@
-"""What no schedule can beat."""
+"""A lower bound of the step time, which no schedule can beat.
+
+What it means for plans is in [Note: why the first layer goes first] in ``planner.py``.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import math
 from collections.abc import Sequence
 
 from soonest.core.cost import Network
-from soonest.core.plan import METHODS, SHARED_PARAMETERS, shards
+from soonest.core.plan import GATHER_PARAMETERS, METHODS, shards
 from soonest.core.trace import Trace
 
 _WEIGHTS = (1.0, 0.75, 0.5, 0.25, 0.0)
-"""How much transfers count beside places in flight: every mixture of both is a bound."""
+"""Weights of the transfers in ``_Mixture``: each gives a valid bound, and the largest counts."""
 
 
 def lower_bound_s(
@@ -31,7 +34,7 @@ def lower_bound_s(
         min r over S  +  sum of p over S  +  min q over S
 
     because its transfers start after the first of its gradients is ready, cannot overlap, and the
-    layer that lands last still has its tail before it. The maximum over all S is attained by
+    layer that is there last still has its tail before it. The maximum over all S is attained by
     Jackson's preemptive schedule, so no better bound exists for preemptive transfers (J. Carlier,
     "The one-machine sequencing problem", European Journal of Operational Research 11, 1982).
 
@@ -52,15 +55,15 @@ def lower_bound_s(
       More than one bucket have the costs and latencies of two.
     - Updates start after the backward pass, as ``optimizer.step()`` is called then, run one after
       the other, and are over for layers 1..k before the forward pass of layer k starts. With u_i =
-      update of layer i that is B + sum over i <= k of u_i + q_k; and what lands last of a set must
+      update of layer i that is B + sum over i <= k of u_i + q_k; and what comes last of a set must
       still be updated, so u_i + q_i counts for q_i.
-    - Where plans shard, no rank updates a whole layer. Parameters are shared after the backward
-      pass and after all gradients: layers 1..k land after max(B + latency, all gradients combined),
-      and the sharing of their own.
+    - Where plans shard, no rank updates a whole layer. Parameters are gathered after the backward
+      pass and after all gradients: layers 1..k are there after max(B + latency, all gradients
+      reduced) and the gathering of their own.
 
     Args:
-        trace: the model; the time of an update is shared out by bytes.
-        network: what combining costs.
+        trace: the model; the time of an update is divided by bytes.
+        network: what each op costs.
         methods: that plans may use; all whose costs are known if None.
         window: how many ops may be in flight; any number if None.
 
@@ -70,16 +73,16 @@ def lower_bound_s(
     methods = network.methods if methods is None else methods
     bounds = [
         bound(trace, network, [m for m in methods if shards(m) == sharded], window)
-        for bound, sharded in ((_combined_s, False), (_sharded_s, True))
+        for bound, sharded in ((_unsharded_s, False), (_sharded_s, True))
         if any(shards(m) == sharded for m in methods)
     ]
     return max(trace.forward_s + trace.backward_s, min(bounds))
 
 
-def _combined_s(
+def _unsharded_s(
     trace: Trace, network: Network, methods: Sequence[str], window: int | None
 ) -> float:
-    """Where every rank updates everything."""
+    """The bound for plans that do not shard: every rank updates every layer."""
     kinds = [METHODS[method] for method in methods]
     latency_s = min(network.op(first).latency_s for first, *_ in kinds)
     weights = _WEIGHTS if window else (1.0,)
@@ -95,21 +98,21 @@ def _combined_s(
         first_s = head if first_s is None else first_s
         last_s = min(last_s, layer.bytes * update_per_byte + tail)
         after_s = max(after_s, size * update_per_byte + tail)
-        landed = first_s + min(network.cost_s(method, size) for method in methods)
-        one = max(landed, backward_s) + after_s
+        reduced = first_s + min(network.cost_s(method, size) for method in methods)
+        one = max(reduced, backward_s) + after_s
         several = head + last_s + max(mixture.least_s(size, 2, latency_s) for mixture in mixtures)
         bound = max(bound, min(one, several), backward_s + after_s)
     return bound
 
 
 def _sharded_s(trace: Trace, network: Network, methods: Sequence[str], window: int | None) -> float:
-    """Where parameters are shared after they were updated in parts."""
+    """The bound for plans that shard: ranks update parts, and then gather the parameters."""
     del window  # The transfers of both ops are so many that latencies matter little.
     reducing = [METHODS[method][:-1] for method in methods]
-    total, sharing_kind = trace.total_bytes, [(SHARED_PARAMETERS,)]
+    total, gathering = trace.total_bytes, [(GATHER_PARAMETERS,)]
     latency_s = min(network.op(first).latency_s for first, *_ in reducing)
-    reduce, share = (_Mixture(network, k, total, 1.0, None) for k in (reducing, sharing_kind))
-    share_latency_s = network.op(SHARED_PARAMETERS).latency_s
+    reduce, gather = (_Mixture(network, k, total, 1.0, None) for k in (reducing, gathering))
+    gather_latency_s = network.op(GATHER_PARAMETERS).latency_s
     layers = [
         entry
         for entry in zip(trace.layers, trace.ready_s(), trace.tail_s(), strict=True)
@@ -118,17 +121,17 @@ def _sharded_s(trace: Trace, network: Network, methods: Sequence[str], window: i
     sizes: list[int] = []
     for layer, _, _ in layers:
         sizes.append(layer.bytes + (sizes[-1] if sizes else 0))
-    combined = max(
+    reduced = max(
         (
             head + reduce.least_s(size, 1, latency_s)
             for size, (_, head, _) in zip(sizes, layers, strict=True)
         ),
         default=0.0,
     )
-    start = max(combined, trace.backward_s + share_latency_s)
+    start = max(reduced, trace.backward_s + gather_latency_s)
     return max(
         (
-            start + share.least_s(size, 1, 0.0) + tail
+            start + gather.least_s(size, 1, 0.0) + tail
             for size, (_, _, tail) in zip(sizes, layers, strict=True)
         ),
         default=0.0,
@@ -139,7 +142,7 @@ class _Mixture:
     """The least that sending takes, if transfers and places in flight count in some proportion.
 
     Args:
-        network: what combining costs.
+        network: what each op costs.
         kinds: the ops of each method to choose from.
         most_bytes: that a bucket may have.
         weight: of the transfers, 0 to 1.

@@ -1,8 +1,10 @@
-"""Where flat buffers are cut, by sizes, layers, ranks and the network alone.
+"""Divides flat buffers into buckets, by sizes, layers, ranks and the network alone.
 
-This never depends on times measured while training: with more than two ranks the cut and the
+Why the first ones are small: [Note: why the first layer goes first] in ``planner.py``.
+
+This never depends on times measured while training: with more than two ranks buckets and
 methods decide how sums are rounded, and results must be equal from run to run (a calibration is
-kept from one to the next, and so is which of several cuts turned out to be the fastest).
+kept from one to the next, and so is which of several bucketings turned out to be the fastest).
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def flats_of(trace: Trace, itemsize: int = 4) -> tuple[Flat, ...]:
     return (Flat.lay_out(dtype, itemsize, [entry for entry in sizes if entry[2]]),)
 
 
-def cut(
+def make_buckets(
     flats: Sequence[Flat],
     network: Network,
     *,
@@ -53,7 +55,7 @@ def cut(
 
     Args:
         flats: the flat buffers.
-        network: what combining costs; gives each bucket the cheapest method for its size.
+        network: what each op costs; gives each bucket the cheapest method for its size.
         ranks: how many.
         methods: to choose from; all but sharding ones if None.
         coarseness: by which factor buckets are larger than usual; ``PARTS`` leaves two of each
@@ -140,6 +142,7 @@ def _next_cut(flat: Flat, at: int, size: float, layer_ends: list[int], slot_ends
 
 
 def layers_between(flat: Flat, start: int, stop: int) -> tuple[str, ...]:
+    """Names of the layers that own parameters, whole or in part, between two elements."""
     first = bisect_right(flat.slots, start, key=lambda slot: slot.start) - 1
     last = bisect_left(flat.slots, stop, key=lambda slot: slot.start)
     return tuple(dict.fromkeys(slot.layer for slot in flat.slots[max(first, 0) : last]))

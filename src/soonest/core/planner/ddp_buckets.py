@@ -17,14 +17,14 @@ FIRST_BYTES, CAP_BYTES = 1 << 20, 25 << 20
 """A bucket is closed when it holds so many: the first one, and the others. DDP's own defaults."""
 
 
-def cut_like_ddp(
+def make_ddp_buckets(
     flats: Sequence[Flat], network: Network, *, methods: Sequence[str]
 ) -> tuple[Bucket, ...]:
     """Cuts flat buffers into buckets as DDP does with its default options.
 
     Args:
         flats: the flat buffers.
-        network: what combining costs; only used where ``methods`` has no all-reduce.
+        network: what each op costs; only used where ``methods`` has no all-reduce.
         methods: to choose from.
     """
     return tuple(
@@ -48,7 +48,8 @@ def filled(sizes_bytes: Iterable[float], caps_bytes: Sequence[float]) -> list[in
 
     Args:
         sizes_bytes: of the pieces, in the order in which they come.
-        caps_bytes: what is enough for the first bucket and for those behind it; the last one stays.
+        caps_bytes: what is enough for the first bucket and for those behind it; the last one
+            holds for all that follow.
     """
     counts: list[int] = []
     held, size = 0, 0.0

@@ -1,40 +1,42 @@
-"""Simple plans, from which a search begins."""
+"""The simple plans from which a search begins: several bucketings, each in dispatched order."""
 
 from __future__ import annotations
 
-import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
 from soonest.core.plan import Bucket
-from soonest.core.planner.bucketing import PARTS, cut
+from soonest.core.planner.bucketing import PARTS, make_buckets
 from soonest.core.planner.ddp_buckets import filled
-from soonest.core.planner.search_space import Piece, Send, Space
+from soonest.core.planner.dispatch import Chain, dispatch
+from soonest.core.planner.pieces import Piece, Send
+from soonest.core.planner.search_space import Space
 
 _COARSENESS = (1.0, 0.25, 0.5, 2.0, 4.0, 8.0, PARTS, math.inf)
 _FILLED_BYTES = 25e6
-"""Size of the buckets that ``DistributedDataParallel`` fills from the back."""
+"""Size of one start's buckets, about as large as DDP's; the search moves on from there, and what
+it then finds depends on the very number, so it is not DDP's own."""
 _MOST_PIECES = 64
-"""Above so many pieces a cut at every border is not tried: it would cost more than it shows."""
+"""Above so many pieces a bucket for every piece is not tried: it would cost more than it shows."""
 
 
 def simple_orders(space: Space) -> list[list[Send]]:
-    """Orders for different cuts, each with the cheapest methods and with the leanest ones."""
+    """Orders for different bucketings, each with the cheapest methods and with the leanest ones."""
     orders: dict[tuple[Piece, ...], list[Send]] = {}
-    for cuts in _cuts(space):
+    for bucketing in _bucketings(space):
         for choose in (space.cheapest, space.leanest):
-            pieces = [choose(i, a, b) for i, at in enumerate(cuts) for a, b in pairwise(at)]
+            pieces = [choose(i, a, b) for i, at in enumerate(bucketing) for a, b in pairwise(at)]
             if tuple(pieces) not in orders:
                 orders[tuple(pieces)] = dispatched(space, pieces)
     return list(orders.values())
 
 
-def _cuts(space: Space) -> Iterator[list[list[int]]]:
+def _bucketings(space: Space) -> Iterator[list[list[int]]]:
     """Per flat buffer, the indices of the cut points that are used."""
     for coarseness in _COARSENESS:
-        buckets = cut(
+        buckets = make_buckets(
             space.flats,
             space.network,
             ranks=space.ranks,
@@ -44,9 +46,9 @@ def _cuts(space: Space) -> Iterator[list[list[int]]]:
         yield [_snapped(points, i, buckets) for i, points in enumerate(space.points)]
     yield [_filled(space, i) for i in range(len(space.flats))]
     layers = [_layer_borders(space, i) for i in range(len(space.flats))]
-    for cuts in (layers, [list(range(len(points))) for points in space.points]):
-        if sum(map(len, cuts)) <= _MOST_PIECES:
-            yield cuts
+    for bucketing in (layers, [list(range(len(points))) for points in space.points]):
+        if sum(map(len, bucketing)) <= _MOST_PIECES:
+            yield bucketing
 
 
 def _snapped(points: Sequence[int], flat: int, buckets: Sequence[Bucket]) -> list[int]:
@@ -69,6 +71,7 @@ def _filled(space: Space, flat: int) -> list[int]:
 
 
 def _layer_borders(space: Space, flat: int) -> list[int]:
+    """Indices of the cut points at which one layer ends and the next begins."""
     slots = space.flats[flat].slots
     starts = {b.start for a, b in pairwise(slots) if a.layer != b.layer}
     points = space.points[flat]
@@ -76,41 +79,16 @@ def _layer_borders(space: Space, flat: int) -> list[int]:
 
 
 def dispatched(space: Space, pieces: Sequence[Piece]) -> list[Send]:
-    """The ops of all pieces: whenever the network gets free, the longest tail goes first.
-
-    That is Schrage's heuristic (J. Carlier, "The one-machine sequencing problem", European
-    Journal of Operational Research 11, 1982), latencies taken as hidden.
-    """
-    space.work += 2 * len(pieces)
-    coming = sorted((piece.ready_s, number) for number, piece in enumerate(pieces))
-    coming.reverse()
-    later: list[tuple[float, int, Send]] = []
-    waiting: list[tuple[float, int, Send]] = []
-    sharing: list[tuple[float, int, Send]] = []
-    order: list[Send] = []
-    now = 0.0
-    while coming or waiting or later or sharing:
-        if not (coming or waiting or later):
-            later, sharing = sharing, later
-        if not waiting:
-            first = min(coming[-1][0] if coming else math.inf, later[0][0] if later else math.inf)
-            now = max(now, first)
-        while coming and coming[-1][0] <= now:
-            number = coming.pop()[1]
-            send = pieces[number].sends[0]
-            heapq.heappush(waiting, (-pieces[number].sends[-1].tail_s, number, send))
-        while later and later[0][0] <= now:
-            _, number, send = heapq.heappop(later)
-            heapq.heappush(waiting, (-pieces[number].sends[-1].tail_s, number, send))
-        _, number, send = heapq.heappop(waiting)
-        order.append(send)
-        now += send.transfer_s
-        sends = send.piece.sends
-        if send.stage + 1 < len(sends):
-            after = sends[send.stage + 1]
-            if after.shares:
-                ready_s = max(now, space.backward_s) + send.piece.part_s
-                heapq.heappush(sharing, (ready_s, number, after))
-            else:
-                heapq.heappush(later, (now, number, after))
-    return order
+    """The ops of all pieces as ``dispatch`` puts them in order, latencies taken as hidden."""
+    space.timer.work += 2 * len(pieces)
+    chains = [
+        Chain(
+            piece.ready_s,
+            piece.sends[-1].tail_s,
+            piece.part_s,
+            [(0.0, send.transfer_s, send.gathers) for send in piece.sends],
+        )
+        for piece in pieces
+    ]
+    order = dispatch(chains, backward_s=space.timer.backward_s)
+    return [pieces[number].sends[stage] for number, stage in order]

@@ -1,4 +1,4 @@
-"""Searches for the cut, methods and order with the shortest simulated step, all of them together.
+"""Searches for the buckets, methods and order with the shortest simulated step, all together.
 
 From several simple plans it goes downhill by small changes, then again and again from the best plan
 so far after a few random ones (H. R. Lourenço, O. C. Martin, T. Stützle, "Iterated local search",
@@ -11,23 +11,28 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
-from soonest.core.planner.search_space import Piece, Send, Space
+from soonest.core.planner.descent import descend
+from soonest.core.planner.pieces import Piece, Send
+from soonest.core.planner.search_space import Space
 
 _GAIN = 1e-5
-"""A change must shorten the step by this share to be made."""
+"""A change must shorten the step by this fraction to be made, lest rounding decides."""
 _NEAR = 1e-4
-"""As near to the bound, nothing more is sought."""
+"""An order within this fraction of the lower bound ends the search."""
 _DESCENTS = 3
-"""From so many of the simple plans, each with so much of the work at most."""
+"""How many of the simple plans, the best ones, are improved before random changes begin."""
 _DESCENT_WORK = 0.2
+"""Fraction of all work that each of these may take, so that enough is left for what follows."""
 _FEW = 12
-"""Up to so many ops all moves of single ops are tried, beyond only those that look useful."""
+"""With at most this many ops every move of a single op is tried; with more, only useful ones."""
 _KICKS = (1, 2, 3, 4)
+"""How many random changes lead away from the best plan before the next descent: one of these."""
 _ENOUGH = 150
-"""After so many random changes in vain the search ends."""
+"""The search ends after so many descents in a row that found nothing better."""
 
 _OP = 2e-5
-"""What an op costs besides, as a share of the step: the simulator does not know of everything."""
+"""What each op is taken to cost besides, as a fraction of the step. The simulator does not know of
+host overheads, so of two equally fast plans the one with fewer ops is the better."""
 
 Order = list[Send]
 
@@ -44,21 +49,24 @@ def search(
         bound_s: that no step is shorter than.
         max_work: ops and layers that may be timed.
     """
-    return _Search(space, window, bound_s * (1 + _NEAR), space.work + max_work).run(starts)
+    return _Search(space, window, bound_s * (1 + _NEAR), space.timer.work + max_work).run(starts)
 
 
 class _Search:
+    """One search: its limits and the changes that it tries. See ``search``."""
+
     def __init__(self, space: Space, window: int, goal_s: float, max_work: int) -> None:
         self._space = space
+        self._timer = space.timer
         self._window = window
         self._goal_s = goal_s
         self._max_work = max_work
 
     def run(self, starts: Sequence[Order]) -> Order:
         timed = [(self._cost(order), number) for number, order in enumerate(starts)]
-        share = int(_DESCENT_WORK * self._left())
+        work = int(_DESCENT_WORK * self._left())
         found = [
-            self._descend(starts[number], cost, share) for cost, number in sorted(timed)[:_DESCENTS]
+            self._descend(starts[number], cost, work) for cost, number in sorted(timed)[:_DESCENTS]
         ]
         cost, order = min(found, key=lambda entry: entry[0])
         draw, vain = random.Random(0), 0
@@ -71,37 +79,35 @@ class _Search:
         return order
 
     def _left(self) -> int:
-        return self._max_work - self._space.work
+        return self._max_work - self._timer.work
 
     def _cost(self, order: Order, limit: float = math.inf) -> float:
         """Seconds of a step, and a little for each op; above the limit any such cost."""
         ops = 1 + _OP * len(order)
-        return ops * self._space.step_s(order, self._window, limit / ops)
+        return ops * self._timer.step_s(order, self._window, limit / ops)
 
     def _is_good(self, cost: float, order: Order) -> bool:
         return cost <= (1 + _OP * len(order)) * self._goal_s
 
     def _descend(self, order: Order, cost: float, work: int) -> tuple[float, Order]:
-        """Makes the first change that helps, as long as there is one.
+        """Goes downhill, with so much work at most.
 
-        Only changes that may let the op land earlier for which the step waits: what is sent behind
-        that op does not matter. Changes of one kind follow each other while they help.
+        Only by changes that may let the op end earlier for which the step waits: what is sent
+        behind that op does not matter.
         """
-        stop = self._space.work + min(work, self._left())
-        kinds, vain = (self._moves, self._cuts), 0
-        while vain < len(kinds) and not self._is_good(cost, order):
-            critical, idle = self._space.critical(order, self._window)
-            limit = cost * (1 - _GAIN)
-            for candidate in kinds[0](order, critical, idle):
-                tried = self._cost(candidate, limit)
-                if tried < limit:
-                    order, cost, vain = candidate, tried, 0
-                    break
-                if self._space.work > stop:
-                    return cost, order
-            else:
-                kinds, vain = kinds[::-1], vain + 1
-        return cost, order
+        stop = self._timer.work + min(work, self._left())
+        return descend(
+            order,
+            cost,
+            [
+                lambda order: self._moves(order, *self._timer.critical(order, self._window)),
+                lambda order: self._bucketings(order, *self._timer.critical(order, self._window)),
+            ],
+            timed=self._cost,
+            gain=_GAIN,
+            is_good=self._is_good,
+            is_spent=lambda: self._timer.work > stop,
+        )
 
     def _moves(self, order: Order, critical: int, idle: Sequence[int]) -> Iterator[Order]:
         """The critical op earlier, one in front of it behind it, or a ready one into a gap."""
@@ -115,7 +121,7 @@ class _Search:
             if _passable(order, old, new):
                 yield _moved(order, old, new)
 
-    def _cuts(self, order: Order, critical: int, idle: Sequence[int]) -> Iterator[Order]:
+    def _bucketings(self, order: Order, critical: int, idle: Sequence[int]) -> Iterator[Order]:
         pieces = self._space.pieces_of(order)
         place = {piece: at for at, piece in enumerate(pieces)}
         seen: set[Piece] = set()
@@ -136,7 +142,7 @@ class _Search:
                 yield _swapped(order, {piece: [other]})
 
     def _of_two(self, order: Order, left: Piece, right: Piece) -> Iterator[Order]:
-        """Two neighbours as one, or with the border between them elsewhere."""
+        """Joins two neighbouring pieces, or moves the border between them."""
         flat, first, border, last = left.flat, left.first, left.last, right.last
         for like in (left, right) if left.method != right.method else (left,):
             both = self._like(like, flat, first, last)
@@ -156,7 +162,7 @@ class _Search:
     def _in_two(
         self, order: Order, piece: Piece, at: int, critical: int, idle: Sequence[int]
     ) -> Iterator[Order]:
-        """One piece as two, side by side or one of them elsewhere."""
+        """Divides a piece in two, which are sent side by side or far from each other."""
         for middle in _middles(piece.first, piece.last):
             halves = [
                 self._like(piece, piece.flat, piece.first, middle),
@@ -178,7 +184,10 @@ class _Search:
                         yield _moved(split, old, new)
 
     def _like(self, piece: Piece, flat: int, first: int, last: int) -> Piece:
-        """A piece combined as another one: as is cheapest or by the very method."""
+        """The piece between other borders, by a like method.
+
+        That is the cheapest for its size if the given piece has the cheapest, and else the same.
+        """
         cheapest = self._space.cheapest(flat, first, last)
         if piece is self._space.cheapest(piece.flat, piece.first, piece.last):
             return cheapest
@@ -186,7 +195,7 @@ class _Search:
         return next((same for same in every if same.method == piece.method), cheapest)
 
     def _kicked(self, order: Order, draw: random.Random) -> Order:
-        """A few random changes."""
+        """The order after a few random changes, from which a descent finds another valley."""
         for _ in range(draw.choice(_KICKS)):
             piece = draw.choice(order).piece
             pieces = self._space.pieces_of(order)
@@ -224,7 +233,7 @@ def _middles(first: int, last: int) -> list[int]:
 
 
 def _moved(order: Order, old: int, new: int) -> Order:
-    """With the op at one place at another one."""
+    """The order with one op taken out and put in at another place."""
     changed = order[:old] + order[old + 1 :]
     changed.insert(new, order[old])
     return changed
@@ -234,11 +243,11 @@ def _passable(order: Order, old: int, new: int) -> bool:
     """Whether an op may move: no ops of a piece pass each other, and no gradients parameters."""
     send = order[old]
     passed = order[new:old] if new < old else order[old + 1 : new + 1]
-    return all(other.piece is not send.piece and other.shares == send.shares for other in passed)
+    return all(other.piece is not send.piece and other.gathers == send.gathers for other in passed)
 
 
 def _swapped(order: Order, instead: Mapping[Piece, Sequence[Piece]]) -> Order:
-    """With others in the place of some pieces, op by op."""
+    """The order with the ops of some pieces replaced by those of others, stage by stage."""
     changed: Order = []
     for send in order:
         others = instead.get(send.piece)

@@ -1,4 +1,4 @@
-"""Why a plan combines each bucket as it does, and how long that takes: predicted and measured."""
+"""Why a plan reduces each bucket as it does, and how long that takes: predicted and measured."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from soonest.core.plan import Plan
 
 @dataclass(frozen=True)
 class Row:
-    """One bucket.
+    """What the report says of one bucket.
 
     Args:
         bucket: its index.
         layers: whose parameters it carries.
         size_bytes: of its gradients.
-        method: how it is combined.
+        method: how it is reduced.
         predicted_s: by the network as calibrated and at the pace seen in training, alone on it.
         measured_s: for which it kept the network busy, in the median step; None before any.
         why: in words.
@@ -78,7 +78,7 @@ def explain(
 
     Args:
         plan: to explain.
-        network: what combining costs by now.
+        network: what each op costs by now.
         choices: methods that the plan could choose from.
         measured_s: per bucket, see ``Row``.
         given: why the method was no choice of the plan's, if it was none.

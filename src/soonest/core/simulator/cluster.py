@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from soonest.core.cost import Network
 from soonest.core.plan import Plan
-from soonest.core.simulator.simulate import Interval, Lane, Run, timeline_of
+from soonest.core.simulator.lane import Interval, Lane
+from soonest.core.simulator.simulate import Run, timeline_of
 from soonest.core.simulator.workload import Workload
 from soonest.core.timeline import Timeline
 from soonest.core.trace import Trace
@@ -149,7 +150,10 @@ class _Cluster:
             trace, plan.flats, plan.buckets, network, ranks=plan.ranks, clip=clip
         )
         jobs = [work.jobs[index] for index in work.sequence(plan.ops)]
-        self._ops = [(job, op.alone) for job, op in zip(jobs, plan.ops, strict=True)]
+        self._ops = [
+            (job.bucket, job.latency_s, job.transfer_s, op.alone)
+            for job, op in zip(jobs, plan.ops, strict=True)
+        ]
         self._window, self._blocking = plan.window, plan.blocking
         self._backward_s = [layer.bwd_us * 1e-6 for layer in trace.layers]
         self._factors, self._draws = factors, draws
@@ -170,7 +174,7 @@ class _Cluster:
         stepped, norm = gradients[0], None
         ready = gradients.max(axis=1).tolist()
         at = [max((ready[layer] for layer in layers), default=0.0) for layers in work.layers_of]
-        lane.send(self._ops[: work.combining], at)
+        lane.send(self._ops[: work.reducing], at)
         if self._blocking or work.norm_s is not None:
             stepped = np.maximum(stepped, max(at, default=0.0))
             if work.sharded and work.norm_s is not None:
@@ -180,20 +184,20 @@ class _Cluster:
         if work.sharded:
             updates = _one_by_one(work.by_need, at, self._durations(work.part_s), stepped)
             at = updates[1].max(axis=1).tolist()
-            lane.send(self._ops[work.combining :], at)
-            landed = np.array(work.by_layer(at))
+            lane.send(self._ops[work.reducing :], at)
+            available = np.array(work.by_layer(at))
         else:
             durations = self._durations(work.update_s)
             updates = _one_by_one(work.by_need, work.by_layer(at), durations, stepped)
-            landed = updates[1]
-        now = np.maximum(gradients[0], landed.max(axis=0)) if self._blocking else gradients[0]
-        forwards = self._forwards(now, landed)
+            available = updates[1]
+        now = np.maximum(gradients[0], available.max(axis=0)) if self._blocking else gradients[0]
+        forwards = self._forwards(now, available)
         return _Step(began, gradients, lane, norm, updates, forwards)
 
-    def _forwards(self, now: Times, landed: Times) -> tuple[Times, Times]:
+    def _forwards(self, now: Times, available: Times) -> tuple[Times, Times]:
         durations = self._durations(self._work.forward_s)
         starts, ends = np.empty_like(durations), np.empty_like(durations)
-        for layer, there in enumerate(landed):
+        for layer, there in enumerate(available):
             np.maximum(now, there, out=starts[layer])
             now = np.add(starts[layer], durations[layer], out=ends[layer])
         return starts, ends

@@ -1,26 +1,19 @@
 """One steady-state step under a plan, simulated.
 
-The model of the network: an op first waits out its latency and then transfers. The latency of an
-op in flight passes while others transfer, but transfers are serial, in the order of issue, because
-they share the same links. So a window of two hides the latency of every op whose predecessor
-transfers for at least as long, and a window of one hides none. Updates run beside the computation,
-and one that has begun is not put off, so what arrives earlier may hold up what is needed first.
+What the network and the updates do is in ``lane``; here it meets the computation.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from soonest.core.cost import Network
 from soonest.core.plan import Plan
-from soonest.core.simulator.workload import Job, Workload
+from soonest.core.simulator.lane import Interval, Lane, one_by_one
+from soonest.core.simulator.workload import Workload
 from soonest.core.timeline import Span, Timeline
 from soonest.core.trace import Trace
-
-Interval = tuple[float, float]
-"""Start and end, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,47 +41,8 @@ class Run:
 
     @property
     def step_s(self) -> float:
+        """Length of the step: the end of the last forward computation, seconds."""
         return self.forwards[-1][1]
-
-
-class Lane:
-    """What issues the ops of one step, strictly in order, and the network that carries them.
-
-    Args:
-        window: how many ops may be in flight.
-
-    Attributes:
-        issued, transfers: see ``Run``.
-    """
-
-    def __init__(self, window: int) -> None:
-        self._window = window
-        self._alone = False
-        self.issued: list[float] = []
-        self.transfers: list[Interval] = []
-
-    def send(self, ops: Iterable[tuple[Job, bool]], at_s: list[float]) -> None:
-        """Issues some more ops, each as soon as can be.
-
-        Args:
-            ops: each with whether no other is issued behind it before it is done.
-            at_s: per bucket, when what is sent first is ready; becomes the end of its last op.
-        """
-        window, alone = self._window, self._alone
-        every, transfers = self.issued, self.transfers
-        issued, end = (every[-1], transfers[-1][1]) if every else (0.0, 0.0)
-        for position, (job, next_alone) in enumerate(ops, len(transfers)):
-            # Behind the op in front, whatever is ready: neither is issued nor transfers before it.
-            issued = max(issued, at_s[job.bucket])
-            behind = 1 if alone else window
-            if position >= behind:
-                issued = max(issued, transfers[position - behind][1])
-            start = max(issued + job.latency_s, end)
-            end = at_s[job.bucket] = start + job.transfer_s
-            every.append(issued)
-            transfers.append((start, end))
-            alone = next_alone
-        self._alone = alone
 
 
 def run(
@@ -104,20 +58,23 @@ def run(
     Args:
         work: what to run.
         order: indices of all jobs, in the order of issue; those of a bucket in theirs, and those
-            that share parameters behind all others.
+            that gather parameters behind all others.
         window: how many ops may be in flight.
         alone: per op of the order, whether no other is issued behind it before it is done; those
             of the buckets in ``work.alone`` if None.
-        blocking: nothing is updated before all gradients are combined, and no forward computation
-            starts before all parameters have landed.
+        blocking: nothing is updated before all gradients are reduced, and no forward computation
+            starts before all parameters are there.
     """
     jobs = [work.jobs[index] for index in order]
     if alone is None:
         alone = [job.bucket in work.alone for job in jobs]
-    ops = list(zip(jobs, alone, strict=True))
+    ops = [
+        (job.bucket, job.latency_s, job.transfer_s, last)
+        for job, last in zip(jobs, alone, strict=True)
+    ]
     lane = Lane(window)
     at = list(work.ready_s)
-    lane.send(ops[: work.combining], at)
+    lane.send(ops[: work.reducing], at)
     stepped, norm = work.backward_s, None  # ``optimizer.step()`` is called after it.
     if blocking or work.norm_s is not None:
         stepped = max([stepped, *at])
@@ -129,49 +86,18 @@ def run(
     if work.sharded:
         parts = one_by_one(work.by_need, at, work.part_s, stepped)
         at = [part[1] if part else 0.0 for part in parts]
-        lane.send(ops[work.combining :], at)
-        landed = work.by_layer(at)
+        lane.send(ops[work.reducing :], at)
+        available = work.by_layer(at)
     else:
         updates = one_by_one(work.by_need, work.by_layer(at), work.update_s, stepped)
-        landed = [update[1] if update else 0.0 for update in updates]
+        available = [update[1] if update else 0.0 for update in updates]
     forwards: list[Interval] = []
-    now = max([work.backward_s, *landed]) if blocking else work.backward_s
-    for duration, there in zip(work.forward_s, landed, strict=True):
+    now = max([work.backward_s, *available]) if blocking else work.backward_s
+    for duration, there in zip(work.forward_s, available, strict=True):
         start = max(now, there)
         now = start + duration
         forwards.append((start, now))
     return Run(work.gradient_s, lane.issued, lane.transfers, norm, updates, parts, forwards)
-
-
-def one_by_one(
-    by_need: Sequence[int],
-    ready_s: Mapping[int, float] | Sequence[float],
-    duration_s: Sequence[float],
-    from_s: float,
-) -> list[Interval | None]:
-    """Updates one item at a time, the one needed first among those that are ready.
-
-    Args:
-        by_need: the items, the one needed first in front.
-        ready_s, duration_s: per item.
-        from_s: nothing is updated before.
-
-    Returns:
-        Per item, when it is updated; None if it is not among those needed.
-    """
-    intervals: list[Interval | None] = [None] * len(duration_s)
-    coming = sorted((ready_s[item], place) for place, item in enumerate(by_need))
-    waiting: list[int] = []
-    now, arrived = from_s, 0
-    for ready, _ in coming:
-        now = max(now, ready)  # If this one is not ready, all in front of it have been updated.
-        while arrived < len(coming) and coming[arrived][0] <= now:
-            heapq.heappush(waiting, coming[arrived][1])
-            arrived += 1
-        item = by_need[heapq.heappop(waiting)]
-        start, now = now, now + duration_s[item]
-        intervals[item] = (start, now)
-    return intervals
 
 
 def _run_plan(trace: Trace, plan: Plan, network: Network, clip: bool) -> Run:
@@ -192,17 +118,17 @@ def simulate(
 
     A bucket is ready when the gradients of all its layers are. Ops are issued strictly in the
     order of the plan, at most ``plan.window`` in flight. After the backward pass a layer is updated
-    when all its buckets are combined, and its forward computation waits for that. Where the plan
-    shards, a rank updates its part of a bucket instead, then shares it, and the forward computation
-    of a layer waits for all its buckets. Updates run one at a time, what is needed first in front.
-    If the plan blocks, everything waits for everything.
+    when all its buckets are reduced, and its forward computation waits for that. Where the plan
+    shards, a rank updates its part of a bucket instead, then all parts are gathered, and the
+    forward computation of a layer waits for all its buckets. Updates run one at a time, what is
+    needed first in front. If the plan blocks, everything waits for everything.
 
     Args:
         trace: the model.
         plan: what is sent, how, and in which order.
-        network: what combining costs.
+        network: what each op costs.
         clip: gradients are clipped by the norm of all of them, so no update starts before all are
-            combined and, where the plan shards, the norms of the ranks' parts are summed.
+            reduced and, where the plan shards, the norms of the ranks' parts are summed.
         title: of the timeline.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from soonest.core.cost import Network
-from soonest.core.plan import METHODS, SHARED_PARAMETERS, Bucket, Flat, Op, shards
+from soonest.core.plan import GATHER_PARAMETERS, METHODS, Bucket, Flat, Op, shards
 from soonest.core.trace import Trace
 
 
@@ -19,16 +19,12 @@ class Job(NamedTuple):
         kind: of the op.
         latency_s: passes while others transfer.
         transfer_s: how long it keeps the network to itself.
-        before: index of the job of the same bucket that comes before it; -1 for the first one.
-        last: whether the bucket is combined or, if its parameters are shared, in place with it.
     """
 
     bucket: int
     kind: str
     latency_s: float
     transfer_s: float
-    before: int
-    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +34,7 @@ class Workload:
     Args:
         jobs: the ops of all buckets, by bucket, and of one bucket in their order.
         ready_s: per bucket, when the gradients of all layers that it carries are ready.
-        tail_s: per bucket, the forward computation that cannot start before it landed.
+        tail_s: per bucket, the forward computation that cannot start before it is there.
         layers_of: per bucket, the indices of the layers that it carries.
         part_s: per bucket, how long a rank takes to update its part, where it is sharded.
         backward_s: length of the backward pass.
@@ -46,7 +42,7 @@ class Workload:
         alone: buckets behind whose ops no other is issued before they are done.
         gradient_s: per layer, when its gradient is ready.
         sharded: whether each rank updates only its part of every bucket.
-        combining: how many ops combine gradients; those behind them share parameters.
+        reducing: how many ops reduce gradients; those behind them gather parameters.
         by_need: what is updated as one, in the order in which the forward pass needs it: buckets
             where each rank updates its parts of them, and otherwise the layers that are sent.
         norm_s: if gradients are clipped, how long the op takes that sums the norms of the ranks'
@@ -64,7 +60,7 @@ class Workload:
     alone: frozenset[int]
     gradient_s: list[float]
     sharded: bool
-    combining: int
+    reducing: int
     by_need: list[int]
     norm_s: float | None
 
@@ -85,7 +81,7 @@ class Workload:
         Args:
             trace: the model.
             flats, buckets: of the plan.
-            network: what combining costs.
+            network: what each op costs.
             ranks: how many.
             alone: see above.
             clip: whether gradients are clipped by the norm of all of them.
@@ -111,12 +107,9 @@ class Workload:
             by_need = sorted({layer for layers in layers_of for layer in layers})
         jobs: list[Job] = []
         for bucket, size in enumerate(sizes):
-            kinds = METHODS[buckets[bucket].method]
-            for stage, kind in enumerate(kinds):
+            for kind in METHODS[buckets[bucket].method]:
                 cost = network.op(kind)
-                before = len(jobs) - 1 if stage else -1
-                transfer_s, last = cost.transfer_s(size), stage == len(kinds) - 1
-                jobs.append(Job(bucket, kind, cost.latency_at(size), transfer_s, before, last))
+                jobs.append(Job(bucket, kind, cost.latency_at(size), cost.transfer_s(size)))
         return cls(
             jobs=jobs,
             # Heads and tails fall from layer to layer, so those of the first are the largest.
@@ -130,20 +123,10 @@ class Workload:
             alone=frozenset(alone),
             gradient_s=ready,
             sharded=sharded,
-            combining=sum(job.kind != SHARED_PARAMETERS for job in jobs),
+            reducing=sum(job.kind != GATHER_PARAMETERS for job in jobs),
             by_need=by_need,
             norm_s=_number_s(network) if clip else None,
         )
-
-    def ready_of(self, job: Job, before_s: float) -> float:
-        """When a job can be issued, if the one before it of the same bucket ended then.
-
-        Parameters are shared after the update, which ``optimizer.step()`` allows; this leaves out
-        that it may have to wait for updates of other buckets' parts.
-        """
-        if job.kind == SHARED_PARAMETERS:
-            return max(before_s, self.backward_s) + self.part_s[job.bucket]
-        return self.ready_s[job.bucket] if job.before < 0 else before_s
 
     def sequence(self, ops: Iterable[Op]) -> list[int]:
         """The indices of the jobs that the ops of a plan stand for."""
@@ -161,5 +144,5 @@ class Workload:
 
 
 def _number_s(network: Network) -> float:
-    """Seconds to combine a single number over all ranks, by the method that is cheapest for it."""
+    """Seconds to reduce a single number over all ranks, by the method that is cheapest for it."""
     return min(network.cost_s(m, 0.0) for m in network.methods if not shards(m))

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.core.plan import GATHER_PARAMETERS, Plan
 from soonest.runtime.execute.pass_state import PassState
 from soonest.runtime.timing.step_record import Record
 
@@ -184,7 +184,7 @@ def of_plan(plan: Plan, index_of: dict[str, int], *, rebuilt: bool) -> dict[str,
         index_of: by name of the parameter, its place among all.
         rebuilt: whether it is no longer the first one.
     """
-    order = dict.fromkeys(op.bucket for op in plan.ops if op.kind != SHARED_PARAMETERS)
+    order = dict.fromkeys(op.bucket for op in plan.ops if op.kind != GATHER_PARAMETERS)
     sizes: list[str] = []
     indices: list[str] = []
     for index in order:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.core.plan import GATHER_PARAMETERS, Plan
 from soonest.runtime import comm
 from soonest.runtime.comm import EXACT, Op, Piece, Ranks, Running, Wire
 from soonest.runtime.execute.usage_counts import UsageCounts, is_used_part
@@ -101,7 +101,7 @@ class BoundPlan:
         kind, bucket = self.plan.ops[op].kind, self.plan.ops[op].bucket
         if self.plan.before[op] < 0:
             self.usage.write(pass_state, bucket, self._pieces[bucket].gradients)
-        if kind == SHARED_PARAMETERS:
+        if kind == GATHER_PARAMETERS:
             return Running(self._gather(bucket))
         return Running(self._reduce(pass_state, op, kind, bucket))
 
@@ -140,7 +140,7 @@ class BoundPlan:
                 mine = shard.alias.detach() if shard.shown is None else shard.shown
                 at = shard.param.slot.start + shard.start - start
                 whole[at : at + mine.numel()] = mine
-        yield from comm.op(SHARED_PARAMETERS, self._ranks, Piece(whole, whole, piece.wire))
+        yield from comm.op(GATHER_PARAMETERS, self._ranks, Piece(whole, whole, piece.wire))
         with torch.no_grad():
             for param in self._params_in[bucket]:
                 first = max(start, param.slot.start)
@@ -162,7 +162,7 @@ class BoundPlan:
     def complete_op(self, pass_state: PassState) -> None:
         """Lets the state of a pass know that its oldest op in flight is done."""
         op = self.plan.ops[pass_state.completed]
-        if op.kind == SHARED_PARAMETERS:
+        if op.kind == GATHER_PARAMETERS:
             self._zero(pass_state, op.bucket)
         pass_state.complete_op()
 
@@ -220,5 +220,5 @@ class BoundPlan:
         with self.state.together("reading gradients"):
             for piece in self._pieces:
                 whole = Piece(piece.gradients, piece.gradients)
-                comm.run(SHARED_PARAMETERS, self.state.ranks, whole)
+                comm.run(GATHER_PARAMETERS, self.state.ranks, whole)
         pass_state.whole = True

@@ -12,7 +12,7 @@ from enum import IntEnum
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.core.plan import GATHER_PARAMETERS, Plan
 from soonest.errors import SoonestError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class PassState:
         self._events: deque[tuple[int, BucketState]] = deque(maxlen=_EVENTS)
         self.unused: set[int] = set()
         self.kept: dict[int, Tensor] = {}
-        self.issued = self.completed = self.plan.combining if local else 0
+        self.issued = self.completed = self.plan.reducing if local else 0
         self.closed = local
         self.step: Any = None
         self.superseded = False
@@ -107,7 +107,7 @@ class PassState:
     def ops(self) -> int:
         """How many ops of the plan are to be done: without an update, nothing is gathered."""
         unwanted = self.superseded and self.step is None
-        return self.plan.combining if unwanted else len(self.plan.ops)
+        return self.plan.reducing if unwanted else len(self.plan.ops)
 
     # From state to state
 
@@ -145,7 +145,7 @@ class PassState:
         state = self.states[op.bucket]
         if state < READY or plan.before[issued] >= completed:
             return None
-        if state < UPDATED and op.kind == SHARED_PARAMETERS:
+        if state < UPDATED and op.kind == GATHER_PARAMETERS:
             return None
         return issued
 
@@ -158,7 +158,7 @@ class PassState:
     def complete_op(self) -> None:
         """The oldest op in flight is done."""
         op = self.plan.ops[self.completed]
-        if op.kind == SHARED_PARAMETERS:
+        if op.kind == GATHER_PARAMETERS:
             self._move(op.bucket, GATHERED)
         elif self.completed in self.plan.reduces:
             self._move(op.bucket, REDUCED)
@@ -207,7 +207,7 @@ class PassState:
     @property
     def owes(self) -> bool:
         """Whether other ranks wait for ops of this one, whatever happens to it here."""
-        sent = self.plan.combining if self.step is None else self.ops
+        sent = self.plan.reducing if self.step is None else self.ops
         return self.closed and self.completed < sent
 
     @property
@@ -220,7 +220,7 @@ class PassState:
     @property
     def settled(self) -> bool:
         """Whether nothing is left to do until the training loop goes on."""
-        if self.step is None and self.completed >= self.plan.combining:
+        if self.step is None and self.completed >= self.plan.reducing:
             return True
         return self.finished or not self.closed
 
@@ -261,7 +261,7 @@ class PassState:
             assert state <= self.final, self
             assert state < UPDATED or self.step is not None, self
             numbers = [number for number, op in enumerate(plan.ops) if op.bucket == bucket]
-            reducing = [number for number in numbers if plan.ops[number].kind != SHARED_PARAMETERS]
+            reducing = [number for number in numbers if plan.ops[number].kind != GATHER_PARAMETERS]
             assert (state >= REDUCING) == (self.issued > reducing[0]), self
             assert (state >= REDUCED) == (self.completed > reducing[-1]), self
             if plan.sharded:

@@ -30,7 +30,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from soonest.core.plan import SHARED_PARAMETERS
+from soonest.core.plan import GATHER_PARAMETERS
 from soonest.errors import SoonestError
 from soonest.runtime.comm.failures import FailureReporter
 from soonest.runtime.comm.signals import is_from_handler
@@ -163,7 +163,7 @@ class StreamLane:
             if (updated := flight.marks[UPDATED][bucket]) is not None:
                 self._order.follow(self._ops, updated)
             mark = self._run_op(pass_state, op)
-            if pass_state.plan.ops[op].kind == SHARED_PARAMETERS:
+            if pass_state.plan.ops[op].kind == GATHER_PARAMETERS:
                 flight.marks[GATHERED][bucket] = mark
             elif op in pass_state.plan.reduces:
                 flight.marks[REDUCED][bucket] = mark

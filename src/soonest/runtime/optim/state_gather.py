@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soonest.core.plan import SHARED_PARAMETERS, Plan
+from soonest.core.plan import GATHER_PARAMETERS, Plan
 from soonest.runtime import comm
 from soonest.runtime.comm import Piece, Ranks
 from soonest.runtime.flat.buffers import FlatBuffers
@@ -96,5 +96,5 @@ class StateGather:
                 values[at : at + known.numel()] = known
         piece = Piece(values, values, itemsize=itemsize)
         with self._together():
-            comm.run(SHARED_PARAMETERS, self._ranks, piece)
+            comm.run(GATHER_PARAMETERS, self._ranks, piece)
         return values

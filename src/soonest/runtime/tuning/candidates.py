@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from soonest.core.cost import Network
 from soonest.core.plan import Bucket, Flat, Plan
-from soonest.core.planner.ddp_buckets import cut_like_ddp
-from soonest.core.planner.planner import PARTS, backward_order, cut, order
+from soonest.core.planner.ddp_buckets import make_ddp_buckets
+from soonest.core.planner.planner import PARTS, backward_order, make_buckets, order
 from soonest.core.trace import Trace
 
 STEPS = 4
@@ -61,8 +61,10 @@ class Candidate:
             return self.buckets
         methods = [m for m in self.methods if m in methods] or methods
         if self.coarseness is None:
-            return cut_like_ddp(flats, network, methods=methods)
-        return cut(flats, network, ranks=ranks, methods=methods, coarseness=self.coarseness)
+            return make_ddp_buckets(flats, network, methods=methods)
+        return make_buckets(
+            flats, network, ranks=ranks, methods=methods, coarseness=self.coarseness
+        )
 
     def plan(
         self,
