@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -125,6 +126,8 @@ def all_at_once(cases: dict[str, tuple[str, int]]) -> dict[str, object]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # else each rank would copy it all when it ends
     cases = {
         "waits": ("waits", 1),
         "ends": ("ends", 1),
