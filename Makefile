@@ -1,5 +1,5 @@
 # Each target makes its own .venv first, from the pinned versions in constraints.txt, and only once.
-#   make demo ARGS="--steps 60"     make test ARGS="tests/report -k picture"     make lint
+#   make demo ARGS="--steps 60"     make quick     make test ARGS="tests/report -k picture"     make lint
 
 PYTHON ?= python3
 ARGS   ?=
@@ -7,13 +7,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick lint clean
 
 demo: $(VENV)/report.stamp
 	@$(BIN)/soonest demo $(ARGS)
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(ARGS)
+
+quick: $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(ARGS) @tests/quick.txt
 
 lint: $(VENV)/test.stamp $(VENV)/lint.stamp
 	$(BIN)/ruff check

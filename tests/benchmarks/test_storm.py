@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from helpers.asked import asked_for
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FOUND = (26, 115, 119, 217, 237, 336, 426, 428, 503, 539)
 """These have ended badly once."""
@@ -20,9 +22,11 @@ SLACK_S = "20"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+def found(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, Any]]:
     record = tmp_path_factory.mktemp("storm") / "storm.json"
-    seeds = ",".join(map(str, SEEDS))
+    seeds = ",".join(map(str, asked_for(request, "seed")))
     words = ["--seeds", seeds, "--jobs", "4", "--slack", SLACK_S, "--json", str(record)]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "storm.py", *words],

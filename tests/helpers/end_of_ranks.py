@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo  # once for all ranks, which are forked
 import torch.distributed as dist
 from torch import nn
 
@@ -106,13 +108,31 @@ def _code(pid: int, deadline: float) -> int | None:
     return None
 
 
+def all_at_once(cases: dict[str, tuple[str, int]]) -> dict[str, object]:
+    """What ``pair`` returns for the arguments of each case; the pairs mostly wait."""
+    folder = Path(tempfile.mkdtemp())
+    judges: list[int] = []
+    for name, given in cases.items():
+        if (pid := os.fork()) == 0:
+            (folder / name).write_text(json.dumps(pair(*given)))
+            os._exit(0)
+        judges.append(pid)
+    for pid in judges:
+        os.waitpid(pid, 0)
+    found = {name: json.loads((folder / name).read_text()) for name in cases}
+    shutil.rmtree(folder)
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {
-        "waits": pair("waits", 1),
-        "ends": pair("ends", 1),
-        "ends twice": pair("ends", 2),
-        "raises": pair("raises"),
-        "is late": pair("is late"),
+    gc.collect()
+    gc.freeze()  # else each rank would copy it all when it ends
+    cases = {
+        "waits": ("waits", 1),
+        "ends": ("ends", 1),
+        "ends twice": ("ends", 2),
+        "raises": ("raises", 0),
+        "is late": ("is late", 0),
     }
-    print(json.dumps(found))
+    print(json.dumps(all_at_once(cases)))

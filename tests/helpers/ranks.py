@@ -26,9 +26,10 @@ from soonest.runtime.tuning import calibrate, trials
 
 context = multiprocessing.get_context("forkserver")
 """Ranks are forked from one process that has imported all they need, which takes seconds; what
-building an optimizer and saving a checkpoint would import, too."""
+building an optimizer and saving a checkpoint would import, too, and what has started the tests,
+which each new process imports as its main module."""
 context.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "soonest.runtime"]
+    ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "soonest.runtime", "pytest"]
 )
 
 _SEARCH_WORK = 20_000

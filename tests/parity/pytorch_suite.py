@@ -13,6 +13,7 @@ Ranks are forked for each test from this one process, which has imported all the
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
 import json
 import logging
@@ -89,6 +90,10 @@ def load(cls: str) -> type[unittest.TestCase]:
             self._start_processes(multiprocessing.get_context("fork").Process)
 
     Suite.setUpClass()
+    # Else what a test drops stays for long, with its threads and sockets: the more there is from
+    # before, the more rarely all is looked through.
+    gc.collect()
+    gc.freeze()
     return Suite
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.asked import asked_for
 from helpers.ranks import by_turns
 from parity.cases import differences
 from parity.owned import FORMS, LOOPS, NOT_IN, outcome
@@ -41,7 +42,7 @@ def _different(ddp: Any, name: str, form: str, near: float) -> list[str]:
 
 def compared(ranks: int, near: float, cases: list[tuple[str, str]], at_once: int) -> list[Found]:
     """By rank; a few loops at a time."""
-    names = list(LOOPS)
+    names = list(dict.fromkeys(name for name, _ in cases))
     parts = [
         [case for case in cases if case[0] in names[first : first + at_once]]
         for first in range(0, len(names), at_once)
@@ -50,8 +51,8 @@ def compared(ranks: int, near: float, cases: list[tuple[str, str]], at_once: int
 
 
 @pytest.fixture(scope="module")
-def bitwise() -> list[Found]:
-    return compared(2, 0.0, CASES, at_once=8)
+def bitwise(request: pytest.FixtureRequest) -> list[Found]:
+    return compared(2, 0.0, asked_for(request, "name", "form"), at_once=8)
 
 
 @pytest.mark.timeout(700)
@@ -61,8 +62,8 @@ def test_two_ranks_are_bitwise_equal(name: str, form: str, bitwise: list[Found])
 
 
 @pytest.fixture(scope="module")
-def close() -> list[Found]:
-    return compared(3, 1e-12, OF_THREE, at_once=8)
+def close(request: pytest.FixtureRequest) -> list[Found]:
+    return compared(3, 1e-12, asked_for(request, "name", "form"), at_once=8)
 
 
 @pytest.mark.timeout(700)

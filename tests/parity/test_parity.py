@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import optim
 
+from helpers.asked import asked_for
 from helpers.ranks import by_turns, run_ranks
 from parity.cases import CASES, OF_FOUR, STEPS, compare, repeat
 from parity.loops import SCHEDULERS
@@ -15,14 +16,18 @@ AT_ONCE = 11
 
 
 def compared(ranks: int, names: list[str]) -> list[dict[str, list[str]]]:
-    """By rank, where each case differs."""
-    parts = -(-len(names) // AT_ONCE)
-    return by_turns(compare, ranks, [names[part::parts] for part in range(parts)])
+    """By rank, where each case differs.
+
+    Cases stay in their order, so that those that compile, which takes seconds to import, go
+    together.
+    """
+    firsts = range(0, len(names), AT_ONCE)
+    return by_turns(compare, ranks, [names[first : first + AT_ONCE] for first in firsts])
 
 
 @pytest.fixture(scope="module")
-def bitwise() -> list[dict[str, list[str]]]:
-    return compared(2, list(CASES))
+def bitwise(request: pytest.FixtureRequest) -> list[dict[str, list[str]]]:
+    return compared(2, asked_for(request, "name"))
 
 
 @pytest.mark.timeout(800)  # the first of them trains all
@@ -32,8 +37,8 @@ def test_two_ranks_are_bitwise_equal(name: str, bitwise: list[dict[str, list[str
 
 
 @pytest.fixture(scope="module")
-def close() -> list[dict[str, list[str]]]:
-    return compared(4, OF_FOUR)
+def close(request: pytest.FixtureRequest) -> list[dict[str, list[str]]]:
+    return compared(4, asked_for(request, "name"))
 
 
 @pytest.mark.timeout(800)

@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.asked import asked_for
 from parity.pytorch_suite import CONTROL, control
 from parity.pytorch_table import EXCEPTIONS, MOST, TABLE, table
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     path = tmp_path_factory.mktemp("suite") / "results.json"
     command = [sys.executable, "-m", "parity.pytorch_suite", "--json", str(path)]
+    command += asked_for(request, "name")
     done = subprocess.run(
         command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=1500
     )

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as Theirs
 from torch.utils.checkpoint import checkpoint
 
 import soonest
+from helpers.asked import asked_for
 from helpers.equal import equal
 from helpers.ranks import run_ranks
 from soonest.runtime.ddp import arguments
@@ -305,11 +306,11 @@ def forward_sync_buffers() -> None:
     assert buffers_seen(forward_sync_buffers=True) == [False] * STEPS
 
 
-def run_all() -> dict[str, str]:
+def run_all(names: list[str]) -> dict[str, str]:
     """By argument, what went wrong on this rank."""
     found: dict[str, str] = {}
     warnings.simplefilter("ignore")
-    for name in ARGUMENTS:
+    for name in names:
         try:
             globals()[name]()
             found[name] = ""
@@ -319,8 +320,8 @@ def run_all() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def found() -> list[dict[str, str]]:
-    return run_ranks(run_all, 2)
+def found(request: pytest.FixtureRequest) -> list[dict[str, str]]:
+    return run_ranks(run_all, 2, asked_for(request, "argument"))
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
