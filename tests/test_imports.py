@@ -50,6 +50,8 @@ ROOMS: dict[str, list[str]] = {
 }  # fmt: skip
 """The rooms of a part, from the top: each may import only those below it, but for types."""
 MOST_ROOMS = 16
+MOST_LINES = 300
+"""Of a file where rooms are small: a longer one is two."""
 
 
 def imported(source: str, module: str, *, is_package: bool) -> Iterator[tuple[int, str]]:
@@ -238,3 +240,9 @@ def test_the_core_runs_without_torch():
     assert "soonest.core.planner.planner" in loaded
     assert not [name for name in loaded if name.partition(".")[0] == "torch"]
     assert not [name for name in loaded if name.startswith("soonest.runtime")]
+
+
+@pytest.mark.parametrize("part", ["core", "runtime"])
+def test_no_file_is_long(part: str) -> None:
+    lines = {p: p.read_text(encoding="utf-8").count("\n") for p in (SOURCE / part).rglob("*.py")}
+    assert [f"{path.name}: {count}" for path, count in lines.items() if count > MOST_LINES] == []

@@ -30,7 +30,9 @@ def lines_of(level: str) -> list[str]:
 
 
 def test_the_first_rank_tells_what_was_chosen_in_at_most_ten_lines() -> None:
-    first, second = run_ranks(lines_of, 2, "info")
+    both = run_ranks(lines_of, 2, "info")
+    # Where the machine is busy, a rank may also warn that another is late.
+    first, second = ([line for line in lines if " WARNING: " not in line] for lines in both)
     assert 2 <= len(first) <= 10
     assert all(" soonest rank 0 INFO: " in line for line in first)
     assert "ranks: " in first[0]

@@ -41,17 +41,12 @@ from soonest.core.plan import Plan
 from soonest.errors import SoonestError
 from soonest.runtime.comm import Ranks, Wire
 from soonest.runtime.comm.failures import FailureReporter
+from soonest.runtime.engine import model_changes
 from soonest.runtime.engine.backward import Backward
 from soonest.runtime.engine.in_flight import InFlight
-from soonest.runtime.engine.model_changes import (
-    follow,
-    regroup,
-    renew_modules,
-    restructure,
-    take_in,
-)
 from soonest.runtime.engine.module_buffers import Buffers
 from soonest.runtime.engine.new_params import Newcomers
+from soonest.runtime.engine.partial_grads import hold_parts
 from soonest.runtime.engine.step import step
 from soonest.runtime.engine.structure import Structure
 from soonest.runtime.execute.bound_plan import BoundPlan
@@ -153,7 +148,7 @@ class Engine:
         parts = self.in_flight.give_up()
         self.bound_plan.unfinished.clear()
         self._bind(layout, plan)
-        self.in_flight.hold_parts(parts)
+        hold_parts(self.in_flight, parts)
 
     def _bind(self, layout: FlatBuffers, plan: Plan) -> None:
         self.layout = layout
@@ -189,9 +184,9 @@ class Engine:
         except ValueError as error:
             raise self.failures.at_fault(error) from None
         self.backward.forward_begins()
-        follow(self)
+        model_changes.follow(self)
         if self.structure.has_changed():
-            restructure(self)
+            model_changes.restructure(self)
         if self.buffers is not None:
             self.buffers.forward_begins(self.backward.passes)
         if self.profiler.observing:  # what was read before it does not show the order of use
@@ -199,7 +194,7 @@ class Engine:
             self.profiler.record = self.profiler.new_record()
             self.in_flight.watch()
         if self.entries.outdated():
-            renew_modules(self)
+            model_changes.renew_modules(self)
         if self.entries.whole or modes.is_compiling():
             self.wait_for_all()
 
@@ -222,9 +217,9 @@ class Engine:
     def _backward_ended(self, late: Sequence[FlatParam]) -> None:
         self._share_buffers(active=True)
         if self.structure.has_changed():  # since the forward pass, or without one of the model
-            restructure(self)
+            model_changes.restructure(self)
         elif self.newcomers is not None and (parameters := self.newcomers.come()):
-            take_in(self, parameters)
+            model_changes.take_in(self, parameters)
         self.after_backward(self, late)
         if modes.is_compiling():  # what follows is compiled, too, and should find plain tensors
             self.flush()
@@ -247,7 +242,7 @@ class Engine:
 
     def groups_changed(self) -> None:
         """The optimizer has other parameter groups."""
-        regroup(self)
+        model_changes.regroup(self)
 
     def clear_gradients(self) -> None:
         """What ``optimizer.zero_grad()`` does: those in flight go on without their names."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -82,19 +82,6 @@ class InFlight:
         self._parameters, self._gradients, self.held = [], [], []
         self.copies = {}
         return parts
-
-    def hold_parts(self, parts: Sequence[PartialGrad]) -> None:
-        """Holds what another one has given up."""
-        here = {id(param.parameter): param for param in self.params}
-        for before, pass_state, held, copy in parts:
-            param = here.get(id(before.parameter))
-            if param is None:
-                continue
-            if copy is not None:
-                self.hold_copy(param, copy)
-            elif held and param.grad is before.grad:
-                self.hold_gradient(param, param.grad)
-            param.pass_state = pass_state
 
     def watch(self) -> None:
         """Nothing is in flight, but note when each parameter is needed."""

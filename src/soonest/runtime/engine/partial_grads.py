@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -90,3 +91,17 @@ def complete_all(in_flight: InFlight) -> None:
             for param, gradient in own:  # others may have only their parts of these
                 param.raw_grad.copy_(gradient)
     in_flight.lane.spread()
+
+
+def hold_parts(in_flight: InFlight, parts: Sequence[PartialGrad]) -> None:
+    """Holds what another one has given up."""
+    here = {id(param.parameter): param for param in in_flight.params}
+    for before, pass_state, held, copy in parts:
+        param = here.get(id(before.parameter))
+        if param is None:
+            continue
+        if copy is not None:
+            in_flight.hold_copy(param, copy)
+        elif held and param.grad is before.grad:
+            in_flight.hold_gradient(param, param.grad)
+        param.pass_state = pass_state

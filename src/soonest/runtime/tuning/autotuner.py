@@ -27,7 +27,7 @@ from soonest.runtime.tuning.trials import EXACT_RANKS, Trials
 _WARM_UP = 3
 """Steps of a device of which nothing is learned."""
 
-_log = logging.getLogger("soonest")
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
