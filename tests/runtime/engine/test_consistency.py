@@ -199,3 +199,15 @@ def test_a_checksum_tells_zeros_apart_and_knows_nan() -> None:
     assert consistency.checksum(zero) != consistency.checksum(-zero)
     assert consistency.checksum(nan) == consistency.checksum(nan.clone())
     assert consistency.checksum(torch.zeros(())) != consistency.checksum(torch.zeros(0))
+
+
+def test_a_checksum_depends_on_the_order_of_large_pieces() -> None:
+    half = consistency._CHUNK
+    tensor = torch.arange(2 * half)
+    swapped = torch.cat([tensor[half:], tensor[:half]])
+    assert consistency.checksum(tensor) != consistency.checksum(swapped)
+
+
+def test_a_checksum_depends_on_both_parts_of_complex_numbers() -> None:
+    numbers = torch.tensor([1 + 2j, 3 - 4j])
+    assert consistency.checksum(numbers) != consistency.checksum(numbers.conj().resolve_conj())

@@ -85,6 +85,17 @@ def test_nothing_is_asked_as_long_as_something_ends_each_second(world: Any) -> N
     assert world.failures.asked == []
 
 
+def test_a_pause_in_which_nothing_was_enqueued_is_no_wait(world: Any) -> None:
+    add(world, "first", 101)
+    world.time.now_s = 100 + 1000
+    world.enqueued.look()
+    world.time.now_s += 1000
+    add(world, "second", 10_000)
+    world.time.now_s += 0.5
+    world.enqueued.look()
+    assert world.failures.asked == []
+
+
 def test_others_are_asked_once_a_second_about_what_takes_long(world: Any) -> None:
     add(world, "bucket 7", 10_000)
     for _ in range(20):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from soonest.runtime.timing import straggler
 from soonest.runtime.timing.straggler import Sample, Straggler, late_ranks
 
 RANKS, LOOK = 4, 10
@@ -199,3 +200,11 @@ def test_it_is_told_in_words() -> None:
         "its link carries 66 Mbit/s, those of the others 200 Mbit/s; this costs up to 134 ms of a "
         "step of 300 ms"
     )
+
+
+def test_a_rank_is_compared_with_the_median_of_all_but_itself() -> None:
+    # For 1: 5, 9 and 100; for 5: 1, 9 and 100; for 9 and 100: 1, 5 and the other one.
+    assert straggler._of_others([1.0, 5.0, 9.0, 100.0]) == [9.0, 9.0, 5.0, 5.0]
+    # For 8: (1 + 3) / 2.
+    assert straggler._of_others([8.0, 1.0, 3.0]) == [2.0, 5.5, 4.5]
+    assert straggler._of_others([7.0, 4.0]) == [4.0, 7.0]

@@ -66,3 +66,10 @@ def test_a_passing_disturbance_is_not() -> None:
     """It lasts for one window of steps, right before a comparison."""
     assert compared(lambda step: 3.0 if 350 <= step < 384 else 1.0)[1] == (384, None)
     assert compared(lambda step: 3.0 if 200 <= step < 300 else 1.0)[1] == (384, None)
+
+
+def test_steps_that_are_off_in_turns_in_opposite_directions_are_not() -> None:
+    """Slower for 32 steps, faster for the next 32: no change is there for good."""
+    found = compared(lambda step: 1.0 if step < 160 else 2.0 if step // 32 % 2 else 0.5)
+    assert len(found) > 10
+    assert all(f is None for _, f in found)
