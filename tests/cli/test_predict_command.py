@@ -91,3 +91,10 @@ def test_a_wrong_request_is_one_line_and_code_2(
     assert err.startswith("soonest: ")
     assert err.count("\n") == 1
     assert says in err
+
+
+def test_a_link_carries_its_headers_too(capsys: pytest.CaptureFixture[str]):
+    """Of 1514 bytes in a frame 1448 are payload: 9.56 of 10 Gbit/s."""
+    assert main([*ALEXNET, "--hosts", "2", "--link", "10gbit", "--latency", "11us"]) == 0
+    said = capsys.readouterr().out
+    assert "links that carry 9.56 Gbit/s of payload and 11 µs a message" in said

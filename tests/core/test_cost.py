@@ -210,3 +210,11 @@ def test_whatever_was_measured_can_be_slowed(
     for size in sizes:
         assert slower.transfer_s(size) == pytest.approx(factor * cost.transfer_s(size), abs=1e-9)
         assert slower.latency_at(size) == pytest.approx(cost.latency_at(size))
+
+
+def test_times_that_fall_are_replaced_by_the_mean_of_all_of_them():
+    """4, 1 and 1 have the mean 2; not that of 2.5, which 4 and 1 have, and 1."""
+    cost = Cost.fit([(1.0, 4.0), (2.0, 1.0), (3.0, 1.0)])
+    assert cost.seconds == pytest.approx((2.0, 2.0, 2.0))
+    cost = Cost.fit([(1.0, 1.0), (2.0, 6.0), (3.0, 2.0), (4.0, 1.0), (5.0, 9.0)])
+    assert cost.seconds == pytest.approx((1.0, 3.0, 3.0, 3.0, 9.0))

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import strategies
-from soonest.core.plan import GATHER_PARAMETERS, Bucket, Flat, Op, Plan, first_difference
+from soonest.core.plan import (
+    METHODS,
+    GATHER_PARAMETERS,
+    Bucket,
+    Flat,
+    Op,
+    Plan,
+    borders,
+    first_difference,
+)
 from soonest.core.planner.planner import first_plan
 
 FLAT = Flat.lay_out(
@@ -172,3 +181,37 @@ def test_json_that_is_no_object_is_refused(data: object):
 def test_broken_json_is_refused(change: dict):
     with pytest.raises(ValueError, match="this is no plan"):
         Plan.from_json({**PLAN.to_json(), **change})
+
+
+def test_what_follows_what_and_what_combines_a_bucket():
+    """Two buckets by three ops each, the second one a step ahead; sharding ends with a gathering
+    that combines nothing."""
+    flat = Flat.lay_out("float32", 4, [("a", "a", 15), ("b", "b", 15)])
+
+    def plan_of(method: str, *kinds: str) -> Plan:
+        buckets = tuple(Bucket(0, 16 * i, 16 * i + 16, method, (n,)) for i, n in enumerate("ab"))
+        ops = tuple(Op(bucket, kind) for kind in kinds for bucket in (1, 0))
+        return Plan(4, (flat,), buckets, ops)
+
+    hierarchical = plan_of("hierarchical", *METHODS["hierarchical"])
+    assert hierarchical.before == (-1, -1, 0, 1, 2, 3)
+    assert hierarchical.reduces == {4, 5}
+    assert hierarchical.combining == 6
+    sharded = plan_of("shard", *METHODS["shard"])
+    assert sharded.before == (-1, -1, 0, 1)
+    assert sharded.reduces == {0, 1}
+    assert sharded.combining == 2
+
+
+@pytest.mark.parametrize(
+    ("numel", "ranks", "itemsize", "at"),
+    [
+        (96, 3, 4, [0, 32, 64, 96]),
+        (100, 3, 4, [0, 48, 96, 100]),  # parts of whole 64 bytes, 16 elements; the last is shorter
+        (100, 3, 2, [0, 64, 100, 100]),
+        (5, 2, 8, [0, 5, 5]),
+        (0, 2, 4, [0, 0, 0]),
+    ],
+)
+def test_parts_of_a_slice(numel: int, ranks: int, itemsize: int, at: list[int]):
+    assert borders(numel, ranks, itemsize) == at

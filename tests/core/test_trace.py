@@ -94,3 +94,12 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path, text: str, message: str):
 def test_an_unknown_name_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="alexnet, googlenet"):
         Trace.load("alexnett")
+
+
+def test_heads_and_tails():
+    """The last layer's gradient is ready first; a tail is a layer's own forward and all behind."""
+    layers = (Layer("a", 4, 1e6, 10e6), Layer("b", 4, 2e6, 20e6), Layer("c", 4, 3e6, 30e6))
+    trace = Trace("three", layers)
+    assert trace.ready_s() == pytest.approx([60, 50, 30])
+    assert trace.tail_s() == pytest.approx([6, 5, 3])
+    assert (trace.forward_s, trace.backward_s) == pytest.approx((6, 60))

@@ -50,6 +50,18 @@ def test_equal_runs_are_identical():
     assert "NOT" not in lines
 
 
+def test_the_loss_on_held_out_text_is_told_in_bits():
+    """2 nats are 2 / ln 2 = 2.885 bits; the mean over the ranks counts."""
+    told = messages()
+    assert result_of(told).test_bits == pytest.approx(2.88539)
+    for rank, message in told:
+        if message["kind"] == "trained" and message["arm"] == "soonest":
+            message["test_nats"] = 1.0 + 2.0 * rank / (RANKS - 1)
+    result = result_of(told)
+    assert result.test_bits == pytest.approx(2.88539)
+    assert "Held-out text: 2.89 bits per byte" in "\n".join(summary(result))
+
+
 def test_the_last_bit_of_one_loss_is_a_difference():
     told = messages()
     rank, message = [(r, m) for r, m in told if (r, m["arm"]) == (1, "soonest")][3]

@@ -275,11 +275,24 @@ def test_nothing_outlives_the_parent(marked, number):
     assert parent.pid not in [lab.pid for lab in running_labs()]
 
 
+def open_namespaces():
+    """Files of network namespaces that this process has open."""
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        try:
+            found.append(os.readlink(path))
+        except OSError:
+            continue
+    return sorted(name for name in found if name.startswith("net:["))
+
+
 def test_a_closed_lab_leaves_nothing_and_says_that_it_is_closed():
-    before = links()
-    with Lab(hosts=2, link_bps=1e9) as lab:
-        pass
+    before, files = links(), open_namespaces()
+    for _ in range(3):
+        with Lab(hosts=2, link_bps=1e9) as lab:
+            assert len(open_namespaces()) == len(files) + 3
     assert links() == before
+    assert open_namespaces() == files
     assert os.getpid() not in [other.pid for other in running_labs()]
     for use in (lambda: lab.run(["true"]), lambda: lab.cut(0)):
         with pytest.raises(RuntimeError, match="not open"):

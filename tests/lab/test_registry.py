@@ -54,6 +54,7 @@ def test_a_lab_is_listed_while_it_runs(folder):
     assert [lab.command for lab in running_labs()] == [["true"]]
     entry.close()
     assert running_labs() == []
+    assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 def test_numbers_are_used_again_once_they_are_free(folder):

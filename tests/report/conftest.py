@@ -1,4 +1,7 @@
+from typing import Any
+
 import pytest
+from matplotlib.figure import Figure
 
 from soonest.core.timeline import Kind, Span, Timeline, Track
 
@@ -39,3 +42,17 @@ def overlapped() -> Timeline:
         ("compute", "forward", "b", 0.5, 0.6),
         step_s=0.6,
     )
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are drawn meanwhile: a file's size says nothing of what is on it."""
+    found: list[Figure] = []
+    save = Figure.savefig
+
+    def savefig(self: Figure, *args: Any, **kwargs: Any) -> None:
+        found.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return found

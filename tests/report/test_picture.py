@@ -126,3 +126,27 @@ def test_nothing_cannot_be_drawn(tmp_path: Path):
 def test_it_leaves_pyplot_alone(plain: Timeline):
     script = "import sys, soonest.report.picture; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def end_texts(figure: Figure, x_ms: float) -> str:
+    """What stands at the end of a step."""
+    found = [text for text in figure.axes[0].texts if text.get_position()[0] == x_ms]
+    return " | ".join(text.get_text().replace("\n", " ") for text in found)
+
+
+def test_a_step_ends_where_it_ends_with_its_own_figures(plain: Timeline, overlapped: Timeline):
+    quick = replace(overlapped, spans=tuple(s for s in overlapped.spans if s.kind != "wait"))
+    figure = figure_of([plain, quick], title="")
+    assert end_texts(figure, 1000) == "1000 ms | 0% of the sending hidden behind compute"
+    assert end_texts(figure, 600) == (
+        "600 ms | 1.67 times as fast 100% of the sending hidden behind compute"
+    )
+
+
+def test_names_stand_on_what_they_name(plain: Timeline):
+    """Layer a is computed from 100 to 200 ms and from 700 to 800, b around that."""
+    axes = figure_of([plain], title="").axes[0]
+    at = {name: [t.get_position()[0] for t in axes.texts if t.get_text() == name] for name in "ab"}
+    assert at == {"a": [150, 750], "b": [50, 900]}
+    assert [t.get_position()[0] for t in axes.texts if t.get_text() == "2 layers"] == [400]
+    assert [t.get_position()[0] for t in axes.texts if t.get_text() == "forward"] == [850]

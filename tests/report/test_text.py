@@ -86,3 +86,19 @@ def test_a_note_stands_above_the_bars_and_is_no_wider(plain: Timeline):
     noted = lines[1 : next(i for i, line in enumerate(lines) if line.endswith("│"))]
     assert " ".join(line.strip() for line in noted) == said
     assert max(map(len, noted)) <= 40
+
+
+def test_a_cell_shows_what_takes_most_of_it():
+    """Ten cells of 10 ms: b has 7 of the second one and 8 of the third, of which c has 2."""
+    spans = (
+        Span("compute", "forward", "a", 0, 0.013),
+        Span("compute", "forward", "b", 0.013, 0.028),
+        Span("compute", "forward", "c", 0.028, 0.1),
+    )
+    line = bars([Timeline("x", 0.1, spans)], width=21).splitlines()[1]
+    assert line.split()[1] == "ABBCCCCCCC│"
+
+
+def test_what_is_hidden_is_told(overlapped: Timeline):
+    quick = replace(overlapped, spans=tuple(s for s in overlapped.spans if s.kind != "wait"))
+    assert bars([quick]).startswith("overlapped: 600 ms, 100% of the sending hidden behind compute")

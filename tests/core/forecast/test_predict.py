@@ -87,6 +87,7 @@ def test_gpus_of_a_host_share_its_link():
     assert (row.hosts, row.gpus) == (4, 32)
     assert row.step_s == one.step_s
     assert row.speedup(1.0) == pytest.approx(8 * one.speedup(1.0))
+    assert row.efficiency(1.0) == pytest.approx(one.efficiency(1.0)), "it is per GPU"
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,30 @@ def test_the_latency_limits():
     assert limit == "latency"
     assert "the latency of messages limits the step" in said
     assert "What would help most: no latency at all" in said
+
+
+def test_what_each_change_would_gain_with_the_one_that_helps_most_in_front():
+    """Links of 10 Gbit/s carry next to all of the step: twice the rate, half the bytes or twice the
+    samples for each byte make it about twice as fast; there is no latency to lose."""
+    scenario = Scenario(slowed(MODEL, 1e-3), Links(10e9))
+    advice = advise(scenario, predict(scenario, (16,)))
+    gains = {change.name: change.gain for change in advice.changes}
+    assert gains == {
+        "links twice as fast": pytest.approx(2, abs=0.1),
+        "gradients in 16 bits": pytest.approx(2, abs=0.1),
+        "twice the batch": pytest.approx(2, abs=0.1),
+        "no latency at all": pytest.approx(1, abs=0.01),
+    }
+    assert list(gains.values()) == sorted(gains.values(), reverse=True)
+    assert advice.changes[-1].name == "no latency at all"
+
+
+def test_twice_the_batch_gains_nothing_where_computing_limits():
+    scenario = Scenario(MODEL, Links(1e13, 1e-7))
+    advice = advise(scenario, predict(scenario, (2,)))
+    (gain,) = [c.gain for c in advice.changes if c.name == "twice the batch"]
+    # 36 ms of computing become 72, but 0.5 ms of updates do not grow.
+    assert gain == pytest.approx(2 * 36.0 / 72.0, abs=0.02)
 
 
 def test_where_soonest_gains_is_told():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soonest.core.cost import Network
+from soonest.core.cost import Cost, Network
 from soonest.core.planner.bounds import lower_bound_s
 from soonest.core.trace import Layer, Trace
 
@@ -87,3 +87,16 @@ def test_the_bound_is_the_best_preemptive_schedule(
     trace = model(*layers)
     bound = lower_bound_s(trace, Network.linear(latency_s, 1.0))
     assert bound == pytest.approx(shortest_step_s(trace, latency_s))
+
+
+def test_where_plans_may_shard_or_not_the_bound_is_that_of_the_better_way():
+    trace = model((20, 2, 3), (1, 2, 3))
+    costs = {
+        "all_reduce": Cost.linear(0.0, 1.0),
+        "ring_reduce_scatter": Cost.linear(0.0, 0.1),
+        "all_gather_parameters": Cost.linear(0.0, 0.1),
+    }
+    network = Network(costs)
+    alone = {m: lower_bound_s(trace, network, methods=[m]) for m in ("allreduce", "shard")}
+    assert alone["allreduce"] < alone["shard"]
+    assert lower_bound_s(trace, network) == alone["allreduce"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers import strategies
 from soonest.core.cost import Cost, Network
 from soonest.core.plan import Flat, Plan
-from soonest.core.planner.ddp_buckets import CAP_BYTES, FIRST_BYTES, make_ddp_buckets
+from soonest.core.planner.ddp_buckets import CAP_BYTES, FIRST_BYTES, filled, make_ddp_buckets
 from soonest.core.planner.planner import backward_order
 
 NETWORK = Network(
@@ -77,3 +77,10 @@ def test_any_model_makes_a_plan(data: st.DataObject):
     buckets = make_ddp_buckets(flats, network, methods=network.methods)
     plan = Plan(2, tuple(flats), buckets, backward_order(flats, buckets), blocking=True)
     assert sum(len(slots) for slots in plan.slots_of) == sum(len(flat.slots) for flat in flats)
+
+
+def test_a_bucket_is_closed_as_soon_as_it_has_enough():
+    assert filled([10, 10, 20, 10], [10, 30]) == [1, 2, 1]
+    assert filled([10, 9, 1, 30], [10, 10, 30]) == [1, 2, 1]
+    assert filled([5, 4, 1], [100]) == [3]
+    assert filled([], [10]) == []

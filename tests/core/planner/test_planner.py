@@ -486,3 +486,9 @@ def test_no_plan_is_twice_as_long_as_the_bound_and_its_latencies(data: st.DataOb
     extra = padded - trace.total_bytes * network.s_per_byte + network.latency_s * len(plan.ops)
     bound = lower_bound_s(trace, network) + extra + trace.update_us * 1e-6
     assert step_time_s(trace, plan, network) <= 2 * bound + 1e-9
+
+
+def test_no_plan_shards_unless_it_is_asked_to():
+    network = Network.ideal(4, 1e9)
+    assert {"shard", "shard_direct"} <= set(network.methods)
+    assert choices(network) == ("allreduce", "gather", "exchange", "split")
