@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -261,7 +262,6 @@ def test_filter_and_reindex_pick_as_indexing_does():
 
 
 def test_a_window_is_what_opencv_cuts_out(tmp_path: Path):
-    cv2 = pytest.importorskip("cv2")
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), image)
     (tmp_path / "list").write_text(f"# 0 {tmp_path}/a.png 3 20 30 1 5 0.9 4 3 15 12")

@@ -268,7 +268,6 @@ def test_what_caffe_refuses_is_refused(
     folder: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
-    pytest.importorskip("lmdb")
     shutil.copytree(folder / "snapshots", tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     done = name in DONE_ALL_THE_SAME

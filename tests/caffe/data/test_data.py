@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
+import h5py
+import lmdb
 import numpy as np
 import pytest
 
@@ -92,7 +95,6 @@ def net(source: str, phase: str = "TRAIN", **options: Any) -> Net:
 
 
 def lmdb_of(path: Path, values: list[bytes]) -> None:
-    lmdb = pytest.importorskip("lmdb")
     with lmdb.open(str(path), map_size=2**24) as base, base.begin(write=True) as transaction:
         for number, value in enumerate(values):
             transaction.put(f"{number:08d}".encode(), value)
@@ -132,7 +134,6 @@ def test_records_are_read_in_turn_and_shared_out_among_ranks(tmp_path: Path):
 
 
 def test_records_of_numbers_and_of_compressed_images(tmp_path: Path):
-    cv2 = pytest.importorskip("cv2")
     numbers = RANDOM.random((2, 3, 4), dtype=np.float32)
     lmdb_of(tmp_path / "numbers", [data(numbers, 1, float_data=numbers)])
     assert np.array_equal(net(data_layer(tmp_path / "numbers", 1))().outputs["x"][0], numbers)
@@ -150,7 +151,6 @@ MAKE_LMDB = Path(__file__).parents[3] / "examples" / "caffe" / "make_lmdb.py"
 def test_the_example_makes_data_bases_of_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, margin: int
 ):
-    pytest.importorskip("lmdb")
     images, numbers = IMAGES[:, 0, :5], np.arange(len(IMAGES), dtype=np.uint8)
     for name, array in (("images", images), ("labels", numbers)):
         head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
@@ -170,7 +170,6 @@ def test_the_example_makes_data_bases_of_images(
 
 
 def test_data_bases_that_cannot_be_read_are_refused(tmp_path: Path):
-    pytest.importorskip("lmdb")
     (tmp_path / "text").write_text("no data base")
     (tmp_path / "folder").mkdir()
     lmdb_of(tmp_path / "empty", [])
@@ -195,7 +194,6 @@ def test_data_bases_that_cannot_be_read_are_refused(tmp_path: Path):
 
 
 def test_tables_in_hdf5(tmp_path: Path):
-    h5py = pytest.importorskip("h5py")
     rows = np.arange(10, dtype=np.float32)
     for name, part in (("a", rows[:6]), ("b", rows[6:])):
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
@@ -218,7 +216,6 @@ def test_tables_in_hdf5(tmp_path: Path):
 
 
 def test_images_in_files(tmp_path: Path):
-    cv2 = pytest.importorskip("cv2")
     for number, image in enumerate(IMAGES[:3]):
         cv2.imwrite(str(tmp_path / f"an image {number}.png"), image.transpose(1, 2, 0))
     (tmp_path / "list").write_text("".join(f"an image {n}.png {n}\n" for n in range(3)))
@@ -244,7 +241,6 @@ def test_images_in_files(tmp_path: Path):
 def test_a_jpeg_that_is_cut_off_is_read_and_warned_of_once(
     missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    cv2 = pytest.importorskip("cv2")
     path = tmp_path / "cut.jpg"
     image = RANDOM.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     whole = cv2.imencode(".jpg", image)[1].tobytes()
@@ -265,7 +261,6 @@ def test_a_jpeg_that_is_cut_off_is_read_and_warned_of_once(
 
 
 def test_tables_of_several_shapes_are_told_apart(tmp_path: Path):
-    h5py = pytest.importorskip("h5py")
     for name, width in (("a", 2), ("b", 3)):
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
             file["x"] = np.zeros((2, width), np.float32)
@@ -281,8 +276,6 @@ def test_tables_of_several_shapes_are_told_apart(tmp_path: Path):
 
 
 def test_a_leveldb_becomes_an_lmdb(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    pytest.importorskip("plyvel")
-    pytest.importorskip("lmdb")
     source = golden.SECOND / "data" / "leveldb_changed" / "train_leveldb"
     before = {file.name: file.read_bytes() for file in source.iterdir()}
     target = tmp_path / "new"
@@ -303,7 +296,6 @@ def test_without_the_library_of_leveldb_there_is_a_way(monkeypatch: pytest.Monke
 
 
 def test_a_damaged_leveldb_is_refused(tmp_path: Path):
-    pytest.importorskip("plyvel")
     source = golden.SECOND / "data" / "leveldb_table" / "train_leveldb"
     shutil.copytree(source, tmp_path / "base")
     (tmp_path / "base" / "CURRENT").write_text("MANIFEST-000099\n")
@@ -313,8 +305,6 @@ def test_a_damaged_leveldb_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("name", golden.index("data/index.json", golden.SECOND)["cases"])
 def test_what_is_read_is_what_caffe_reads(name: str, monkeypatch: pytest.MonkeyPatch):
-    for library in ("lmdb", "plyvel", "cv2"):
-        pytest.importorskip(library)
     monkeypatch.chdir(golden.SECOND / "data" / name)
     for key, found, wanted in golden.data_arrays(name):
         assert found.shape == wanted.shape, key

@@ -6,11 +6,12 @@ import contextlib
 import tracemalloc
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
 from helpers import golden_caffe as golden
-from soonest.caffe.io import solver_state, weights
+from soonest.caffe.io import hdf5, solver_state, weights
 from soonest.caffe.io.blobs import fits, shape_of, to_array, to_blob
 from soonest.caffe.io.solver_state import State
 from soonest.caffe.proto.message import Message
@@ -51,7 +52,6 @@ def test_old_shapes_fit_with_ones_in_front():
 @pytest.mark.parametrize("ending", ["solverstate", "solverstate.h5"])
 def test_a_state_comes_back(tmp_path: Path, ending: str):
     path = tmp_path / f"x.{ending}"
-    pytest.importorskip("h5py")
     State(7, "x.caffemodel", ARRAYS, 3).write(path)
     found = solver_state.read(path)
     assert (found.iteration, found.learned_net, found.current_step) == (7, "x.caffemodel", 3)
@@ -60,7 +60,6 @@ def test_a_state_comes_back(tmp_path: Path, ending: str):
 
 
 def test_weights_come_back(tmp_path: Path):
-    pytest.importorskip("h5py")
     layers = {"data": {}, "inception/1x1": dict(enumerate(ARRAYS))}
     weights.write_hdf5(tmp_path / "a.caffemodel.h5", layers)
     net = Message("NetParameter")
@@ -90,7 +89,6 @@ def test_weights_are_read_where_they_stand(tmp_path: Path):
 
 
 def test_more_than_ten_blobs_keep_their_order(tmp_path: Path):
-    pytest.importorskip("h5py")
     path = tmp_path / "x.h5"
     State(1, "", [np.float32([number]) for number in range(12)]).write(path)
     assert [int(array[0]) for array in solver_state.read(path).history] == list(range(12))
@@ -98,7 +96,6 @@ def test_more_than_ten_blobs_keep_their_order(tmp_path: Path):
 
 @pytest.mark.parametrize("names", [["conv1", "conv1/bn"], ["conv1/bn", "conv1"], ["a/b/c", "a"]])
 def test_the_name_of_a_layer_may_begin_with_that_of_another(names: list[str], tmp_path: Path):
-    pytest.importorskip("h5py")
     layers = {name: dict(enumerate(ARRAYS[: 1 + place])) for place, name in enumerate(names)}
     weights.write_hdf5(tmp_path / "x.h5", {**layers, "none": {}})
     found = weights.read(tmp_path / "x.h5")
@@ -110,7 +107,6 @@ def test_the_name_of_a_layer_may_begin_with_that_of_another(names: list[str], tm
 
 
 def test_damaged_hdf5_is_refused(tmp_path: Path):
-    pytest.importorskip("h5py")
     path = tmp_path / "x.caffemodel.h5"
     weights.write_hdf5(path, {"conv": dict(enumerate(ARRAYS))})
     whole = path.read_bytes()
@@ -125,7 +121,6 @@ def test_damaged_hdf5_is_refused(tmp_path: Path):
 
 
 def test_hdf5_that_claims_more_than_it_has_takes_no_memory(tmp_path: Path):
-    h5py = pytest.importorskip("h5py")
     path = tmp_path / "x.h5"
     with h5py.File(path, "w") as file:
         file.create_dataset("data/a/0", data=np.zeros(10**6, np.float32), compression="gzip")
@@ -151,7 +146,6 @@ NO_STATE = {"iter": "text", "learned_net": [1.5], "history": [1], "current_step"
 
 @pytest.mark.parametrize("name", NO_STATE)
 def test_hdf5_with_something_else_in_a_place_is_refused(tmp_path: Path, name: str):
-    h5py = pytest.importorskip("h5py")
     path = tmp_path / "x.h5"
     State(1, "a", []).write(path)
     with h5py.File(path, "a") as file:
@@ -167,7 +161,6 @@ def test_what_cannot_be_written_is_said(tmp_path: Path):
 
 
 def test_hdf5_of_something_else_is_refused(tmp_path: Path):
-    pytest.importorskip("h5py")
     path = tmp_path / "x.h5"
     State(1, "", []).write(path)
     with pytest.raises(ValueError, match="holds no weights"):
@@ -175,18 +168,30 @@ def test_hdf5_of_something_else_is_refused(tmp_path: Path):
     weights.write_hdf5(path, {"conv": {}})
     with pytest.raises(ValueError, match="no solver's state"):
         solver_state.read(path)
-    with pytest.importorskip("h5py").File(path, "w") as file:
+    with h5py.File(path, "w") as file:
         file["data"] = [1]
     with pytest.raises(ValueError, match="no group of layers"):
         weights.read(path)
 
 
 def test_both_formats_of_the_same_weights_are_equal():
-    pytest.importorskip("h5py")
     folder = golden.FOLDER / "legacy" / "hdf5"
     for name in ("init.caffemodel", "expected/snap_iter_20.caffemodel"):
-        binary, hdf5 = weights.read(folder / name), weights.read(folder / f"{name}.h5")
-        assert sum(map(len, hdf5.values())) == 5
-        for layer, blobs in hdf5.items():
+        binary, table = weights.read(folder / name), weights.read(folder / f"{name}.h5")
+        assert sum(map(len, table.values())) == 5
+        for layer, blobs in table.items():
             for number, array in blobs.items():
                 assert np.array_equal(array, binary[layer][number])
+
+
+def test_rows_are_put_behind_those_that_are_there(tmp_path: Path):
+    path = str(tmp_path / "x.h5")
+    hdf5.append(path, {"a": np.float32([[1, 2], [3, 4]])}, new=True)
+    hdf5.append(path, {"a": np.float32([[5, 6]])}, new=False)
+    with h5py.File(path) as file:
+        assert file["a"][()].tolist() == [[1, 2], [3, 4], [5, 6]]
+    with pytest.raises(ValueError, match=r"rows of 'a' in .* have the shape \[2\]"):
+        hdf5.append(path, {"a": np.float32([[1, 2, 3]])}, new=False)
+    hdf5.append(path, {"a": np.float32([[7, 8, 9]])}, new=True)
+    with h5py.File(path) as file:
+        assert file["a"][()].tolist() == [[7, 8, 9]]

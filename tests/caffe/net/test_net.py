@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -137,7 +138,6 @@ def test_names_that_torch_does_not_allow():
 
 
 def test_weights_go_by_the_name_of_the_layer(tmp_path: Path):
-    pytest.importorskip("h5py")
     source = net(
         X + ip("a", more='param { name: "w" }') + ip("b", more='param { name: "w" }') + ip("c")
     )
@@ -306,7 +306,6 @@ def test_the_example_has_the_full_shape_of_alexnet():
 
 
 def test_opencv_reads_our_files_and_finds_the_same_result(tmp_path: Path):
-    cv2 = pytest.importorskip("cv2")
     made = Net(parse(DEPLOY, "NetParameter"), "TEST", generator=torch.Generator().manual_seed(1))
     batch_norm = made.layers["bn"]
     batch_norm.mean.uniform_(-1, 1)

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -22,8 +23,6 @@ NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
 def test_a_command_says_what_caffe_says(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    pytest.importorskip("lmdb")
-    h5py = pytest.importorskip("h5py")
     case = CASES[name]
     shutil.copytree(FOLDER / case["folder"], tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)

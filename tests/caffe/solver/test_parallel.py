@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch.distributed as dist
@@ -53,7 +54,6 @@ def train(folder: str, prefix: str) -> list[list[float]]:
 
 
 def test_ranks_together_are_one_caffe_with_the_batch_of_them_all(tmp_path: Path):
-    pytest.importorskip("lmdb")
     found = run_ranks(train, RANKS, str(golden.FOLDER), str(tmp_path))
     for number, (name, _) in enumerate(CASES):
         folder = golden.FOLDER / "solvers" / name
@@ -119,7 +119,6 @@ def on_a_rank(folder: str) -> list[list[np.ndarray]]:
 def test_two_ranks_are_one_process_with_twice_the_batch_also_when_they_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    h5py = pytest.importorskip("h5py")
     random = np.random.default_rng(2)
     with h5py.File(tmp_path / "rows.h5", "w") as file:
         file["x"] = random.random((37, 5), dtype=np.float32)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import cv2
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -98,7 +100,6 @@ KEPT = {"statistics of each rank": "norm"}
 
 def make_data(folder: Path) -> None:
     """Rows of eight values and two labels, and images no two of which have one size."""
-    h5py, cv2 = pytest.importorskip("h5py"), pytest.importorskip("cv2")
     random = np.random.default_rng(4)
     rows = 50  # Which neither a batch nor the ranks divide.
     with h5py.File(folder / "rows.h5", "w") as file:

@@ -45,8 +45,6 @@ def numbers(line: str) -> list[float]:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
 def test_training_goes_as_in_caffe(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("lmdb")
-    pytest.importorskip("h5py")
     monkeypatch.chdir(folder)
     ending = ".h5" if folder.name == "hdf5" else ""
     large_batch = Path("reference/solver.prototxt")
@@ -96,7 +94,6 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_caffe_refuses_is_refused(name: str, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("lmdb")
     monkeypatch.chdir(golden.FOLDER / "snapshots")
     with pytest.raises(ValueError, match=REFUSED[name]):
         Trainer(prototxt.read_solver(f"{name}.solver.prototxt"), say=lambda line: None)
@@ -113,7 +110,6 @@ STARTS = {
 
 
 def test_starts_that_caffe_refuses_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("lmdb")
     monkeypatch.chdir(golden.FOLDER / "snapshots")
     lines: list[str] = []
     solver = prototxt.read_solver("solver.prototxt")

@@ -41,8 +41,6 @@ def test_a_tool_does_what_caffes_did(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     case = CASES[name]
-    if "leveldb" in name:
-        pytest.importorskip("plyvel")
     assert run(case, tmp_path, monkeypatch) == case["exit_status"]
     said = [line.partition("] ")[2] for line in capfd.readouterr().err.splitlines()]
     for line in case.get("lines", []):
