@@ -25,7 +25,7 @@ def test_a_row_of_the_table():
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert list(zip(titles, cells, strict=True)) == [
         ("model", "alexnet"),
-        ("sharing", "0.5 ×"),
+        ("synchronizing", "0.5 ×"),
         ("bound, ms", "32.00"),
         ("soonest, ms", "36.00"),
         ("× bound", "1.125"),

@@ -45,7 +45,7 @@ def cells() -> dict[str, list[str]]:
 def test_each_column_says_what_its_head_does():
     table = _table(result())
     assert [str(column.header) for column in table.columns][1:5] == [
-        "step, ms", "× bound", "speed, ddp-tuned = 1", "sharing hidden",
+        "step, ms", "× bound", "speed, ddp-tuned = 1", "communication hidden",
     ]  # fmt: skip
     assert cells() == {
         "local": ["30.00", "0.938", "1.500", ""],
@@ -67,7 +67,7 @@ def test_the_fastest_that_communicates_stands_out():
 
 def test_the_remarks_tell_the_models_own_time():
     told = " ".join(_remarks(result()))
-    assert "computing 30.00 ms, sharing 20.00 ms" in told
+    assert "computing 30.00 ms, synchronizing 20.00 ms" in told
     assert "Here all took 2 times as long" in told
     assert "1/2 of their size, and links 250 Mbit/s" in told
     assert "ddp-tuned has buckets of 4 MB; short tries took, in ms: 1 MB 50.00, 4 MB 45.00." in told

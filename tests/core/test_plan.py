@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from helpers import strategies
 from soonest.core.plan import (
-    METHODS,
     GATHER_PARAMETERS,
+    METHODS,
     Bucket,
     Flat,
     Op,
@@ -196,11 +196,11 @@ def test_what_follows_what_and_what_combines_a_bucket():
     hierarchical = plan_of("hierarchical", *METHODS["hierarchical"])
     assert hierarchical.before == (-1, -1, 0, 1, 2, 3)
     assert hierarchical.reduces == {4, 5}
-    assert hierarchical.combining == 6
+    assert hierarchical.reducing == 6
     sharded = plan_of("shard", *METHODS["shard"])
     assert sharded.before == (-1, -1, 0, 1)
     assert sharded.reduces == {0, 1}
-    assert sharded.combining == 2
+    assert sharded.reducing == 2
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def steps(solver: str, *gradients: float, start: float = 1.0, decay: float = 0.0
     """Where one weight is after each step, with these gradients."""
     weight = torch.nn.Parameter(torch.tensor([start], dtype=torch.float64))
     message = parse(solver, "SolverParameter")
-    optimizer = make(message, [{"params": [weight], "weight_decay": decay}])
+    message.weight_decay = decay
+    optimizer = make(message, [(weight, 1.0)])
     found: list[float] = []
     for gradient in gradients:
         weight.grad = torch.full_like(weight, gradient)
