@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import traceback
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -319,8 +320,10 @@ def made_once_more() -> list[str]:
     train(other, steps=3)
     wrong = differing(theirs, other)
     assert ours.has_given_way
+    reducer = weakref.ref(other.reducer)
     del other
     gc.collect()
+    assert reducer() is None
     train(theirs, steps=3)
     train(ours, steps=3)
     return wrong + differing(theirs, ours)

@@ -23,6 +23,7 @@ from soonest.runtime.engine.engine import Engine
 from soonest.runtime.execute.pass_state import PassState
 from soonest.runtime.flat.buffers import trainable
 from soonest.runtime.flat.param import FlatParam
+from soonest.runtime.guard.hooks import weak_hook
 from soonest.runtime.handle import Handle
 from soonest.runtime.timing.step_record import NEVER
 
@@ -105,10 +106,9 @@ class Reducer:
             other.give_way(self)
         self._rebuild.reset()
         counting = self._find_unused or self._passes.static
-        engine = self._session.start(counting=counting, turns=self._rebuild.put_off)
-        self._passes.engine = engine
-        if engine is not None:
-            engine.after_backward = self._ended
+        self._passes.engine = self._session.start(counting=counting, turns=self._rebuild.put_off)
+        if (engine := self._passes.engine) is not None:
+            engine.after_backward = weak_hook(self._ended)
             self._first_plan = engine.bound_plan.plan.fingerprint
         self._note_plan()
 

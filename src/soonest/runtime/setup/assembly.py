@@ -192,7 +192,7 @@ def _assemble(
     options, given = request.options, request.plan
     group, ranks, failures = connection.group, connection.ranks, connection.failures
     network, methods, lane = planned.sources.network, planned.sources.methods, planned.lane
-    sharded = planned.sharded
+    sharded, without = planned.sharded, part.without
     separable = options.separable
     by_bucket = bucket_update.is_separable(optimizer) if separable is None else separable
     resumed = bool(optimizer.state)
@@ -210,10 +210,10 @@ def _assemble(
     tuner.start_with(planned.layout)
 
     def anew(engine: Engine, parameters: Sequence[nn.Parameter]) -> None:
-        if sharded:  # not ``planned``, whose buffers would live as long as this
-            check_parts(model, part.without)
+        if sharded:  # not ``planned`` or ``part``: what they refer to would live as long as this
+            check_parts(model, without)
         with failures.together("taking in parameters"):
-            agreement.agree_on_model(ranks.talk, model, part.without)
+            agreement.agree_on_model(ranks.talk, model, without)
             if parameters:
                 admit(ranks, parameters)
             grown = engine.layout.grown()
