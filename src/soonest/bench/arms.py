@@ -88,6 +88,7 @@ def replayed(settings: Settings, *, alone: bool = False, rounding: float = 0.0) 
 
 
 def local(settings: Settings, time: Time) -> Arm:
+    """Every rank by itself: what a step takes that sends nothing."""
     replay = replayed(settings, alone=True)
     return Arm.of(replay, replay, replay.sgd())
 
@@ -111,10 +112,12 @@ def sequential(settings: Settings, time: Time) -> Arm:
 
 
 def ddp(settings: Settings, time: Time) -> Arm:
+    """``DistributedDataParallel`` with its own bucket size."""
     return _ddp(settings, *settings.sweep()["default"])
 
 
 def ddp_tuned(settings: Settings, time: Time) -> Arm:
+    """``DistributedDataParallel`` with the bucket size that is fastest here, of those tried."""
     sweep_ms = {
         name: statistics.median(time(_ddp(settings, *caps), name)) * 1e3 / settings.slow_motion
         for name, caps in settings.sweep().items()
@@ -139,12 +142,14 @@ def _ddp(settings: Settings, *caps_mb: float) -> Arm:
 
 
 def ddp_zero1(settings: Settings, time: Time) -> Arm:
+    """``DistributedDataParallel`` with ``ZeroRedundancyOptimizer``."""
     replay = replayed(settings)
     wrapped = peers.ddp(replay, [cap / settings.shrink for cap in settings.sweep()["default"]])
     return Arm.of(replay, wrapped, peers.zero_redundancy(replay))
 
 
 def fsdp2(settings: Settings, time: Time) -> Arm:
+    """``fully_shard`` on every layer."""
     replay = replayed(settings)
     unshard = peers.shard_fully(replay)
     optimizer = replay.sgd(fused=False)  # which sharded tensors do not have
@@ -152,18 +157,21 @@ def fsdp2(settings: Settings, time: Time) -> Arm:
 
 
 def deepspeed_zero1(settings: Settings, time: Time) -> Arm:
+    """DeepSpeed as its first stage works: sharded state, gradients by bucket."""
     replay = replayed(settings)
     engine = peers.DeepSpeed(replay, settings.shrink)
     return Arm(replay, engine.forward, engine.update, detach=engine.close)
 
 
 def horovod(settings: Settings, time: Time) -> Arm:
+    """Horovod as it works: tensors fused as they come, in cycles."""
     replay = replayed(settings)
     peer = peers.Horovod(replay, settings.slow_motion, settings.shrink)
     return Arm.of(replay, replay, peer.optimizer, detach=peer.close)
 
 
 def prioritized(settings: Settings, time: Time) -> Arm:
+    """``soonest.prioritize``, by one method if the settings say which."""
     options = VARIANTS[f"soonest-{settings.method}"] if settings.method else {}
     return _prioritized(settings, time, **options)
 

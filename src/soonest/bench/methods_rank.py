@@ -110,6 +110,7 @@ def _tell_nobody(kind: str, **content: object) -> None:
 
 
 def main() -> None:
+    """What each rank runs."""
     # Ctrl-C reaches every process of a terminal; the one that started the ranks ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -19,6 +19,7 @@ _TIMES, _LARGE_TIMES = 15, 4
 
 
 def main() -> None:
+    """What each rank runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

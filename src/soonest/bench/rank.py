@@ -132,6 +132,7 @@ class Comparison:
 
 
 def warm_up(arm: Arm) -> None:
+    """Trains until the arm has found its way, and a few steps at least."""
     number = 0
     while number < WARM_UP or not arm.ready():
         arm.update(arm.forward())
@@ -164,6 +165,7 @@ def _first(kind: str, **content: Any) -> None:
 
 
 def main() -> None:
+    """What each rank runs."""
     # Ctrl-C reaches every process of a terminal; the one that started the ranks ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -78,6 +78,7 @@ def _timelines(name: str, training: Training, settings: Settings) -> None:
 
 
 def main() -> None:
+    """What each rank runs."""
     # Ctrl-C reaches every process of a terminal; the one that started the ranks ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     what, settings = sys.argv[1], Settings.from_text(sys.argv[2])

@@ -10,6 +10,7 @@ from soonest.pycaffe.alias import provide
 
 
 def main() -> None:
+    """Runs a script for which ``import caffe`` finds ``soonest.pycaffe``."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit("usage: python -m soonest.pycaffe script.py [arguments of the script]")
     del sys.argv[0]

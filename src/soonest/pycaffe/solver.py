@@ -92,26 +92,38 @@ class Solver:
 
 
 class SGDSolver(Solver):
+    """Solves by stochastic gradient descent with momentum."""
+
     _type = "SGD"
 
 
 class NesterovSolver(Solver):
+    """Solves by Nesterov's momentum."""
+
     _type = "Nesterov"
 
 
 class AdaGradSolver(Solver):
+    """Solves by AdaGrad."""
+
     _type = "AdaGrad"
 
 
 class RMSPropSolver(Solver):
+    """Solves by RMSProp."""
+
     _type = "RMSProp"
 
 
 class AdaDeltaSolver(Solver):
+    """Solves by AdaDelta."""
+
     _type = "AdaDelta"
 
 
 class AdamSolver(Solver):
+    """Solves by Adam."""
+
     _type = "Adam"
 
 

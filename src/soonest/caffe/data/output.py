@@ -14,8 +14,10 @@ _NAMES = ("data", "label")
 
 
 class HDF5Output(Layer):
-    """Writes its two bottoms as datasets ``data`` and ``label`` of four axes, the items of all
-    passes one after the other. Of several ranks only the first writes."""
+    """Writes its two bottoms as datasets ``data`` and ``label`` of four axes.
+
+    The items of all passes follow one after the other. Of several ranks only the first writes.
+    """
 
     bottoms = (2, 2)
     tops = (0, 0)

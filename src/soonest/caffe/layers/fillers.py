@@ -1,5 +1,7 @@
-"""How blobs start: Caffe's fillers. Values are as likely as Caffe's, but not the same: its random
-numbers are others."""
+"""How blobs start: Caffe's fillers.
+
+Values are as likely as Caffe's, but not the same: its random numbers are others.
+"""
 
 from __future__ import annotations
 

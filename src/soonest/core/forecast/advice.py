@@ -178,6 +178,7 @@ def _gain(row: Row) -> float:
 
 
 def gpus_text(gpus: int) -> str:
+    """So many GPUs, in words."""
     return f"{gpus} GPU{'s' * (gpus > 1)}"
 
 

@@ -162,8 +162,10 @@ def _offsets(offsets: list[int], device: torch.device) -> Tensor:
 
 
 def _fill(gradients: Tensor, places: _Places, which: Collection[int], value: float) -> None:
-    """Writes to the places of some parameters, one by one: a device would have to be asked for a
-    choice of offsets."""
+    """Writes to the places of some parameters, one by one.
+
+    A device would have to be asked for a choice of offsets.
+    """
     for param, place in zip(places.params, places.offsets, strict=True):
         if param in which:
             gradients[place].fill_(value)
