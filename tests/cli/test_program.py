@@ -101,3 +101,17 @@ def test_the_command_starts_without_torch():
     loaded = done.stdout.split()
     assert "soonest.cli.demo" in loaded
     assert not {"torch", "matplotlib", "rich"} & set(loaded)
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    done = subprocess.run(
+        [sys.executable, "-m", "soonest", "env"],
+        stdout=reader.stdin,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0

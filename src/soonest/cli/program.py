@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     try:
         args = parser().parse_args(argv)
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except SystemExit as over:  # --help and --version have been answered.
         return int(over.code or DONE)
     except WrongRequestError as wrong:
@@ -55,6 +58,9 @@ def _run(argv: Sequence[str] | None) -> int:
         return _say(failed, FAILED)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # who reads has read enough, as in ``soonest predict | head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
 
 
 def _say(why: Exception | str, code: int) -> int:
