@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import nn
 
 from soonest.caffe.io import prototxt, solver_state, weights
 from soonest.caffe.io.solver_state import State
@@ -33,6 +35,7 @@ from soonest.core.cost import Cost, Network
 from soonest.core.forecast.fabrics import Calibrated
 from soonest.core.plan import METHODS, Bucket, Flat, Op, Plan
 from soonest.core.trace import Trace
+from soonest.runtime.optim import checkpoint
 from soonest.runtime.tuning import calibrate, plan_file
 from soonest.runtime.tuning.cache import place_of
 from soonest.runtime.tuning.candidates import Trial
@@ -102,6 +105,44 @@ def _profile() -> dict[str, Any]:
     return {**_trace(), "ranks": 2, "network": _network().to_json()}
 
 
+def _write_checkpoint(path: Path) -> None:
+    def as_json(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return {"tensor": value.tolist()}
+        if isinstance(value, dict):
+            return {key: as_json(one) for key, one in value.items()}
+        return [as_json(one) for one in value] if isinstance(value, list) else value
+
+    write_json(path, as_json(checkpoint.form_of(*_training(), {})))
+
+
+def _read_checkpoint(path: Path) -> None:
+    """Loads what was saved of a training, whose tensors are written as numbers."""
+
+    def from_json(value: Any) -> Any:
+        if isinstance(value, dict) and list(value) == ["tensor"]:
+            return torch.from_numpy(np.array(value["tensor"], np.float32))
+        if isinstance(value, dict):
+            return {key: from_json(one) for key, one in value.items()}
+        return [from_json(one) for one in value] if isinstance(value, list) else value
+
+    try:
+        form = from_json(_read_json(path))
+    except (TypeError, OverflowError) as error:  # no numbers: that is of this program
+        raise ValueError(str(error)) from error
+    model, optimizer = _training()
+    checkpoint.check(model, form)
+    checkpoint.take(model, optimizer, form)
+
+
+def _training() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
 def _read_profile(path: Path) -> object:
     trace = Trace.load(path)
     return Calibrated.from_json(trace.info) if "network" in trace.info else trace
@@ -145,6 +186,7 @@ FORMATS = {
         "x.solverstate.h5", State(7, "x.caffemodel", _HISTORY, 3).write, solver_state.read
     ),
     "plan": Format("plan.json", lambda p: plan_file.save(_plan(), p), plan_file.load),
+    "checkpoint": Format("checkpoint.json", _write_checkpoint, _read_checkpoint),
     "trace": Format("trace.json", lambda p: write_json(p, _trace()), Trace.load),
     "profile": Format("profile.json", lambda p: write_json(p, _profile()), _read_profile),
     "network": Format(

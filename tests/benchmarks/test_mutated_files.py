@@ -39,7 +39,7 @@ def test_no_damaged_file_crashes_hangs_or_takes_the_memory() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": 0 wrong") == 13
+    assert done.stdout.count(": 0 wrong") == 14
 
 
 def _crashes(_: Path) -> None:
