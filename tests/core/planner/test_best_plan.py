@@ -62,7 +62,7 @@ def orders(draw: st.DrawFn) -> tuple[Space, list[Send], int]:
     order: list[Send] = []
     left = [list(piece.sends) for piece in pieces]
     while any(left):
-        may = [ops for ops in left if ops and not ops[0].shares] or [ops for ops in left if ops]
+        may = [ops for ops in left if ops and not ops[0].gathers] or [ops for ops in left if ops]
         order.append(draw(st.sampled_from(may)).pop(0))
     return space, order, draw(strategies.windows)
 
