@@ -136,7 +136,7 @@ def nothing_is_started() -> tuple[Said, ...]:
     handle.flush()
     dist.barrier()
     if odd():
-        handle.engine.lane._next_op = lambda: None  # type: ignore[union-attr]
+        handle.engine.lane._passes.next_op = lambda: None  # type: ignore[union-attr]
     backward(model)
     found = error_of(handle.flush)
     say_done()
