@@ -93,7 +93,8 @@ def test_if_what_ddp_does_is_faster_it_is_done_and_said_why(ranks: int) -> None:
     backward = [plan.buckets[op.bucket].stop for op in plan.ops]
     assert backward == sorted(backward, reverse=True), "in the order of a backward pass"
     assert backward[0] == reached
-    order, stays = first["said"]
+    begun, order, stays = first["said"]
+    assert f" on {ranks} ranks: " in begun
     assert "the first step showed the order of use" in order
     assert f"plan {first['fingerprint'][:8]} instead of " in stays
     assert "waiting in step() takes 100 ms a step" in stays
