@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -78,3 +79,20 @@ def test_nothing_is_unpickled() -> None:
         assert not imported & _UNPICKLES or name.endswith(_AMONG_RANKS), path
         called = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
         assert not called & {"torch.load", "np.load", "numpy.load", "yaml.load"}, path
+
+
+FOUND = {
+    "caffemodel as HDF5": (15721, 57196),
+    "solverstate as HDF5": (3493, 23223, 49765, 60035),
+}
+"""Files that once raised something else than a sentence, by the number that draws them."""
+
+
+@pytest.mark.parametrize(("kind", "number"), [(k, n) for k, found in FOUND.items() for n in found])
+def test_what_was_found_once_is_refused_in_words(kind: str, number: int, tmp_path: Path) -> None:
+    program = _program()
+    form, path = program.FORMATS[kind], tmp_path / program.FORMATS[kind].name
+    form.write(path)
+    path.write_bytes(program.mutated(random.Random(f"{kind} 0 {number}"), path.read_bytes()))
+    with pytest.raises(ValueError, match=r"is no blob|as HDF5"):
+        form.read(path)

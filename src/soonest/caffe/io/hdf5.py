@@ -43,7 +43,7 @@ def open_to_read(path: str | Path, what: str) -> Iterator[Any]:
     try:
         with h5py.File(path, "r") as file:
             yield file
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if str(path) in str(error):
             raise ValueError(str(error)) from None
         raise ValueError(f"cannot read {path}, {what}, as HDF5: {error}") from None
@@ -104,9 +104,10 @@ def numbered(group: Any, what: str) -> dict[int, Array]:
 
 def _blobs(group: Any, names: list[str], what: str) -> dict[int, Array]:
     found: dict[int, Array] = {}
+    # Names that are no text come as bytes.
+    if odd := [name for name in names if not (isinstance(name, str) and name.isdecimal())]:
+        raise ValueError(f"{what} has {odd[0]!r} in it, which is no blob")
     for name in sorted(names, key=lambda name: (len(name), name)):
-        if not name.isdecimal():
-            raise ValueError(f"{what} has {name!r} in it, which is no blob")
         found[int(name)] = values(group[name], f"blob {name} of {what}")
     return found
 
