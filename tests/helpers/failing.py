@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import soonest
 from helpers.ranks import run_ranks, say_done, wait_for_the_others
+from soonest.runtime.handle import Handle
 
 ODD = 1
 """The rank that does otherwise than the others."""
@@ -47,6 +49,16 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> Non
         optimizer.zero_grad()
         backward(model)
         optimizer.step()
+
+
+def in_training(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, Handle]:
+    """Prioritized, trained for a few steps, with nothing in flight, on all ranks at once."""
+    model, optimizer = model_and_optimizer()
+    handle = soonest.prioritize(model, optimizer, **options)
+    steps(model, optimizer, 7)
+    handle.flush()
+    dist.barrier()
+    return model, optimizer, handle
 
 
 def error_of(function: Any, *args: Any, **options: Any) -> Said:

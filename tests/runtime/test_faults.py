@@ -24,6 +24,7 @@ from helpers.failing import (
     backward,
     end,
     error_of,
+    in_training,
     left,
     model_and_optimizer,
     odd,
@@ -92,11 +93,7 @@ class _Kept(logging.Handler):
 
 
 def first_noticed_in_detach(sharded: bool) -> tuple[Said, Said, bool, int]:
-    model, optimizer = model_and_optimizer()
-    handle = soonest.prioritize(model, optimizer, shard_optimizer=sharded)
-    steps(model, optimizer, 7)
-    handle.flush()
-    dist.barrier()
+    model, optimizer, handle = in_training(shard_optimizer=sharded)
     if odd():
         end("killed")
     optimizer.zero_grad()
@@ -116,11 +113,7 @@ def first_noticed_in_detach(sharded: bool) -> tuple[Said, Said, bool, int]:
 
 
 def late_beside_a_stopped_one() -> tuple[Said, ...] | None:
-    model, optimizer = model_and_optimizer()
-    handle = soonest.prioritize(model, optimizer, timeout_s=SHORT_S)
-    steps(model, optimizer, 7)
-    handle.flush()
-    dist.barrier()
+    model, optimizer, _handle = in_training(timeout_s=SHORT_S)
     if odd():
         end("stops")
     if dist.get_rank() == 2:
@@ -130,11 +123,7 @@ def late_beside_a_stopped_one() -> tuple[Said, ...] | None:
 
 def nothing_is_started() -> tuple[Said, ...]:
     """A wait of which no op's own time-out can tell."""
-    model, optimizer = model_and_optimizer()
-    handle = soonest.prioritize(model, optimizer, timeout_s=SHORT_S)
-    steps(model, optimizer, 7)
-    handle.flush()
-    dist.barrier()
+    model, _optimizer, handle = in_training(timeout_s=SHORT_S)
     if odd():
         handle.engine.lane._passes.next_op = lambda: None  # type: ignore[union-attr]
     backward(model)
@@ -198,11 +187,7 @@ def interrupted_in_a_wait() -> tuple[Said, ...]:
 
 
 def ends_with_the_store(how: str) -> tuple[Said, ...] | None:
-    model, optimizer = model_and_optimizer()
-    handle = soonest.prioritize(model, optimizer)
-    steps(model, optimizer, 7)
-    handle.flush()
-    dist.barrier()
+    model, optimizer, _handle = in_training()
     if dist.get_rank() == 0:
         end(how)
     return (error_of(steps, model, optimizer, 1000),)

@@ -24,6 +24,7 @@ from helpers.failing import (
     backward,
     end,
     error_of,
+    in_training,
     left,
     meets_again,
     model_and_optimizer,
@@ -92,11 +93,7 @@ def lost_in_prioritize() -> tuple[Said, ...] | None:
 
 
 def lost_before_a_shared_call() -> tuple[Said, ...] | None:
-    model, optimizer = model_and_optimizer()
-    handle = soonest.prioritize(model, optimizer, shard_optimizer=True)
-    steps(model, optimizer, 7)
-    handle.flush()
-    dist.barrier()
+    _model, _optimizer, handle = in_training(shard_optimizer=True)
     if odd():
         end("leaves")
     return told(error_of(handle.optimizer_state_dict))
@@ -126,11 +123,7 @@ def one_pass_more() -> tuple[Said, ...] | None:
 
 def skips_a_step() -> tuple[Said, ...] | None:
     """In the middle of training; who has gone on without it is found missing at the end."""
-    model, optimizer = model_and_optimizer()
-    handle = soonest.prioritize(model, optimizer, timeout_s=SHORT_S)
-    steps(model, optimizer, 7)
-    handle.flush()
-    dist.barrier()
+    model, optimizer, handle = in_training(timeout_s=SHORT_S)
     handle.engine.after_step = lambda _: None  # type: ignore[union-attr]
 
     def rest() -> None:
